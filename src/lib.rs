@@ -1,0 +1,8 @@
+//! Post-copy live migration of virtual machines.
+#![cfg_attr(not(feature = "io"), forbid(unsafe_code))]
+
+#[cfg(feature = "io")]
+pub mod memory;
+pub mod proto;
+#[cfg(feature = "io")]
+pub mod vmm;

@@ -1,0 +1,2 @@
+//! The `postcopy` command.
+fn main() {}

@@ -1,0 +1,3 @@
+//! Guest memory as this process has it mapped.
+
+pub mod ram;

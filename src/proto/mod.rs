@@ -1,0 +1,6 @@
+//! The pure core: pages, ledgers, frames, pre-paging and the two session
+//! machines. No sockets, threads, clocks, file descriptors or `unsafe` in here;
+//! time and randomness are passed in.
+
+pub mod layout;
+pub mod page;

@@ -1,0 +1,67 @@
+//! [`Guest`]: what the KVM guest and the process guest have in common.
+
+use super::workload::Workload;
+use crate::memory::ram::GuestRam;
+use crate::proto::page::PageIndex;
+use nix::unistd::Pid;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Which reference guest.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestKind {
+    /// A virtual machine under KVM.
+    Kvm,
+    /// Threads of this process.
+    Process,
+}
+
+/// A failure of a guest: what was tried, and the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("{kind:?} guest: cannot {action}")]
+pub struct GuestError {
+    /// Which guest.
+    pub kind: GuestKind,
+    /// What was tried, as an infinitive: "create vCPU 1", "restore MSRs of vCPU 0".
+    pub action: String,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// A guest whose vCPUs can be stopped anywhere, taken out as bytes, put into another
+/// process and run on there.
+///
+/// The order of calls: on the source, `start`, then `pause`, `capture`, and either
+/// `resume` (the migration was aborted) or drop. On the destination `prepare` (before
+/// the blackout: threads and vCPUs exist, nothing runs), `restore`, `resume`.
+pub trait Guest: Send {
+    /// Which one.
+    fn kind(&self) -> GuestKind;
+    /// What it was told to do.
+    fn workload(&self) -> &Workload;
+    /// Its memory.
+    fn ram(&self) -> &Arc<GuestRam>;
+    /// The machine configuration that both sides must agree on, as stable text.
+    fn machine(&self) -> String;
+    /// The kernel thread of each vCPU, for telling whose fault a fault is.
+    fn vcpu_threads(&self) -> Vec<Pid>;
+    /// Pages that each vCPU needs for its first instructions: its code, stack,
+    /// tables and control pages. At most 32.
+    fn seeds(&self) -> Vec<PageIndex>;
+    /// Stops every vCPU; none runs guest code after this returns.
+    fn pause(&mut self) -> Result<(), GuestError>;
+    /// The complete state of a paused guest, memory apart, in its envelope.
+    fn capture(&mut self) -> Result<Vec<u8>, GuestError>;
+    /// Puts such a state into a guest that has not run. May touch guest memory.
+    fn restore(&mut self, state: &[u8]) -> Result<(), GuestError>;
+    /// Lets the vCPUs run: for the first time, after `pause`, or after `restore`.
+    fn resume(&mut self) -> Result<(), GuestError>;
+    /// When the first vCPU entered guest code after the last `resume`, once it has.
+    fn first_entry(&self) -> Option<Instant>;
+    /// An error that ended a vCPU thread, if there was one.
+    fn failure(&self) -> Option<String>;
+}

@@ -1,0 +1,4 @@
+//! The reference VMM: guests that can be migrated and that check themselves.
+
+pub mod guest;
+pub mod workload;

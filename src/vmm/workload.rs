@@ -1,0 +1,292 @@
+//! What the reference guests do, and where they keep it in guest memory.
+//!
+//! Both guests (the KVM payload in `kvm::payload`, the threads in `process`)
+//! follow this one specification, and the checker (`postcopy check`, which
+//! shares no code with this file) recomputes it from scratch. All arithmetic is
+//! on `u64` and wraps; `G` is `0x9E3779B97F4A7C15`.
+//!
+//! ```text
+//! mix(x):          x ^= x >> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >> 27;
+//!                  x *= 0x94D049BB133111EB; x ^= x >> 31
+//! tag(page)      = mix(seed + page * G) | 1
+//! fill(page, i)  = mix(tag(page) + i * G)
+//! vseed(v)       = mix(seed + (v + 1) * G)
+//! mulhi(a, b)    = the upper 64 bits of the 128-bit product
+//! ```
+//!
+//! **Memory map**, in page numbers (not addresses: see `MemoryLayout`):
+//!
+//! ```text
+//! 0 .. 512            system pages: page 16 + 2v is vCPU v's control page, 17 + 2v its
+//!                     stall histogram; the KVM guest keeps its tables, stacks and code
+//!                     in 64 .. 512; all others hold filler
+//! 512 .. P - Z        arena: cut into `vcpus` slices of n = (P - Z - 512) / vcpus pages,
+//!                     in vCPU order; what is left over after the last slice is filler
+//! P - Z .. P          tail: zero, never written (its first half is holes, the second was
+//!                     written with zeroes)
+//! ```
+//!
+//! **A filler or arena page** has 512 words: word 0 = `tag`, word 1 = visits `c`
+//! that wrote (0 at first), word 2 = in the arena the next slice-relative index of
+//! the pointer chase (elsewhere 0), words 3.. = `fill(page, i)`.
+//!
+//! **Step `s`** (from 0) of vCPU `v`, with `h = mix(vseed(v) + s * G)`, picks a
+//! slice-relative index `k` by the pattern:
+//!
+//! ```text
+//! sequential        k = cursor; cursor += 1, at n back to 0
+//! strided           k = cursor; cursor += 16; if cursor >= n: lane += 1, at 16 back
+//!                   to 0; cursor = lane
+//! random            k = mulhi(h, n)
+//! zipf              u = h >> 32; u = u*u >> 32; u = u*u >> 32; rank = u*n >> 32;
+//!                   k = mulhi(mix(vseed(v) + rank * G), n)      (theta = 0.75)
+//! hot-set-with-scan if s % 8 == 7: k = cursor; cursor += 1, at n back to 0
+//!                   else k = mulhi(h, max(n / 16, 1))
+//! pointer-chase     k = cursor; cursor = word 2 of page k
+//! read-modify-write k = mulhi(h, n)
+//! ```
+//!
+//! and visits page `p = slice + k`: word 0 must be `tag(p)`; word `4 + s % 128` must
+//! be `fill(p, 4 + s % 128)`; if `s & write_mask == 0` (mask 3, read-modify-write 0):
+//! `word[256 + c % 256] += tag(p)`, then word 1 becomes `c + 1`. If there is a tail and
+//! `s % 64 == 0`: word `(s / 64) % 512` of page `tail + mulhi(mix(h), Z)` must be 0.
+//! Then `STEPS` becomes `s + 1`. A wrong word sets `STATUS` to [`STATUS_FAILED`].
+//!
+//! The pointer chase is one cycle over the slice: with `M` the least power of two not
+//! below `n`, `f(x) = (0x5851F42D4C957F2D * x + (vseed(v) | 1)) mod M`, the index after
+//! `k` is the first of `f(k), f(f(k)), ...` that is below `n`.
+//!
+//! **Instruments.** With `t0`, `t1` the time-stamp counter before and after a visit: if
+//! `t1 - t0` is above `STALL_THRESHOLD`, the histogram's bucket, `STALLS` and `STALL_SUM`
+//! grow; `MAX_GAP` is the largest distance between the `t1` of two successive steps. When
+//! `INSTRUMENT_REQUEST` differs from `INSTRUMENT_SEEN` the guest clears its instruments,
+//! sets `INSTRUMENT_STEP` to `STEPS` and copies the request: so the VMM never writes what
+//! the guest counts. After the visit the guest spins until `t0 + THINK`. When
+//! `STOP_REQUEST` is set, or `STEPS` reaches a `STEP_LIMIT` that is not 0, it sets
+//! `STATUS` to [`STATUS_FINISHED`] between two steps and makes no more.
+
+use crate::proto::layout::MemoryLayout;
+use crate::proto::page::PageIndex;
+use serde::{Deserialize, Serialize};
+
+/// Pages below the arena.
+pub const SYSTEM_PAGES: u64 = 512;
+/// The first page of the KVM guest's own tables, stacks and code.
+pub const MACHINE_PAGES_FIRST: u64 = 64;
+/// The most vCPUs a reference guest has.
+pub const VCPUS_MAX: u32 = 4;
+
+/// Word offsets in a vCPU's control page.
+pub mod control {
+    /// [`super::CONTROL_MAGIC`].
+    pub const MAGIC: usize = 0;
+    /// Steps completed.
+    pub const STEPS: usize = 1;
+    /// The workload's seed.
+    pub const SEED: usize = 2;
+    /// `vseed(v)`.
+    pub const VSEED: usize = 3;
+    /// The pattern's number.
+    pub const PATTERN: usize = 4;
+    /// First page of the slice.
+    pub const SLICE: usize = 5;
+    /// Pages in the slice (`n`).
+    pub const SLICE_PAGES: usize = 6;
+    /// First page of the tail.
+    pub const TAIL: usize = 7;
+    /// Pages in the tail (`Z`).
+    pub const TAIL_PAGES: usize = 8;
+    /// A step writes if `s & WRITE_MASK == 0`.
+    pub const WRITE_MASK: usize = 9;
+    /// Least time-stamp ticks from one step's start to the next one's.
+    pub const THINK: usize = 10;
+    /// Steps to make in all; 0 for no end. Written by the VMM.
+    pub const STEP_LIMIT: usize = 11;
+    /// Not 0: make no more steps. Written by the VMM.
+    pub const STOP_REQUEST: usize = 12;
+    /// One of the `STATUS_` values.
+    pub const STATUS: usize = 13;
+    /// With `STATUS_FAILED`: the page, the word expected, the word found.
+    pub const FAILED_PAGE: usize = 14;
+    /// See [`FAILED_PAGE`].
+    pub const FAILED_EXPECTED: usize = 15;
+    /// See [`FAILED_PAGE`].
+    pub const FAILED_FOUND: usize = 16;
+    /// The pattern's cursor, stored after each step.
+    pub const CURSOR: usize = 17;
+    /// The strided pattern's lane, stored after each step.
+    pub const LANE: usize = 18;
+    /// Time-stamp ticks above which a visit is a stall.
+    pub const STALL_THRESHOLD: usize = 19;
+    /// Counter that asks the guest to clear its instruments. Written by the VMM.
+    pub const INSTRUMENT_REQUEST: usize = 20;
+    /// The last request that the guest followed.
+    pub const INSTRUMENT_SEEN: usize = 21;
+    /// `STEPS` when it followed it.
+    pub const INSTRUMENT_STEP: usize = 22;
+    /// Largest distance between the ends of two successive visits, in ticks.
+    pub const MAX_GAP: usize = 23;
+    /// The end of the last visit, as the time-stamp counter told it.
+    pub const LAST_END: usize = 24;
+    /// Stalls counted.
+    pub const STALLS: usize = 25;
+    /// Their sum in ticks.
+    pub const STALL_SUM: usize = 26;
+    /// Timer interrupts handled (KVM guest only).
+    pub const TICKS: usize = 27;
+}
+
+/// First word of a control page.
+pub const CONTROL_MAGIC: u64 = u64::from_le_bytes(*b"postcopy");
+/// Value of `STATUS`: making steps.
+pub const STATUS_RUNNING: u64 = 0;
+/// Value of `STATUS`: stopped between two steps, as asked.
+pub const STATUS_FINISHED: u64 = 1;
+/// Value of `STATUS`: found a wrong word.
+pub const STATUS_FAILED: u64 = 2;
+
+/// Words in the stall histogram (one page). The bucket of `d` ticks is `d` below 8,
+/// else `(e << 3) | ((d >> (e - 3)) & 7)` with `e` the number of `d`'s highest set bit:
+/// eight buckets an octave.
+pub const STALL_BUCKETS: usize = 512;
+
+/// The histogram bucket of a stall of `ticks`.
+pub fn stall_bucket(ticks: u64) -> usize {
+    if ticks < 8 {
+        return ticks as usize;
+    }
+    let exponent = 63 - ticks.leading_zeros() as usize;
+    (exponent << 3) | ((ticks >> (exponent - 3)) & 7) as usize
+}
+
+/// The least number of ticks that falls into `bucket`.
+pub fn stall_bucket_floor(bucket: usize) -> u64 {
+    if bucket < 24 {
+        return (bucket as u64).min(7);
+    }
+    let (exponent, eighth) = (bucket >> 3, (bucket & 7) as u64);
+    (8 + eighth) << (exponent - 3)
+}
+
+/// An access pattern. The numbers are those in `control::PATTERN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u64)]
+pub enum Pattern {
+    /// One page after another.
+    Sequential = 0,
+    /// Every sixteenth page, in sixteen passes.
+    Strided = 1,
+    /// Any page, evenly.
+    Random = 2,
+    /// Few pages often, many seldom (theta 0.75), scattered.
+    Zipf = 3,
+    /// Seven steps in eight in the first sixteenth, the eighth scanning all.
+    HotSetWithScan = 4,
+    /// Each page names the next.
+    PointerChase = 5,
+    /// Any page, evenly, and each step writes.
+    ReadModifyWrite = 6,
+}
+
+impl Pattern {
+    /// All of them.
+    pub const ALL: [Pattern; 7] = [
+        Pattern::Sequential,
+        Pattern::Strided,
+        Pattern::Random,
+        Pattern::Zipf,
+        Pattern::HotSetWithScan,
+        Pattern::PointerChase,
+        Pattern::ReadModifyWrite,
+    ];
+
+    /// A step writes if `s & write_mask() == 0`.
+    pub fn write_mask(self) -> u64 {
+        if self == Pattern::ReadModifyWrite { 0 } else { 3 }
+    }
+}
+
+/// What a reference guest is told to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// How pages are picked.
+    pub pattern: Pattern,
+    /// Seed of the contents and of the random patterns.
+    pub seed: u64,
+    /// vCPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u32,
+    /// Least time from one step's start to the next one's, in nanoseconds.
+    pub think_ns: u64,
+    /// Steps of each vCPU; 0 for no end.
+    pub step_limit: u64,
+    /// Pages of the zero tail.
+    pub zero_pages: u64,
+}
+
+/// A vCPU's part of the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Its first page.
+    pub first: PageIndex,
+    /// Its pages.
+    pub pages: u64,
+}
+
+/// A workload that does not fit the memory.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WorkloadError {
+    /// No vCPU, or too many.
+    #[error("{0} vCPUs asked for; a reference guest has 1 to {VCPUS_MAX}")]
+    Vcpus(u32),
+    /// Fewer than 16 arena pages a vCPU.
+    #[error("{pages} pages of memory with {zero} zero pages leave too little for {vcpus} vCPUs")]
+    TooSmall {
+        /// Pages of guest memory.
+        pages: u64,
+        /// Pages of the zero tail.
+        zero: u64,
+        /// vCPUs.
+        vcpus: u32,
+    },
+}
+
+impl Workload {
+    /// Checks that the workload fits a guest of `layout`.
+    pub fn check(&self, layout: &MemoryLayout) -> Result<(), WorkloadError> {
+        if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
+            return Err(WorkloadError::Vcpus(self.vcpus));
+        }
+        let needed = SYSTEM_PAGES + self.zero_pages.saturating_add(16 * u64::from(self.vcpus));
+        if needed > layout.pages() {
+            return Err(WorkloadError::TooSmall {
+                pages: layout.pages(),
+                zero: self.zero_pages,
+                vcpus: self.vcpus,
+            });
+        }
+        Ok(())
+    }
+
+    /// The part of the arena that belongs to `vcpu`.
+    pub fn slice(&self, layout: &MemoryLayout, vcpu: u32) -> Slice {
+        let arena = layout.pages() - self.zero_pages - SYSTEM_PAGES;
+        let pages = arena / u64::from(self.vcpus);
+        Slice { first: PageIndex::new(SYSTEM_PAGES + u64::from(vcpu) * pages), pages }
+    }
+
+    /// The first page of the zero tail.
+    pub fn tail(&self, layout: &MemoryLayout) -> PageIndex {
+        PageIndex::new(layout.pages() - self.zero_pages)
+    }
+}
+
+/// The control page of `vcpu`.
+pub const fn control_page(vcpu: u32) -> PageIndex {
+    PageIndex::new(16 + 2 * vcpu as u64)
+}
+
+/// The stall histogram's page of `vcpu`.
+pub const fn histogram_page(vcpu: u32) -> PageIndex {
+    PageIndex::new(17 + 2 * vcpu as u64)
+}
