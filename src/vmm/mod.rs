@@ -1,4 +1,5 @@
 //! The reference VMM: guests that can be migrated and that check themselves.
 
+pub mod content;
 pub mod guest;
 pub mod workload;
