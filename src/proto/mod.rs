@@ -3,4 +3,6 @@
 //! time and randomness are passed in.
 
 pub mod layout;
+pub mod pacing;
 pub mod page;
+pub mod prepaging;

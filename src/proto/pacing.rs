@@ -1,0 +1,339 @@
+//! How much push may be under way: the send window of the push lanes.
+//!
+//! Push and urgent lane have sockets of their own but share the bottleneck's queue,
+//! and whatever push has in that queue a network fault waits for. So push must fill the link and
+//! keep the queue short. [`Pacer`] is a pure controller for that; it sends and
+//! measures nothing itself. Choosing *which* pages go is
+//! [`prepaging`](super::prepaging)'s part.
+//!
+//! Its signal is delay, as in TCP Vegas (Brakmo, O'Malley, Peterson, SIGCOMM 1994) and LEDBAT
+//! (RFC 6817): the urgent lane's round trip above the least one seen lately is the
+//! queue. The window is moved linearly towards the size at which the queue is
+//! [`Pacer::target`]:
+//!
+//! ```text
+//! window += GAIN * rate * (target - delay)       once in two round trips, at least 4 ms
+//! ```
+//!
+//! * `delay` is the *least* of the last few samples, never a single one: on busy
+//!   cores single ones are late by milliseconds without any queue on the link, and a queue delays
+//!   all of them.
+//! * `target` is a quarter of the base round trip, but at least 500 us, below which
+//!   scheduling noise drowns the signal, and at most 5 ms.
+//! * A start-up phase doubles the window while deliveries grow with it, as slow
+//!   start does, but looks at every second round only, since what is delivered in
+//!   the first one was sent before the doubling.
+//! * Without urgent samples the window holds: nobody waits, and nothing is known.
+//! * The delivery rate bounds the window on both sides, so that neither a push lane
+//!   with nothing to send opens it without end nor noise closes it: what lies
+//!   between is the controller's.
+//! * A queue that always stands hides the true base. As in LEDBAT++, the window is
+//!   halved for two round trips every ten seconds to look under it.
+
+use super::page::{PAGE_SIZE, RUN_PAGES_MAX};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Share of the error that one step corrects. The effect of a step is seen one or two
+/// steps later, and an integrator with a lag of two is stable below 0.6.
+const GAIN: f64 = 0.25;
+/// The shortest step and the shortest round over which deliveries are counted:
+/// acknowledgements come in bursts of up to a millisecond.
+const STEP_MIN: Duration = Duration::from_millis(4);
+/// Samples that a step needs, and the most that it looks at.
+const SAMPLES_MIN: usize = 3;
+const SAMPLES_MAX: usize = 8;
+/// Rounds whose best counts as the delivery rate.
+const ROUNDS_MAX: usize = 10;
+/// Bounds of the queue's target.
+const TARGET_MIN: Duration = Duration::from_micros(500);
+const TARGET_MAX: Duration = Duration::from_millis(5);
+/// What acknowledgements may be late by without any queue: the peer's ack delay
+/// and some scheduling.
+const ACK_DELAY: Duration = Duration::from_millis(2);
+/// How long a base round trip is believed: one to two of these.
+const BASE_EPOCH: Duration = Duration::from_secs(15);
+/// How often the window is halved to find the base.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How long the best rate ever seen is remembered before it is halved.
+const PEAK_HALF_LIFE: Duration = Duration::from_secs(10);
+
+/// Bounds of a [`Pacer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacerConfig {
+    /// The least window in bytes.
+    pub window_min: u64,
+    /// The greatest, in bytes. It limits the rate on long fat links to itself per round trip.
+    pub window_max: u64,
+    /// The window before anything is known, in bytes.
+    pub window_initial: u64,
+    /// The base round trip before the first sample; the handshake's, if known.
+    pub rtt_initial: Duration,
+}
+
+impl Default for PacerConfig {
+    fn default() -> Self {
+        Self {
+            window_min: 32 << 10,
+            window_max: 16 << 20,
+            window_initial: 64 << 10,
+            rtt_initial: Duration::from_millis(1),
+        }
+    }
+}
+
+/// Decides how many bytes of push may be claimed and not yet acknowledged.
+///
+/// All times count from the same beginning, such as the session's.
+#[derive(Clone, Debug)]
+pub struct Pacer {
+    config: PacerConfig,
+    /// In bytes.
+    window: f64,
+    phase: Phase,
+    base: BaseRtt,
+    /// The urgent samples since the last step, at most `SAMPLES_MAX`.
+    samples: VecDeque<Duration>,
+    /// The least of the samples of the last step.
+    recent: Option<Duration>,
+    stepped_at: Duration,
+    rate: DeliveryRate,
+    /// Since when the window is halved to find the base.
+    looking_since: Option<Duration>,
+    looked_at: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    /// Doubling. `rounds` were seen since the last doubling, when the rate was `rate`;
+    /// `misses` looks in a row found it hardly grown.
+    Startup {
+        rounds: u32,
+        rate: f64,
+        misses: u32,
+    },
+    Steady,
+}
+
+impl Pacer {
+    /// A pacer that knows nothing yet.
+    pub fn new(config: PacerConfig) -> Self {
+        Self {
+            config,
+            window: config.window_initial as f64,
+            phase: Phase::Startup { rounds: 0, rate: 0.0, misses: 0 },
+            base: BaseRtt::default(),
+            samples: VecDeque::with_capacity(SAMPLES_MAX),
+            recent: None,
+            stepped_at: Duration::ZERO,
+            rate: DeliveryRate::default(),
+            looking_since: None,
+            looked_at: Duration::ZERO,
+        }
+    }
+
+    /// The bytes of push that may be under way now.
+    pub fn window_bytes(&self) -> u64 {
+        let window = if self.looking_since.is_some() { self.window / 2.0 } else { self.window };
+        (window as u64)
+            .clamp(self.config.window_min, self.config.window_max.max(self.config.window_min))
+    }
+
+    /// What the push lanes deliver, in bits a second; 0 if not known yet.
+    pub fn rate_bps(&self) -> u64 {
+        (self.rate.bytes_a_second() * 8.0) as u64
+    }
+
+    /// The round trip without a queue.
+    pub fn base_rtt(&self) -> Duration {
+        self.base.get().unwrap_or(self.config.rtt_initial)
+    }
+
+    /// The round trip now: the least of the last few samples.
+    pub fn rtt(&self) -> Duration {
+        let least = self.samples.iter().min().copied();
+        match (least, self.recent) {
+            (Some(least), Some(recent)) if self.samples.len() < SAMPLES_MIN => least.min(recent),
+            (least, recent) => least.or(recent).unwrap_or_else(|| self.base_rtt()),
+        }
+    }
+
+    /// The queue that is aimed at, as the time that it takes to pass.
+    pub fn target(&self) -> Duration {
+        (self.base_rtt() / 4).clamp(TARGET_MIN, TARGET_MAX)
+    }
+
+    /// How long the runs should be that are claimed at a time: a millisecond of the
+    /// link, and 16 to 64 pages.
+    pub fn run_pages(&self) -> u32 {
+        let pages = self.rate.bytes_a_second() * 0.001 / PAGE_SIZE as f64;
+        (pages as u32).clamp(16, RUN_PAGES_MAX)
+    }
+
+    /// Takes in a round trip of the urgent lane that ended at `now`.
+    pub fn on_urgent_rtt(&mut self, now: Duration, rtt: Duration) {
+        let rtt = rtt.max(Duration::from_micros(1));
+        self.base.sample(now, rtt);
+        if self.samples.len() == SAMPLES_MAX {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(rtt);
+        self.look_under_the_queue(now);
+        self.step(now);
+    }
+
+    /// Takes in that the peer has acknowledged `bytes_acked_total` bytes of push
+    /// since the beginning. To be called every few milliseconds at least.
+    pub fn on_push_delivered(&mut self, now: Duration, bytes_acked_total: u64) {
+        let round_min = self.rtt().max(STEP_MIN);
+        if self.rate.delivered(now, bytes_acked_total, round_min) {
+            self.start_up();
+            self.bound();
+        }
+        self.look_under_the_queue(now);
+    }
+
+    /// One round of deliveries ended: goes on doubling, or ends the start-up.
+    fn start_up(&mut self) {
+        let Phase::Startup { rounds, rate: before, misses } = self.phase else { return };
+        if rounds == 0 {
+            self.phase = Phase::Startup { rounds: 1, rate: before, misses };
+            return;
+        }
+        let rate = self.rate.last;
+        let queued = self.delay().is_some_and(|delay| delay > self.target());
+        let misses = if rate < 1.25 * before { misses + 1 } else { 0 };
+        if queued || misses > 1 {
+            self.phase = Phase::Steady;
+            self.window =
+                self.rate.bytes_a_second() * (self.base_rtt() + self.target()).as_secs_f64();
+            return;
+        }
+        if misses == 0 {
+            self.window *= 2.0;
+        }
+        self.phase = Phase::Startup { rounds: 0, rate: rate.max(before), misses };
+    }
+
+    fn step(&mut self, now: Duration) {
+        let period = (2 * self.rtt()).max(STEP_MIN);
+        if self.samples.len() < SAMPLES_MIN || now.saturating_sub(self.stepped_at) < period {
+            return;
+        }
+        self.stepped_at = now;
+        self.recent = self.samples.iter().min().copied();
+        if self.phase == Phase::Steady && self.looking_since.is_none() {
+            let delay = self.delay().unwrap_or_default().as_secs_f64();
+            let error = self.target().as_secs_f64() - delay;
+            let change = GAIN * self.rate.bytes_a_second() * error;
+            self.window += change.clamp(-self.window / 4.0, self.window / 8.0);
+            self.bound();
+        }
+        self.samples.clear();
+    }
+
+    /// The queue, as the least delay of the last few samples.
+    fn delay(&self) -> Option<Duration> {
+        let least = if self.samples.len() < SAMPLES_MIN { self.recent } else { None };
+        let least = least.or_else(|| self.samples.iter().min().copied())?;
+        Some(least.saturating_sub(self.base_rtt()))
+    }
+
+    /// Keeps the window within what the delivery rate allows for.
+    fn bound(&mut self) {
+        if self.phase == Phase::Steady {
+            let rate = self.rate.bytes_a_second();
+            let (base, target) = (self.base_rtt().as_secs_f64(), self.target().as_secs_f64());
+            let least =
+                (rate * (0.9 * base + target / 2.0)).max(self.rate.peak * TARGET_MIN.as_secs_f64());
+            let most = 2.0 * rate * (base + target + ACK_DELAY.as_secs_f64());
+            self.window = self.window.min(most).max(least);
+        }
+        let (min, max) = (self.config.window_min as f64, self.config.window_max as f64);
+        self.window = self.window.min(max).max(min);
+    }
+
+    fn look_under_the_queue(&mut self, now: Duration) {
+        let long = (2 * self.rtt()).max(2 * STEP_MIN);
+        match self.looking_since {
+            Some(since) if now.saturating_sub(since) >= long => {
+                self.looking_since = None;
+                self.looked_at = now;
+                self.samples.clear();
+            }
+            None if now.saturating_sub(self.looked_at) >= LOOK_EVERY
+                && self.phase == Phase::Steady =>
+            {
+                self.looking_since = Some(now);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The least round trip of this epoch and the one before.
+#[derive(Clone, Debug, Default)]
+struct BaseRtt {
+    began: Duration,
+    now: Option<Duration>,
+    before: Option<Duration>,
+}
+
+impl BaseRtt {
+    fn sample(&mut self, now: Duration, rtt: Duration) {
+        if now.saturating_sub(self.began) >= BASE_EPOCH {
+            self.began = now;
+            self.before = self.now.take();
+        }
+        self.now = Some(self.now.map_or(rtt, |least| least.min(rtt)));
+    }
+
+    fn get(&self) -> Option<Duration> {
+        self.now.into_iter().chain(self.before).min()
+    }
+}
+
+/// The best delivery rate of the last rounds, in bytes a second.
+#[derive(Clone, Debug, Default)]
+struct DeliveryRate {
+    /// When the round began and how much had been acknowledged.
+    round: Option<(Duration, u64)>,
+    rounds: VecDeque<f64>,
+    last: f64,
+    /// The best rate for a long time.
+    peak: f64,
+    peak_at: Duration,
+}
+
+impl DeliveryRate {
+    /// Takes in an account; says whether a round ended with it.
+    fn delivered(&mut self, now: Duration, total: u64, round_min: Duration) -> bool {
+        let (began, before) = *self.round.get_or_insert((now, total));
+        let elapsed = now.saturating_sub(began);
+        if elapsed < round_min {
+            return false;
+        }
+        self.round = Some((now, total));
+        // A round without deliveries had nothing to send, or no link: it says nothing
+        // about the rate.
+        let Some(bytes) = total.checked_sub(before).filter(|&bytes| bytes > 0) else {
+            return false;
+        };
+        self.last = bytes as f64 / elapsed.as_secs_f64();
+        if self.rounds.len() == ROUNDS_MAX {
+            self.rounds.pop_front();
+        }
+        self.rounds.push_back(self.last);
+        if now.saturating_sub(self.peak_at) >= PEAK_HALF_LIFE {
+            (self.peak, self.peak_at) = (self.peak / 2.0, now);
+        }
+        if self.last > self.peak {
+            (self.peak, self.peak_at) = (self.last, now);
+        }
+        true
+    }
+
+    fn bytes_a_second(&self) -> f64 {
+        self.rounds.iter().copied().fold(0.0, f64::max)
+    }
+}

@@ -1,0 +1,400 @@
+//! Adaptive pre-paging by bubbling: pages around the last faults first.
+//!
+//! After Hines and Gopalan, "Post-copy based live virtual machine migration using
+//! adaptive pre-paging and dynamic self-ballooning" (VEE 2009): each fault is a
+//! *pivot*, around which a *bubble* of sent pages grows in both directions. A few
+//! pivots are kept, the newest is served first, the oldest is retired, bubbles
+//! that meet become one, and when no bubble can grow the rest goes out linearly.
+//!
+//! Three things differ from the paper, each for a reason:
+//!
+//! * **A bubble may lean.** Faults and late hits that keep coming on one side of
+//!   a pivot's last event are a reader moving that way. Growing the other way
+//!   then halves the rate at which the reader is fed, so after
+//!   [`STREAM_LEAN`] such events in a row the bubble is a *stream*: it grows on
+//!   that side only and is kept two round trips of the reader's own pace ahead of it,
+//!   before anything else is pushed; a page asked for from further behind is late anyway.
+//! * **Late hits count.** A late hit brings no page closer, but it says where the
+//!   guest is. A reader that is fed just too slowly makes *only* late hits, so without them it would
+//!   look as if it had stopped.
+//! * **The first 64 KiB on each side go first.** First touches of guest physical
+//!   memory cluster at 64 KiB and 2 MiB. With one vCPU waiting, a gigabit link carries some 30
+//!   pages a fault; a longer first run would spend them all on one side.
+//!
+//! A bubble does not leap over more than [`LEAP_PAGES_MAX`] sent pages, for what
+//! lies behind is no neighbour of the fault any more.
+
+use super::{
+    Fault, LinkState, Origin, PIVOTS_MAX, Policy, PolicyConfig, Suggestion, Unsent, run_around,
+    run_down, run_up,
+};
+use crate::proto::page::{PAGE_SIZE, PageRun};
+use std::cmp::Reverse;
+use std::time::Duration;
+
+/// The run on each side of a pivot that goes before anything else: 64 KiB.
+const NEIGHBOUR_PAGES: u32 = 16;
+/// The most sent pages that a bubble's edge leaps over: 2 MiB.
+const LEAP_PAGES_MAX: u64 = 512;
+/// Events in a row on one side that make a bubble a stream.
+const STREAM_LEAN: i8 = 2;
+/// Where the count of such events stops.
+const LEAN_MAX: i8 = 4;
+/// How far outside a bubble a fault may lie and still tell of its direction.
+const NEAR_PAGES: u64 = 64;
+/// The least that a stream is kept ahead of its reader.
+const AHEAD_PAGES_MIN: u64 = 128;
+/// The most (16 MiB): a pace is only an estimate.
+const AHEAD_PAGES_MAX: u64 = 4096;
+
+/// Pushes around the last faults; see the module's text.
+#[derive(Clone, Debug)]
+pub struct Bubbling {
+    pages: u64,
+    pivots_max: usize,
+    pivots: Vec<Pivot>,
+    /// Events heard, which orders pivots by age.
+    events: u64,
+    /// Turns given, which makes the round robin.
+    turns: u64,
+    /// Where the linear push goes on when no bubble can grow.
+    cursor: u64,
+    link: Option<LinkState>,
+}
+
+/// A bubble and what is known about the reader that it grows around.
+#[derive(Clone, Debug)]
+struct Pivot {
+    /// The bubble's first page.
+    low: u64,
+    /// The page after its last one.
+    high: u64,
+    /// Nothing is left to push below it, or it is too far off.
+    low_done: bool,
+    /// The same above it.
+    high_done: bool,
+    /// The page of the last event.
+    last: u64,
+    /// When that was.
+    last_at: Duration,
+    /// The number of that event.
+    event: u64,
+    /// Events in a row upward (positive) or downward (negative).
+    lean: i8,
+    /// The reader's pace in pages a second, while it moves one way.
+    pace: f64,
+    /// Pages that it may push before pivots without credit.
+    credit: u64,
+    /// When it had its last turn; 0 asks for the next one.
+    turn: u64,
+    /// Which way a bubble that does not lean grows next.
+    up_next: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Up,
+    Down,
+}
+
+impl Bubbling {
+    /// A policy without pivots: it begins linearly at page 0.
+    pub fn new(config: PolicyConfig) -> Self {
+        let pivots_max = config.pivots_max.clamp(1, PIVOTS_MAX);
+        Self {
+            pages: config.pages,
+            pivots_max,
+            pivots: Vec::with_capacity(pivots_max + 1),
+            events: 0,
+            turns: 0,
+            cursor: 0,
+            link: None,
+        }
+    }
+
+    /// How many pivots it has now, at most `pivots_max`.
+    pub fn pivots(&self) -> usize {
+        self.pivots.len()
+    }
+
+    fn event(&mut self, fault: Fault, late: bool) {
+        let page = fault.page.get();
+        if page >= self.pages {
+            return;
+        }
+        self.events += 1;
+        let near = self.near_pages();
+        match self.nearest(page) {
+            Some(index) => {
+                let (pages, rtt) = (self.pages, self.rtt());
+                let pivot = &mut self.pivots[index];
+                pivot.hear(page, fault.at, self.events, near);
+                if pivot.streams().is_some() {
+                    pivot.follow(page, pages, rtt);
+                    self.merge(index);
+                } else if pivot.contains(page) {
+                    pivot.credit = u64::from(2 * NEIGHBOUR_PAGES);
+                } else {
+                    // The bubble has not got there yet, and the page may be the edge of
+                    // something else: a pivot of its own, that inherits the direction.
+                    let mut moved = Pivot::new(page, fault.at, self.events);
+                    (moved.lean, moved.pace) = (pivot.lean, pivot.pace);
+                    (pivot.lean, pivot.credit) = (0, 0);
+                    self.admit(moved);
+                }
+            }
+            None => {
+                let mut pivot = Pivot::new(page, fault.at, self.events);
+                if late {
+                    // Its neighbours are likely to be on their way as well.
+                    pivot.credit = 0;
+                }
+                self.admit(pivot);
+            }
+        }
+        if !late {
+            self.cursor = page;
+        }
+    }
+
+    /// The pivot whose bubble holds `page`, or nearly so; of several the newest.
+    fn nearest(&self, page: u64) -> Option<usize> {
+        (0..self.pivots.len())
+            .filter(|&index| self.pivots[index].distance(page) <= NEAR_PAGES)
+            .min_by_key(|&index| {
+                let pivot = &self.pivots[index];
+                (!pivot.contains(page), Reverse(pivot.event))
+            })
+    }
+
+    fn admit(&mut self, pivot: Pivot) {
+        self.pivots.push(pivot);
+        self.merge(self.pivots.len() - 1);
+        if self.pivots.len() <= self.pivots_max {
+            return;
+        }
+        // A slow reader amid many scattered faults must not be forgotten between two
+        // of its own: streams live longer.
+        let grace = 4 * self.pivots_max as u64;
+        let age = |pivot: &Pivot| pivot.event + pivot.streams().map_or(0, |_| grace);
+        if let Some(oldest) = (0..self.pivots.len()).min_by_key(|&i| age(&self.pivots[i])) {
+            self.pivots.swap_remove(oldest);
+        }
+    }
+
+    /// Makes one bubble of the one at `index` and all that it touches.
+    fn merge(&mut self, mut index: usize) {
+        let mut other = 0;
+        while other < self.pivots.len() {
+            if other == index || !self.pivots[index].touches(&self.pivots[other]) {
+                other += 1;
+                continue;
+            }
+            let rank = |pivot: &Pivot| (pivot.streams().is_some(), pivot.event);
+            let (keep, drop) = if rank(&self.pivots[index]) >= rank(&self.pivots[other]) {
+                (index, other)
+            } else {
+                (other, index)
+            };
+            let dropped = self.pivots[drop].clone();
+            self.pivots[keep].absorb(&dropped);
+            self.pivots.swap_remove(drop);
+            // The last pivot moved into the hole.
+            index = if keep == self.pivots.len() { drop } else { keep };
+            // The union may touch what neither touched.
+            other = 0;
+        }
+    }
+
+    /// Whose turn it is: a pivot that has credit before those that have none, then
+    /// the one whose last turn is longest ago, then the newest.
+    fn whose_turn(&self) -> Option<usize> {
+        (0..self.pivots.len()).filter(|&index| self.pivots[index].can_grow()).min_by_key(|&index| {
+            let pivot = &self.pivots[index];
+            (pivot.credit == 0, pivot.turn, Reverse(pivot.event))
+        })
+    }
+
+    fn rtt(&self) -> Duration {
+        self.link.map_or(Duration::from_millis(1), |link| link.rtt)
+    }
+
+    /// How far apart two events of one reader may be: as much as is under way.
+    fn near_pages(&self) -> u64 {
+        let rate = self.link.map_or(0, |link| link.rate_bps);
+        let pages_a_second = (rate / 8 / PAGE_SIZE as u64) as f64;
+        let under_way = (self.rtt().as_secs_f64() + 0.001) * pages_a_second;
+        (2.0 * under_way).clamp(128.0, 2048.0) as u64
+    }
+}
+
+impl Policy for Bubbling {
+    fn name(&self) -> &'static str {
+        "bubbling"
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        self.event(fault, false);
+    }
+
+    fn late_hit(&mut self, fault: Fault) {
+        self.event(fault, true);
+    }
+
+    fn link(&mut self, link: LinkState) {
+        self.link = Some(link);
+    }
+
+    /// Changes nothing: it pushes all the time.
+    fn drain(&mut self) {}
+
+    fn next(&mut self, unsent: &dyn Unsent, pages_max: u32) -> Option<Suggestion> {
+        if pages_max == 0 {
+            return None;
+        }
+        // Each pass hands out a run or closes one side of one bubble.
+        while let Some(index) = self.whose_turn() {
+            let pivot = &mut self.pivots[index];
+            if let Some(run) = pivot.grow(unsent, pages_max) {
+                self.turns += 1;
+                pivot.turn = self.turns;
+                self.merge(index);
+                return Some(Suggestion { run, origin: Origin::Push });
+            }
+        }
+        let run = run_around(unsent, self.cursor, pages_max)?;
+        self.cursor = run.end();
+        Some(Suggestion { run, origin: Origin::Push })
+    }
+}
+
+impl Pivot {
+    fn new(page: u64, at: Duration, event: u64) -> Self {
+        Self {
+            low: page,
+            high: page + 1,
+            low_done: page == 0,
+            high_done: false,
+            last: page,
+            last_at: at,
+            event,
+            lean: 0,
+            pace: 0.0,
+            credit: u64::from(2 * NEIGHBOUR_PAGES),
+            turn: 0,
+            up_next: true,
+        }
+    }
+
+    fn contains(&self, page: u64) -> bool {
+        (self.low..self.high).contains(&page)
+    }
+
+    /// Pages between the bubble and `page`; 0 for one inside or just outside.
+    fn distance(&self, page: u64) -> u64 {
+        if page < self.low { self.low - page - 1 } else { page.saturating_sub(self.high) }
+    }
+
+    fn touches(&self, other: &Pivot) -> bool {
+        self.low <= other.high && other.low <= self.high
+    }
+
+    fn streams(&self) -> Option<Direction> {
+        match self.lean {
+            STREAM_LEAN.. => Some(Direction::Up),
+            ..0 if self.lean <= -STREAM_LEAN => Some(Direction::Down),
+            _ => None,
+        }
+    }
+
+    fn can_grow(&self) -> bool {
+        !(self.low_done && self.high_done)
+    }
+
+    /// Takes in an event in or near the bubble.
+    fn hear(&mut self, page: u64, at: Duration, event: u64, near: u64) {
+        let distance = page.abs_diff(self.last);
+        let up = page > self.last;
+        let at_edge = if up { page + near >= self.high } else { page <= self.low + near };
+        if distance > 0 && (distance <= near || at_edge) {
+            let vote = if up { 1 } else { -1 };
+            let turned = self.lean * vote < 0;
+            self.lean = if turned { vote } else { (self.lean + vote).clamp(-LEAN_MAX, LEAN_MAX) };
+            let elapsed = at.saturating_sub(self.last_at).as_secs_f64().max(1e-6);
+            let pace = distance as f64 / elapsed;
+            self.pace = if self.pace == 0.0 || turned { pace } else { (self.pace + pace) / 2.0 };
+        } else if distance > 0 {
+            self.lean -= self.lean.signum();
+        }
+        (self.last, self.last_at, self.event) = (page, at, event);
+        self.turn = 0;
+    }
+
+    /// As a stream: goes on from the reader's place, and far enough ahead of it.
+    fn follow(&mut self, page: u64, pages: u64, rtt: Duration) {
+        let ahead = (2.0 * self.pace * rtt.as_secs_f64()) as u64;
+        let ahead = ahead.clamp(AHEAD_PAGES_MIN, AHEAD_PAGES_MAX);
+        let up = self.lean > 0;
+        if up {
+            self.low = self.low.min(page);
+            if page >= self.high {
+                self.high = page + 1;
+                self.high_done = self.high >= pages;
+            }
+            self.credit = (page + ahead).saturating_sub(self.high);
+        } else {
+            self.high = self.high.max(page + 1);
+            if page < self.low {
+                self.low = page;
+                self.low_done = page == 0;
+            }
+            self.credit = (self.low + ahead).saturating_sub(page);
+        }
+    }
+
+    /// Takes over the outer edges of `other`, which touches it.
+    fn absorb(&mut self, other: &Pivot) {
+        if other.low < self.low {
+            (self.low, self.low_done) = (other.low, other.low_done);
+        }
+        if other.high > self.high {
+            (self.high, self.high_done) = (other.high, other.high_done);
+        }
+    }
+
+    /// The next run at one of its edges; `None` if that edge is at its end.
+    fn grow(&mut self, unsent: &dyn Unsent, pages_max: u32) -> Option<PageRun> {
+        let direction = self.direction();
+        let leap_max = if self.streams().is_some() { u64::MAX } else { LEAP_PAGES_MAX };
+        let fresh = self.credit > 0 && self.streams().is_none();
+        let pages_max = if fresh { pages_max.min(NEIGHBOUR_PAGES) } else { pages_max };
+        let run = match direction {
+            Direction::Up => run_up(unsent, self.high, pages_max)
+                .filter(|run| run.first().get() - self.high <= leap_max),
+            Direction::Down => self
+                .low
+                .checked_sub(1)
+                .and_then(|from| run_down(unsent, from, pages_max))
+                .filter(|run| self.low - run.end() <= leap_max),
+        };
+        match (run, direction) {
+            (Some(run), Direction::Up) => self.high = run.end(),
+            (Some(run), Direction::Down) => self.low = run.first().get(),
+            (None, Direction::Up) => self.high_done = true,
+            (None, Direction::Down) => self.low_done = true,
+        }
+        self.up_next = direction == Direction::Down;
+        self.credit = self.credit.saturating_sub(run.map_or(0, PageRun::count));
+        run
+    }
+
+    fn direction(&self) -> Direction {
+        match (self.low_done, self.high_done, self.streams()) {
+            (true, false, _) => Direction::Up,
+            (false, true, _) => Direction::Down,
+            (_, _, Some(direction)) => direction,
+            _ if self.up_next => Direction::Up,
+            _ => Direction::Down,
+        }
+    }
+}
