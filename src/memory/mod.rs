@@ -1,3 +1,5 @@
 //! Guest memory as this process has it mapped.
 
+pub mod limits;
 pub mod ram;
+pub mod scan;

@@ -1,5 +1,5 @@
 //! The constants and structures of `<linux/userfaultfd.h>` that the
-//! `userfaultfd` crate uses, under the names that bindgen would give them.
+//! `userfaultfd` crate and `postcopy::uffd` use, under the names that bindgen would give them.
 //!
 //! It stands in for the published crate of the same name, which needs libclang
 //! to build. `tests/kernel_header.rs` compares every value with the kernel's
@@ -19,6 +19,7 @@ pub const _UFFDIO_COPY: u64 = 0x03;
 pub const _UFFDIO_ZEROPAGE: u64 = 0x04;
 pub const _UFFDIO_WRITEPROTECT: u64 = 0x06;
 pub const _UFFDIO_CONTINUE: u64 = 0x07;
+pub const _UFFDIO_POISON: u64 = 0x08;
 pub const _UFFDIO_API: u64 = 0x3F;
 
 /// The ioctl type; the `userfaultfd` crate wants it as a byte.
@@ -33,6 +34,7 @@ pub const UFFDIO_ZEROPAGE_MODE_DONTWAKE: u64 = 1 << 0;
 pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 pub const UFFDIO_WRITEPROTECT_MODE_DONTWAKE: u64 = 1 << 1;
 pub const UFFDIO_CONTINUE_MODE_DONTWAKE: u64 = 1 << 0;
+pub const UFFDIO_POISON_MODE_DONTWAKE: u64 = 1 << 0;
 
 pub const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 pub const UFFD_EVENT_FORK: u8 = 0x13;
@@ -55,6 +57,7 @@ pub const UFFD_FEATURE_SIGBUS: u64 = 1 << 7;
 pub const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -110,6 +113,14 @@ pub struct uffdio_continue {
     pub range: uffdio_range,
     pub mode: u64,
     pub mapped: i64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct uffdio_poison {
+    pub range: uffdio_range,
+    pub mode: u64,
+    pub updated: i64,
 }
 
 #[repr(C, packed)]

@@ -1,0 +1,18 @@
+//! Everything between this crate and `userfaultfd`: getting a descriptor
+//! ([`open`]), putting guest memory under it ([`register`]), reading what the
+//! guest waits for ([`trap`]) and answering it ([`place`]).
+//!
+//! Nothing here knows which pages are placed, requested or on their way; the
+//! ledgers in [`proto`](crate::proto) do. Nothing here touches the registered
+//! mapping either: a thread that did so would wait for itself.
+
+mod ioctl;
+pub mod open;
+pub mod place;
+pub mod register;
+pub mod trap;
+
+pub use open::{OpenError, UffdOptions};
+pub use place::{PlaceError, Placed, Placer, Stop};
+pub use register::{DestinationBacking, RegisterError, register};
+pub use trap::{Trap, TrapError, TrapEvent};

@@ -1,0 +1,315 @@
+//! [`Placer`]: putting pages into registered memory and waking who waits.
+//!
+//! It never touches the registered mapping: content goes in by ioctl, or by
+//! `pwrite` to the memfd. It does not know which pages are placed; whoever calls
+//! it owns the pages of a run exclusively (the ledger's `Placing`) until it returns.
+
+use super::ioctl;
+use super::register::{DestinationBacking, Registration, errno_of};
+use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use nix::errno::Errno;
+use std::ffi::c_void;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use userfaultfd_sys as sys;
+
+/// How far a placement came.
+#[must_use = "a placement may stop early, and what is left must be placed again"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// How many pages from the run's first one on were placed, and their waiters
+    /// woken.
+    pub pages: u64,
+    /// Why it ended before the run's end; `None` if all pages were placed.
+    pub stop: Option<Stop>,
+}
+
+/// Why a placement ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The kernel takes no pages now (`EAGAIN`): an event such as
+    /// [`Removed`](super::TrapEvent::Removed) has not been read yet. Placing the
+    /// rest works once it is; that must be left to another thread or to later if
+    /// the caller is the one that reads events.
+    Again,
+    /// The page after those placed is there already (`EEXIST`), and was left as
+    /// it is. Outside recovery this is a mistake of the caller's, to be counted.
+    /// The rest goes on behind that page.
+    Exists,
+}
+
+impl Placed {
+    /// Whether the whole run was placed.
+    pub fn is_complete(self) -> bool {
+        self.stop.is_none()
+    }
+
+    /// The pages of `run` that were not placed, a page that exists included.
+    pub fn rest(self, run: PageRun) -> Option<PageRun> {
+        PageRun::new(run.first().checked_add(self.pages)?, run.count().checked_sub(self.pages)?)
+    }
+}
+
+/// A placement that failed for good.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} failed for {run:?} after {placed} pages")]
+pub struct PlaceError {
+    /// What was tried, by the kernel's name.
+    pub operation: &'static str,
+    /// The pages.
+    pub run: PageRun,
+    /// How many of them were placed before.
+    pub placed: u64,
+    /// The kernel's answer. `ENOENT` and `ESRCH`: the memory is unregistered,
+    /// unmapped, or its process is gone. `ENOMEM` and `ENOSPC`: no memory.
+    #[source]
+    pub source: Errno,
+}
+
+/// The writing end of a registration. Clones are the same; any number of threads
+/// may place disjoint runs at once.
+#[derive(Clone, Debug)]
+pub struct Placer {
+    registration: Arc<Registration>,
+}
+
+impl Placer {
+    pub(super) fn new(registration: Arc<Registration>) -> Self {
+        Self { registration }
+    }
+
+    /// What the memory is made of.
+    pub fn backing(&self) -> DestinationBacking {
+        self.registration.backing()
+    }
+
+    /// Places the pages of `run` with this content.
+    ///
+    /// `UFFDIO_COPY` never changes a page that exists. With
+    /// [`DestinationBacking::MemfdContinue`] there is no such protection: the
+    /// content is written first, also over pages that the guest has changed
+    /// since. The caller must know that they are not placed.
+    ///
+    /// # Panics
+    /// If the run is not in the layout, or `content` is not of its size.
+    pub fn place(&self, run: PageRun, content: &[u8]) -> Result<Placed, PlaceError> {
+        self.check(run);
+        assert_eq!(content.len(), run.bytes(), "content of {run:?}");
+        match self.backing() {
+            DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
+                self.fill("UFFDIO_COPY", run, |rest| {
+                    let offset = content.len() - rest.bytes();
+                    self.copy(rest, &content[offset..])
+                })
+            }
+            DestinationBacking::MemfdContinue => {
+                self.write(run, content)?;
+                self.map(run)
+            }
+        }
+    }
+
+    /// Places zero pages.
+    ///
+    /// In private memory they cost nothing until written. In a memfd each takes
+    /// memory, so a hole is better left alone until a fault asks for it: it is
+    /// zero after [`unregister`](Self::unregister) anyway. A page that is in the
+    /// memfd already, mapped or not, gives [`Stop::Exists`]; where its content is
+    /// known to be stale, [`place`](Self::place) zeros.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn place_zero(&self, run: PageRun) -> Result<Placed, PlaceError> {
+        self.check(run);
+        self.fill("UFFDIO_ZEROPAGE", run, |rest| {
+            let mut request =
+                sys::uffdio_zeropage { range: self.range(rest), mode: 0, zeropage: 0 };
+            // SAFETY: the argument is the structure that the ioctl reads and writes,
+            // and `register`'s caller allows missing pages to appear.
+            let done = unsafe { ioctl::zeropage(self.raw_fd(), &mut request) };
+            progress(done, request.zeropage, rest)
+        })
+    }
+
+    /// Maps pages whose content is in the memfd already, from a pre-copy round
+    /// or from another process, and wakes who waits for them. Only for
+    /// [`DestinationBacking::MemfdContinue`], and only for pages known to be
+    /// valid: the guest sees whatever is in the file.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn place_present(&self, run: PageRun) -> Result<Placed, PlaceError> {
+        self.check(run);
+        if self.backing() != DestinationBacking::MemfdContinue {
+            let source = Errno::EOPNOTSUPP;
+            return Err(PlaceError { operation: "UFFDIO_CONTINUE", run, placed: 0, source });
+        }
+        self.map(run)
+    }
+
+    /// Wakes who waits for pages that are placed: their fault and the placement
+    /// crossed.
+    ///
+    /// With [`DestinationBacking::MemfdContinue`] the kernel may also have
+    /// dropped the mapping of a placed page (under memory pressure, say), and the
+    /// next access is a minor fault again. So the pages are mapped again first;
+    /// waking alone would let the thread fault for ever.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn wake(&self, run: PageRun) -> Result<(), PlaceError> {
+        self.check(run);
+        if self.backing() == DestinationBacking::MemfdContinue {
+            self.map_again(run)?;
+        }
+        let start = self.address(run);
+        self.registration.uffd().wake(start, run.bytes()).map_err(|error| {
+            let source = errno_of(&error);
+            PlaceError { operation: "UFFDIO_WAKE", run, placed: 0, source }
+        })
+    }
+
+    /// Ends trapping for all threads; everybody who waits runs on. Pages that are
+    /// not placed become zero, without a word: call it when the ledger is full,
+    /// or when the guest will never run here.
+    pub fn unregister(&self) -> Result<(), Errno> {
+        self.registration.unregister()
+    }
+
+    /// Gives up a page: whoever waits for it or touches it gets `SIGBUS` (a vCPU
+    /// may see an exit instead), and its thread is no longer stuck in the kernel.
+    /// `EOPNOTSUPP` before Linux 6.6; `EEXIST` if the page is placed.
+    ///
+    /// # Panics
+    /// If the page is not in the layout.
+    pub fn give_up(&self, page: PageIndex) -> Result<(), PlaceError> {
+        let run = PageRun::single(page);
+        self.check(run);
+        let failed = |source| PlaceError { operation: "UFFDIO_POISON", run, placed: 0, source };
+        if !self.registration.can_poison() {
+            return Err(failed(Errno::EOPNOTSUPP));
+        }
+        let mut request = sys::uffdio_poison { range: self.range(run), mode: 0, updated: 0 };
+        // SAFETY: the argument is the structure that the ioctl reads and writes; the
+        // page has no content yet that anybody could have a reference to.
+        unsafe { ioctl::poison(self.raw_fd(), &mut request) }.map(drop).map_err(failed)
+    }
+
+    /// One `UFFDIO_COPY`; returns the bytes copied.
+    fn copy(&self, run: PageRun, content: &[u8]) -> Result<u64, Errno> {
+        let bytes = run.bytes();
+        let (from, to) = (content.as_ptr().cast(), self.address(run));
+        // SAFETY: `content` is as long as the run, and the kernel only fills pages
+        // of ours that are missing, which `register`'s caller allows.
+        match unsafe { self.registration.uffd().copy(from, to, bytes, true) } {
+            Ok(copied) => Ok(copied as u64),
+            // A count above the request is the kernel's -EAGAIN, read as unsigned.
+            Err(userfaultfd::Error::PartiallyCopied(copied)) if copied <= bytes => {
+                Ok(copied as u64)
+            }
+            Err(error) => Err(errno_of(&error)),
+        }
+    }
+
+    /// Puts content into the memfd. `pwrite` does it in about half the time of a
+    /// second mapping, whose every page costs a fault and a page table entry.
+    fn write(&self, run: PageRun, content: &[u8]) -> Result<(), PlaceError> {
+        let failed = |source| PlaceError { operation: "pwrite", run, placed: 0, source };
+        let memfd = self.registration.ram().memfd().ok_or(failed(Errno::EBADF))?;
+        let start = run.first().get() * PAGE_SIZE as u64;
+        let mut done = 0;
+        while done < content.len() {
+            let at = (start + done as u64) as i64;
+            match nix::sys::uio::pwrite(memfd, &content[done..], at) {
+                Ok(0) => return Err(failed(Errno::EIO)),
+                Ok(written) => done += written,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps pages of the memfd and wakes who waits for them.
+    fn map(&self, run: PageRun) -> Result<Placed, PlaceError> {
+        self.fill("UFFDIO_CONTINUE", run, |rest| {
+            let to = self.address(rest);
+            let mapped = self.registration.uffd().r#continue(to, rest.bytes(), true);
+            mapped.map_err(|error| errno_of(&error))
+        })
+    }
+
+    /// Maps those pages of a placed run that are not mapped.
+    fn map_again(&self, run: PageRun) -> Result<(), PlaceError> {
+        let mut rest = Some(run);
+        while let Some(run) = rest {
+            let placed = self.map(run)?;
+            rest = match placed.stop {
+                None => None,
+                // That page is mapped: go on behind it.
+                Some(Stop::Exists) => {
+                    placed.rest(run).and_then(|rest| Placed { pages: 1, stop: None }.rest(rest))
+                }
+                Some(Stop::Again) => {
+                    let (operation, source) = ("UFFDIO_CONTINUE", Errno::EAGAIN);
+                    return Err(PlaceError { operation, run, placed: placed.pages, source });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Repeats an operation for what is left of `run` as long as it gets on. The
+    /// kernel reports a stop in the middle of a run as a short count; the reason
+    /// shows when it is asked again.
+    fn fill(
+        &self,
+        operation: &'static str,
+        run: PageRun,
+        mut attempt: impl FnMut(PageRun) -> Result<u64, Errno>,
+    ) -> Result<Placed, PlaceError> {
+        let mut placed = Placed { pages: 0, stop: None };
+        while let Some(rest) = placed.rest(run) {
+            placed.stop = match attempt(rest) {
+                Ok(bytes) if bytes >= PAGE_SIZE as u64 => {
+                    placed.pages += bytes / PAGE_SIZE as u64;
+                    continue;
+                }
+                Ok(_) | Err(Errno::EAGAIN) => Some(Stop::Again),
+                Err(Errno::EEXIST) => Some(Stop::Exists),
+                Err(source) => {
+                    return Err(PlaceError { operation, run, placed: placed.pages, source });
+                }
+            };
+            break;
+        }
+        Ok(placed)
+    }
+
+    fn check(&self, run: PageRun) {
+        let pages = self.registration.ram().layout().pages();
+        assert!(run.end() <= pages, "{run:?} is not in the layout");
+    }
+
+    fn address(&self, run: PageRun) -> *mut c_void {
+        self.registration.ram().page_ptr(run.first()).as_ptr().cast()
+    }
+
+    fn range(&self, run: PageRun) -> sys::uffdio_range {
+        sys::uffdio_range { start: self.address(run) as u64, len: run.bytes() as u64 }
+    }
+
+    fn raw_fd(&self) -> i32 {
+        self.registration.uffd().as_raw_fd()
+    }
+}
+
+/// The bytes done by an ioctl that reports a short count along with `EAGAIN`.
+fn progress(result: Result<i32, Errno>, done_bytes: i64, run: PageRun) -> Result<u64, Errno> {
+    let done = u64::try_from(done_bytes).unwrap_or(0);
+    match result {
+        Ok(_) => Ok(done),
+        Err(Errno::EAGAIN) if done > 0 && done <= run.bytes() as u64 => Ok(done),
+        Err(errno) => Err(errno),
+    }
+}

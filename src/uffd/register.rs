@@ -1,0 +1,224 @@
+//! Putting a guest's memory under `userfaultfd`, and taking it out again.
+//!
+//! One [`Registration`] is shared by the [`Trap`] and all [`Placer`]s. It does
+//! not read events and places nothing.
+
+use super::open::{Descriptor, OpenError, UffdOptions, open};
+use super::place::Placer;
+use super::trap::Trap;
+use crate::memory::ram::{Backing, GuestRam};
+use clap::ValueEnum;
+use nix::errno::Errno;
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use userfaultfd::{IoctlFlags, RegisterMode, Uffd};
+use userfaultfd_sys as sys;
+
+/// What the destination's memory is made of, and how pages get into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+pub enum DestinationBacking {
+    /// Private anonymous memory, filled by `UFFDIO_COPY`.
+    Anonymous,
+    /// A memfd: pages are written into the file and then mapped by
+    /// `UFFDIO_CONTINUE`. Other processes can map the same memory, and pages
+    /// that are already in the file need no second copy.
+    MemfdContinue,
+    /// A memfd filled by `UFFDIO_COPY`. The file must have no pages before:
+    /// those are mapped without a trap.
+    MemfdCopy,
+}
+
+impl DestinationBacking {
+    /// The kind of guest memory to make for it.
+    pub const fn ram(self) -> Backing {
+        match self {
+            Self::Anonymous => Backing::Anonymous,
+            Self::MemfdContinue | Self::MemfdCopy => Backing::Memfd,
+        }
+    }
+
+    const fn is_memfd(self) -> bool {
+        matches!(self.ram(), Backing::Memfd)
+    }
+
+    /// The faults that are trapped. With CONTINUE both kinds are needed. With
+    /// MISSING alone, a page of the file is mapped without an event as soon as it
+    /// exists, half written or stale as it may be. With MINOR alone, a page that
+    /// does not exist yet is read as zero without an event.
+    fn register_mode(self) -> RegisterMode {
+        match self {
+            Self::Anonymous | Self::MemfdCopy => RegisterMode::MISSING,
+            Self::MemfdContinue => RegisterMode::MISSING | RegisterMode::MINOR,
+        }
+    }
+
+    fn needed_ioctls(self) -> u64 {
+        let fill = match self {
+            Self::Anonymous | Self::MemfdCopy => sys::_UFFDIO_COPY,
+            Self::MemfdContinue => sys::_UFFDIO_CONTINUE,
+        };
+        1 << sys::_UFFDIO_WAKE | 1 << sys::_UFFDIO_ZEROPAGE | 1 << fill
+    }
+}
+
+impl fmt::Display for DestinationBacking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Anonymous => "anonymous",
+            Self::MemfdContinue => "memfd-continue",
+            Self::MemfdCopy => "memfd-copy",
+        })
+    }
+}
+
+/// Why memory could not be registered.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// There is no descriptor.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The memory is not of the kind that the backing names.
+    #[error("guest memory of another kind cannot be registered as {0}")]
+    OtherBacking(DestinationBacking),
+    /// The kernel refused the range.
+    #[error("cannot register {bytes} bytes of {backing} guest memory with userfaultfd")]
+    Register {
+        /// What was registered.
+        backing: DestinationBacking,
+        /// How much of it.
+        bytes: usize,
+        /// The kernel's answer.
+        #[source]
+        source: userfaultfd::Error,
+    },
+    /// The kernel cannot fill memory of this kind.
+    #[error(
+        "userfaultfd on this kernel lacks an operation that {backing} memory needs \
+         (has {offered:#x}, needs {needed:#x})"
+    )]
+    MissingOperations {
+        /// What was registered.
+        backing: DestinationBacking,
+        /// The operations there are, as bits.
+        offered: u64,
+        /// The operations needed, as bits.
+        needed: u64,
+    },
+}
+
+/// Registers all of `ram`: from here on, whoever touches a page that is not
+/// placed waits until a [`Placer`] places it, and the [`Trap`] tells of it.
+///
+/// For [`DestinationBacking::MemfdContinue`], pages that are in the file already
+/// (from a pre-copy round) are trapped too, as minor faults.
+///
+/// # Safety
+/// Placing a page changes memory, and any thread may do it through a safe method
+/// of the [`Placer`]. What makes that sound is promised here, once: no Rust
+/// reference (`&`, `&mut`, a slice) to the mapping of `ram` exists from now until
+/// [`Placer::unregister`]; whoever reads or writes it does so through raw
+/// pointers, as memory that a guest changes at any time.
+///
+/// Also, though breaking it only hangs: no thread that reads the trap or places
+/// pages touches the mapping, since it would wait for itself, and no child is
+/// forked to use it, since a child is not trapped.
+pub unsafe fn register(
+    ram: Arc<GuestRam>,
+    backing: DestinationBacking,
+    options: UffdOptions,
+) -> Result<(Trap, Placer), RegisterError> {
+    if ram.memfd().is_some() != backing.is_memfd() {
+        return Err(RegisterError::OtherBacking(backing));
+    }
+    let mode = backing.register_mode();
+    let minor = mode.contains(RegisterMode::MINOR);
+    let descriptor = open(options, backing.is_memfd(), minor)?;
+    let bytes = ram.len();
+    let offered: IoctlFlags = descriptor
+        .uffd
+        .register_with_mode(ram.host_start().as_ptr().cast(), bytes, mode)
+        .map_err(|source| RegisterError::Register { backing, bytes, source })?;
+    let needed = backing.needed_ioctls();
+    if offered.bits() & needed != needed {
+        let offered = offered.bits();
+        return Err(RegisterError::MissingOperations { backing, offered, needed });
+    }
+    let registration = Arc::new(Registration {
+        descriptor: ManuallyDrop::new(descriptor),
+        ram: ManuallyDrop::new(ram),
+        backing,
+        unregistered: AtomicBool::new(false),
+    });
+    Ok((Trap::new(Arc::clone(&registration)), Placer::new(registration)))
+}
+
+/// Guest memory under userfaultfd.
+#[derive(Debug)]
+pub(super) struct Registration {
+    descriptor: ManuallyDrop<Descriptor>,
+    ram: ManuallyDrop<Arc<GuestRam>>,
+    backing: DestinationBacking,
+    unregistered: AtomicBool,
+}
+
+impl Registration {
+    pub(super) fn uffd(&self) -> &Uffd {
+        &self.descriptor.uffd
+    }
+
+    pub(super) fn can_poison(&self) -> bool {
+        self.descriptor.can_poison()
+    }
+
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    pub(super) fn backing(&self) -> DestinationBacking {
+        self.backing
+    }
+
+    /// Ends trapping; every waiting thread runs on. What is missing is zero.
+    pub(super) fn unregister(&self) -> Result<(), Errno> {
+        let start = self.ram.host_start().as_ptr().cast();
+        self.uffd().unregister(start, self.ram.len()).map_err(|error| errno_of(&error))?;
+        self.unregistered.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Drop for Registration {
+    /// Closing the descriptor unregisters: a guest that still runs would read
+    /// missing pages as zero. So without [`Registration::unregister`] it is closed
+    /// only if the memory goes as well; else it is left open, and the guest stays
+    /// trapped until the process ends.
+    fn drop(&mut self) {
+        // SAFETY: taken once, in drop.
+        let ram = unsafe { ManuallyDrop::take(&mut self.ram) };
+        let ended = self.unregistered.load(Ordering::Acquire);
+        let memory_is_gone = Arc::into_inner(ram).map(drop).is_some();
+        if ended || memory_is_gone {
+            // SAFETY: taken once, in drop.
+            drop(unsafe { ManuallyDrop::take(&mut self.descriptor) });
+        } else {
+            tracing::warn!(
+                "guest memory is still in use and not complete: its userfaultfd stays open, \
+                 so that missing pages are not read as zero"
+            );
+        }
+    }
+}
+
+/// The kernel's answer within an error of the `userfaultfd` crate, whose `nix` is
+/// another version than ours.
+pub(super) fn errno_of(error: &userfaultfd::Error) -> Errno {
+    match error {
+        userfaultfd::Error::CopyFailed(errno) => Errno::from_raw(*errno as i32),
+        userfaultfd::Error::ZeropageFailed(errno) => Errno::from_raw(*errno as i32),
+        userfaultfd::Error::SystemError(errno) => Errno::from_raw(*errno as i32),
+        userfaultfd::Error::PartiallyCopied(_) => Errno::EAGAIN,
+        _ => Errno::EIO,
+    }
+}
