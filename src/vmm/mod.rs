@@ -1,5 +1,8 @@
 //! The reference VMM: guests that can be migrated and that check themselves.
 
+pub mod clock;
 pub mod content;
 pub mod guest;
+pub mod process;
+pub mod stalls;
 pub mod workload;

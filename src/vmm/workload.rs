@@ -42,7 +42,7 @@
 //!                   k = mulhi(mix(vseed(v) + rank * G), n)      (theta = 0.75)
 //! hot-set-with-scan if s % 8 == 7: k = cursor; cursor += 1, at n back to 0
 //!                   else k = mulhi(h, max(n / 16, 1))
-//! pointer-chase     k = cursor; cursor = word 2 of page k
+//! pointer-chase     k = cursor; cursor = word 2 of page k, which must be below n
 //! read-modify-write k = mulhi(h, n)
 //! ```
 //!
@@ -50,20 +50,26 @@
 //! be `fill(p, 4 + s % 128)`; if `s & write_mask == 0` (mask 3, read-modify-write 0):
 //! `word[256 + c % 256] += tag(p)`, then word 1 becomes `c + 1`. If there is a tail and
 //! `s % 64 == 0`: word `(s / 64) % 512` of page `tail + mulhi(mix(h), Z)` must be 0.
-//! Then `STEPS` becomes `s + 1`. A wrong word sets `STATUS` to [`STATUS_FAILED`].
+//! Then `STEPS` becomes `s + 1`. A wrong word sets `STATUS` to [`STATUS_FAILED`], before
+//! the step has written anything; a word 2 that is too large is "expected" to be `n - 1`.
+//! `CURSOR` and `LANE` stay 0 in a pattern that does not name them.
 //!
 //! The pointer chase is one cycle over the slice: with `M` the least power of two not
 //! below `n`, `f(x) = (0x5851F42D4C957F2D * x + (vseed(v) | 1)) mod M`, the index after
 //! `k` is the first of `f(k), f(f(k)), ...` that is below `n`.
 //!
-//! **Instruments.** With `t0`, `t1` the time-stamp counter before and after a visit: if
-//! `t1 - t0` is above `STALL_THRESHOLD`, the histogram's bucket, `STALLS` and `STALL_SUM`
-//! grow; `MAX_GAP` is the largest distance between the `t1` of two successive steps. When
-//! `INSTRUMENT_REQUEST` differs from `INSTRUMENT_SEEN` the guest clears its instruments,
-//! sets `INSTRUMENT_STEP` to `STEPS` and copies the request: so the VMM never writes what
-//! the guest counts. After the visit the guest spins until `t0 + THINK`. When
-//! `STOP_REQUEST` is set, or `STEPS` reaches a `STEP_LIMIT` that is not 0, it sets
-//! `STATUS` to [`STATUS_FINISHED`] between two steps and makes no more.
+//! **Instruments.** With `t0`, `t1` the time-stamp counter before a step's first access to
+//! the arena (the pointer chase's word 2 included) and after its last (the tail's
+//! included): if `t1 - t0` is above `STALL_THRESHOLD`, the histogram's bucket, `STALLS`
+//! and `STALL_SUM` grow; `MAX_GAP` is the largest distance between the `t1` of two
+//! successive steps (0 for a guest's first step, told by a `LAST_END` of 0). All of this is
+//! stored before `STEPS`. When, between two steps, `INSTRUMENT_REQUEST` differs from
+//! `INSTRUMENT_SEEN`, the guest clears its instruments (the histogram, `STALLS`,
+//! `STALL_SUM` and `MAX_GAP`, but not `LAST_END`), sets `INSTRUMENT_STEP` to `STEPS` and
+//! copies the request: so the VMM never writes what the guest counts. After the visit the
+//! guest spins until `t0 + THINK`. When `STOP_REQUEST` is set, or `STEPS` reaches a
+//! `STEP_LIMIT` that is not 0, it sets `STATUS` to [`STATUS_FINISHED`] between two steps
+//! and makes no more. The words of the control page that [`control`] does not name are 0.
 
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
@@ -257,7 +263,8 @@ impl Workload {
         if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
             return Err(WorkloadError::Vcpus(self.vcpus));
         }
-        let needed = SYSTEM_PAGES + self.zero_pages.saturating_add(16 * u64::from(self.vcpus));
+        let least = SYSTEM_PAGES + 16 * u64::from(self.vcpus);
+        let needed = self.zero_pages.saturating_add(least);
         if needed > layout.pages() {
             return Err(WorkloadError::TooSmall {
                 pages: layout.pages(),
