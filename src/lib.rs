@@ -2,7 +2,11 @@
 #![cfg_attr(not(feature = "io"), forbid(unsafe_code))]
 
 #[cfg(feature = "io")]
+pub mod attach;
+#[cfg(feature = "io")]
 pub mod memory;
 pub mod proto;
+#[cfg(feature = "io")]
+pub mod report;
 #[cfg(feature = "io")]
 pub mod vmm;
