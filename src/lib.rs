@@ -1,10 +1,14 @@
 //! Post-copy live migration of virtual machines.
 #![cfg_attr(not(feature = "io"), forbid(unsafe_code))]
 
+#[cfg(feature = "io")]
+pub mod attach;
 pub mod checker;
 #[cfg(feature = "io")]
 pub mod memory;
 pub mod proto;
+#[cfg(feature = "io")]
+pub mod report;
 #[cfg(feature = "io")]
 pub mod uffd;
 #[cfg(feature = "io")]

@@ -1,0 +1,271 @@
+//! [`CommitWord`]: one word of shared memory that decides where a guest runs.
+//!
+//! The fault-server turns it from undecided to committed *before* Commit leaves
+//! for the destination; the VMM turns it from undecided to aborted before it
+//! lets a paused guest run again. Both are one atomic compare-and-exchange, so
+//! exactly one of them happens, whichever process dies and whatever a socket
+//! says. It is not a lock: nobody waits on it.
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const UNDECIDED: u64 = 0;
+const COMMITTED: u64 = 1;
+const ABORTED: u64 = 2;
+
+/// Bytes of the shared file: one page. The word is its first eight bytes.
+const FILE_BYTES: usize = 4096;
+
+/// A word in shared memory that goes once from undecided to committed or aborted.
+#[derive(Debug)]
+pub struct CommitWord {
+    word: NonNull<AtomicU64>,
+    memfd: OwnedFd,
+}
+
+/// What a [`CommitWord`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing yet: the guest belongs to the VMM.
+    Undecided,
+    /// The guest may run on the destination, and never again here.
+    Committed,
+    /// The guest stays here, and no Commit leaves.
+    Aborted,
+    /// A value that neither side writes. Nobody may run the guest on its account.
+    Damaged(u64),
+}
+
+/// Proof that the word says committed. Commit may leave for the destination.
+#[derive(Debug)]
+#[must_use = "Commit leaves only on the strength of this"]
+pub struct Committed(());
+
+/// Proof that the word says aborted. The guest may run on here.
+#[derive(Debug)]
+#[must_use = "the guest is resumed only on the strength of this"]
+pub struct Aborted(());
+
+/// The VMM has taken the guest back: Commit must not leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the VMM has already taken the guest back (commit word {found})")]
+pub struct AlreadyAborted {
+    /// The word's value.
+    pub found: u64,
+}
+
+/// The guest has been given away: it must not run here again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest has already been given to the destination (commit word {found})")]
+pub struct AlreadyCommitted {
+    /// The word's value.
+    pub found: u64,
+}
+
+/// A commit word that could not be made or mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitWordError {
+    /// A system call failed.
+    #[error("cannot {action} the commit word")]
+    System {
+        /// What was tried: "make", "size", "seal", "map".
+        action: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: nix::Error,
+    },
+    /// The file handed over could shrink under the mapping, or is no memfd.
+    #[error("the commit word's file is not a memfd sealed against shrinking")]
+    NotSealed,
+    /// The file handed over does not have the size of a commit word.
+    #[error("the commit word's file has {0} bytes, not {FILE_BYTES}")]
+    Size(u64),
+}
+
+impl CommitWord {
+    /// A new word, undecided, in a new memfd.
+    pub fn create() -> Result<Self, CommitWordError> {
+        let failed = |action| move |source| CommitWordError::System { action, source };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let memfd = memfd_create(c"commit-word", flags).map_err(failed("make"))?;
+        nix::unistd::ftruncate(&memfd, FILE_BYTES as i64).map_err(failed("size"))?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("seal"))?;
+        Self::map(memfd)
+    }
+
+    /// Maps the word that another process made and handed over.
+    pub fn from_fd(memfd: OwnedFd) -> Result<Self, CommitWordError> {
+        let seals = fcntl(&memfd, FcntlArg::F_GET_SEALS).map_err(|_| CommitWordError::NotSealed)?;
+        if !SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
+            return Err(CommitWordError::NotSealed);
+        }
+        let bytes = nix::sys::stat::fstat(&memfd)
+            .map_err(|source| CommitWordError::System { action: "look at", source })?
+            .st_size as u64;
+        if bytes != FILE_BYTES as u64 {
+            return Err(CommitWordError::Size(bytes));
+        }
+        Self::map(memfd)
+    }
+
+    fn map(memfd: OwnedFd) -> Result<Self, CommitWordError> {
+        const LEN: NonZeroUsize = NonZeroUsize::new(FILE_BYTES).unwrap();
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; the file has
+        // this length and is sealed against losing it.
+        let start = unsafe { mmap(None, LEN, protection, MapFlags::MAP_SHARED, &memfd, 0) }
+            .map_err(|source| CommitWordError::System { action: "map", source })?;
+        Ok(Self { word: start.cast(), memfd })
+    }
+
+    /// The fault-server's step: from here on the guest may run on the destination.
+    /// Commit leaves only after this has succeeded. Doing it twice is doing it once.
+    pub fn commit(&self) -> Result<Committed, AlreadyAborted> {
+        match self.decide(COMMITTED) {
+            Ok(()) => Ok(Committed(())),
+            Err(found) => Err(AlreadyAborted { found }),
+        }
+    }
+
+    /// The VMM's step: from here on no Commit leaves. A paused guest is resumed only
+    /// after this has succeeded. Doing it twice is doing it once.
+    pub fn abort(&self) -> Result<Aborted, AlreadyCommitted> {
+        match self.decide(ABORTED) {
+            Ok(()) => Ok(Aborted(())),
+            Err(found) => Err(AlreadyCommitted { found }),
+        }
+    }
+
+    /// What the word says now. While it says [`Decision::Undecided`] it may say
+    /// something else a moment later.
+    pub fn decision(&self) -> Decision {
+        match self.word().load(Ordering::SeqCst) {
+            UNDECIDED => Decision::Undecided,
+            COMMITTED => Decision::Committed,
+            ABORTED => Decision::Aborted,
+            damaged => Decision::Damaged(damaged),
+        }
+    }
+
+    /// The memfd, to be handed to the other process.
+    pub fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    fn decide(&self, wanted: u64) -> Result<(), u64> {
+        let exchanged =
+            self.word().compare_exchange(UNDECIDED, wanted, Ordering::SeqCst, Ordering::SeqCst);
+        match exchanged {
+            Ok(_) => Ok(()),
+            Err(found) if found == wanted => Ok(()),
+            Err(found) => Err(found),
+        }
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: page-aligned, mapped until drop, and both processes touch it only
+        // with atomic operations; any bit pattern is a valid `u64`.
+        unsafe { self.word.as_ref() }
+    }
+}
+
+// SAFETY: the mapping is owned, and the word is only used atomically.
+unsafe impl Send for CommitWord {}
+// SAFETY: as above.
+unsafe impl Sync for CommitWord {}
+
+impl Drop for CommitWord {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length and ends here.
+        let _ = unsafe { munmap(self.word.cast(), FILE_BYTES) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    fn other_side(word: &CommitWord) -> CommitWord {
+        CommitWord::from_fd(word.memfd().try_clone_to_owned().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn both_sides_see_one_decision_and_it_is_final() {
+        let vmm = CommitWord::create().unwrap();
+        let server = other_side(&vmm);
+        assert_eq!(vmm.decision(), Decision::Undecided);
+        server.commit().unwrap();
+        assert_eq!(vmm.decision(), Decision::Committed);
+        assert_eq!(vmm.abort().unwrap_err(), AlreadyCommitted { found: COMMITTED });
+        server.commit().unwrap();
+
+        let vmm = CommitWord::create().unwrap();
+        let server = other_side(&vmm);
+        vmm.abort().unwrap();
+        assert_eq!(server.commit().unwrap_err(), AlreadyAborted { found: ABORTED });
+        assert_eq!(server.decision(), Decision::Aborted);
+    }
+
+    #[test]
+    fn a_damaged_word_lets_nobody_run_the_guest() {
+        let word = CommitWord::create().unwrap();
+        word.word().store(77, Ordering::SeqCst);
+        assert_eq!(word.decision(), Decision::Damaged(77));
+        assert!(word.commit().is_err());
+        assert!(word.abort().is_err());
+    }
+
+    #[test]
+    fn of_two_racing_sides_exactly_one_wins() {
+        const RACES: usize = 10_000;
+        let words: Vec<_> = (0..RACES).map(|_| CommitWord::create().unwrap()).collect();
+        // Words are made and mapped in batches of one pair of threads; a barrier before
+        // each race makes the two start together.
+        let barrier = Barrier::new(2);
+        let (commits, aborts) = std::thread::scope(|scope| {
+            let committer = scope.spawn(|| {
+                words
+                    .iter()
+                    .map(|word| {
+                        let word = other_side(word);
+                        barrier.wait();
+                        word.commit().is_ok()
+                    })
+                    .collect::<Vec<_>>()
+            });
+            let aborter = scope.spawn(|| {
+                words
+                    .iter()
+                    .map(|word| {
+                        barrier.wait();
+                        word.abort().is_ok()
+                    })
+                    .collect::<Vec<_>>()
+            });
+            (committer.join().unwrap(), aborter.join().unwrap())
+        });
+        for (race, (committed, aborted)) in commits.iter().zip(&aborts).enumerate() {
+            assert!(committed ^ aborted, "race {race}: {committed} {aborted}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_could_shrink_or_is_no_memfd_is_refused() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let unsealed = memfd_create(c"x", flags).unwrap();
+        assert!(matches!(CommitWord::from_fd(unsealed), Err(CommitWordError::NotSealed)));
+        let device = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(CommitWord::from_fd(device.into()), Err(CommitWordError::NotSealed)));
+        let wrong_size = memfd_create(c"x", flags).unwrap();
+        nix::unistd::ftruncate(&wrong_size, 8).unwrap();
+        fcntl(&wrong_size, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        assert!(matches!(CommitWord::from_fd(wrong_size), Err(CommitWordError::Size(8))));
+    }
+}

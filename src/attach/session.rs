@@ -1,0 +1,291 @@
+//! One client's conversation with the VMM, and the migration attempt that it is
+//! part of.
+//!
+//! An [`Attempt`] is one commit word and what was captured under it. It ends with
+//! the client that made it, unless the word says committed: then it waits, paused,
+//! for the next client, a fault-server that was started again. The socket and the
+//! choice of clients are the [`Server`]'s.
+
+use super::commit_word::{AlreadyCommitted, CommitWord, Decision};
+use super::message::{
+    MAGIC, Message, MessageError, Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome,
+    reason,
+};
+use super::server::{AttachedVm, Server, ServerError, Wake};
+use super::socket::{Connection, SocketError};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+/// How a conversation came to a good end.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The guest has left.
+    Released,
+    /// The guest was stopped.
+    Stopped,
+    /// The client aborted, and the guest runs.
+    GivenBack,
+}
+
+/// Why a conversation ended otherwise.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    #[error("it said {0} before Hello")]
+    NoHello(&'static str),
+    #[error("it said Hello twice")]
+    SecondHello,
+    #[error("it does not speak the attach protocol")]
+    Magic,
+    #[error("it speaks version {0} of the attach protocol, this is version {VERSION}")]
+    Version(u16),
+    #[error("it paused the guest and was silent; the guest is taken back")]
+    Silent,
+    #[error(transparent)]
+    Server(#[from] ServerError),
+}
+
+/// A commit word, and the guest captured under it, if it was.
+pub(super) struct Attempt {
+    word: CommitWord,
+    paused: Option<Box<Paused>>,
+}
+
+impl Attempt {
+    pub(super) fn new() -> Result<Self, ServerError> {
+        Ok(Self { word: CommitWord::create()?, paused: None })
+    }
+
+    /// The attempt for the next client: this one if the guest has been given away
+    /// under it, else a new one, with the guest running.
+    pub(super) fn settle(mut self, vm: &mut dyn AttachedVm) -> Result<Self, ServerError> {
+        let was_paused = self.paused.is_some();
+        match self.take_back(vm)? {
+            Ok(()) => Self::new(),
+            Err(committed) if was_paused => {
+                tracing::warn!("the client is gone, but {committed}; waiting for another client");
+                Ok(self)
+            }
+            Err(_) => {
+                // No state was captured, so no destination can have any: the word was set
+                // by mistake, and the guest has never stopped.
+                tracing::warn!("the client committed a guest that it had not paused");
+                Self::new()
+            }
+        }
+    }
+
+    /// Turns the word to aborted and, only then, lets a paused guest run.
+    fn take_back(
+        &mut self,
+        vm: &mut dyn AttachedVm,
+    ) -> Result<Result<(), AlreadyCommitted>, ServerError> {
+        match self.word.abort() {
+            Err(committed) => Ok(Err(committed)),
+            Ok(_aborted) => {
+                if self.paused.take().is_some() {
+                    vm.resume().map_err(|why| ServerError::Resume { why })?;
+                }
+                Ok(Ok(()))
+            }
+        }
+    }
+}
+
+/// A client, from its Hello on.
+pub(super) struct Session<'a> {
+    server: &'a Server,
+    connection: Connection,
+    attempt: &'a mut Attempt,
+    vm: &'a mut dyn AttachedVm,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        server: &'a Server,
+        connection: Connection,
+        attempt: &'a mut Attempt,
+        vm: &'a mut dyn AttachedVm,
+    ) -> Self {
+        Self { server, connection, attempt, vm }
+    }
+
+    /// Answers requests until the conversation ends. After an error the attempt has
+    /// yet to be settled.
+    pub(super) fn run(&mut self) -> Result<Ending, SessionError> {
+        self.greet()?;
+        loop {
+            self.wait_for_request()?;
+            let ending = match self.receive(self.server.patience.message)? {
+                Request::Hello { .. } => {
+                    self.reply(&Reply::refused("Hello was said already"))?;
+                    return Err(SessionError::SecondHello);
+                }
+                Request::Pause => self.pause()?,
+                Request::Resume => self.resume()?,
+                Request::Committed => self.committed()?,
+                Request::ResetInstruments => self.reset_instruments()?,
+                Request::Status => self.status()?,
+                Request::Stop { why } => self.stop(&why)?,
+            };
+            if let Some(ending) = ending {
+                return Ok(ending);
+            }
+        }
+    }
+
+    fn greet(&mut self) -> Result<(), SessionError> {
+        let (magic, version) = match self.receive(self.server.patience.hello)? {
+            Request::Hello { magic, version } => (magic, version),
+            other => {
+                self.reply(&Reply::refused("the first message must be Hello"))?;
+                return Err(SessionError::NoHello(other.name()));
+            }
+        };
+        if magic != MAGIC {
+            self.reply(&Reply::refused("this is not the attach protocol"))?;
+            return Err(SessionError::Magic);
+        }
+        if version != VERSION {
+            let why = format!("version {version} is not spoken here, only {VERSION}");
+            self.reply(&Reply::refused(why))?;
+            return Err(SessionError::Version(version));
+        }
+        let description = self.vm.describe();
+        let welcome = Reply::Welcome(Box::new(Welcome {
+            version: VERSION,
+            layout: description.layout,
+            machine: description.machine,
+            guest: description.guest,
+        }));
+        let descriptors = [self.vm.memory(), self.attempt.word.memfd()];
+        send(&mut self.connection, &welcome, &descriptors, self.server.patience.message)
+    }
+
+    /// Waits without limit while the guest runs or has been given away; while it is
+    /// paused and undecided, only for so long.
+    fn wait_for_request(&mut self) -> Result<(), SessionError> {
+        loop {
+            let ours =
+                matches!(self.attempt.word.decision(), Decision::Undecided | Decision::Aborted);
+            let limit =
+                (self.attempt.paused.is_some() && ours).then_some(self.server.patience.paused);
+            match self.server.wait(&self.connection, limit)? {
+                Wake::Client => return Ok(()),
+                // The client may commit at this very moment: the word decides.
+                Wake::Silence if self.attempt.take_back(self.vm)?.is_ok() => {
+                    return Err(SessionError::Silent);
+                }
+                Wake::Silence => {}
+            }
+        }
+    }
+
+    fn pause(&mut self) -> Result<Option<Ending>, SessionError> {
+        let paused = match self.attempt.paused.take() {
+            Some(paused) => paused,
+            None => match self.capture()? {
+                Ok(paused) => paused,
+                Err(why) => return self.reply(&Reply::failed(why)),
+            },
+        };
+        let reply = Reply::Paused(paused);
+        let sent = self.reply(&reply);
+        // Before any error is passed on, the attempt must know that the guest is paused.
+        if let Reply::Paused(paused) = reply {
+            self.attempt.paused = Some(paused);
+        }
+        sent
+    }
+
+    /// The guest, paused, or why it runs on.
+    fn capture(&mut self) -> Result<Result<Box<Paused>, String>, ServerError> {
+        let paused = match self.vm.pause_and_capture() {
+            Ok(paused) => paused,
+            Err(why) => return Ok(Err(why)),
+        };
+        match paused.check() {
+            Ok(()) => Ok(Ok(Box::new(paused))),
+            Err(error) => {
+                // Nobody has seen this capture, so the guest may simply go on.
+                self.vm.resume().map_err(|why| ServerError::Resume { why })?;
+                Ok(Err(error.to_string()))
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<Option<Ending>, SessionError> {
+        match self.attempt.take_back(self.vm)? {
+            Ok(()) => {
+                self.reply(&Reply::Resumed)?;
+                Ok(Some(Ending::GivenBack))
+            }
+            Err(committed) => self.reply(&Reply::failed(committed.to_string())),
+        }
+    }
+
+    fn committed(&mut self) -> Result<Option<Ending>, SessionError> {
+        if self.attempt.paused.is_none() {
+            return self.reply(&Reply::failed("the guest was not paused"));
+        }
+        if self.attempt.word.decision() != Decision::Committed {
+            return self.reply(&Reply::failed("the commit word does not say committed"));
+        }
+        // First the answer: if this client is gone as well, the memory must wait here for
+        // the next one.
+        self.reply(&Reply::Released)?;
+        self.vm.released();
+        Ok(Some(Ending::Released))
+    }
+
+    fn reset_instruments(&mut self) -> Result<Option<Ending>, SessionError> {
+        if self.attempt.paused.is_some() {
+            return self.reply(&Reply::failed("the guest is paused"));
+        }
+        match self.vm.reset_instruments() {
+            Ok(()) => self.reply(&Reply::InstrumentsReset),
+            Err(why) => self.reply(&Reply::failed(why)),
+        }
+    }
+
+    fn status(&mut self) -> Result<Option<Ending>, SessionError> {
+        let mut status = self.vm.status();
+        status.failure = status.failure.map(reason);
+        self.reply(&Reply::Status(status))
+    }
+
+    fn stop(&mut self, why: &str) -> Result<Option<Ending>, SessionError> {
+        tracing::info!(why, "an attach client stops the guest");
+        // Nobody may commit a guest that is about to end. If it is committed already, the
+        // operator has decided to end what is left of it here.
+        let _ = self.attempt.word.abort();
+        self.vm.stop();
+        // The guest has ended, whether or not the client still hears it.
+        let _ = self.reply(&Reply::Stopping);
+        Ok(Some(Ending::Stopped))
+    }
+
+    fn receive(&mut self, within: Duration) -> Result<Request, SessionError> {
+        let received = self.connection.receive(REQUEST_BYTES_MAX, within)?;
+        let request = Request::decode(&received.bytes)?;
+        let [] = received.descriptors::<0>()?;
+        Ok(request)
+    }
+
+    fn reply(&mut self, reply: &Reply) -> Result<Option<Ending>, SessionError> {
+        send(&mut self.connection, reply, &[], self.server.patience.message)?;
+        Ok(None)
+    }
+}
+
+pub(super) fn send(
+    connection: &mut Connection,
+    reply: &Reply,
+    descriptors: &[BorrowedFd<'_>],
+    within: Duration,
+) -> Result<(), SessionError> {
+    Ok(connection.send(&reply.encode()?, descriptors, within)?)
+}

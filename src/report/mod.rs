@@ -1,0 +1,1 @@
+//! What a migration did: measured, written down, and shown.
