@@ -11,6 +11,7 @@ use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// What a guest's memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,6 +203,33 @@ impl GuestRam {
         let to = self.page_ptr(run.first());
         // SAFETY: as in `read_run`.
         unsafe { to.copy_from_nonoverlapping(NonNull::from(from).cast(), run.bytes()) };
+    }
+}
+
+/// A run of a frozen guest's pages, readable as bytes without a copy.
+#[derive(Debug)]
+pub struct FrozenRun {
+    ram: Arc<GuestRam>,
+    run: PageRun,
+}
+
+impl FrozenRun {
+    /// The bytes of `run`; `None` if it is not in the layout.
+    ///
+    /// # Safety
+    /// Nothing may write to these pages as long as the value lives: the guest is
+    /// paused here for good, or until every such value is gone.
+    pub unsafe fn new(ram: Arc<GuestRam>, run: PageRun) -> Option<Self> {
+        (run.end() <= ram.layout.pages()).then_some(Self { ram, run })
+    }
+}
+
+impl AsRef<[u8]> for FrozenRun {
+    fn as_ref(&self) -> &[u8] {
+        let start = self.ram.page_ptr(self.run.first());
+        // SAFETY: in bounds of a mapping that `ram` keeps alive, and not written to as
+        // promised to `new`.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), self.run.bytes()) }
     }
 }
 

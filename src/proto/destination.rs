@@ -1,0 +1,430 @@
+//! The destination's session machine: from the first message to the last page.
+//!
+//! ```mermaid
+//! stateDiagram-v2
+//!   Waiting --> Preparing: Hello / make memory, VM, vCPUs, traps
+//!   Preparing --> Agreed: prepared / Accept
+//!   Agreed --> Restoring: State / restore
+//!   Restoring --> InDoubt: restored / Ready
+//!   InDoubt --> Starting: Commit / run the guest
+//!   Starting --> Running: a vCPU entered / Running
+//!   Running --> Full: no page is missing / Drained
+//!   Full --> Over: Released / report
+//!   Waiting --> Over: any failure up to Restoring leaves the guest at the source
+//! ```
+//!
+//! In `InDoubt` this side cannot know whether the source committed: it neither runs
+//! the guest nor forgets it, but waits for the source to come back. From `Starting`
+//! on the guest is here; a lost link only stalls vCPUs that need a missing page.
+//!
+//! The contract is that of the [source's machine](super::source).
+
+use super::message::{CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, cut};
+use super::source::{Outcome, SessionLimits};
+use super::timeline::{Stamp, Timeline};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Where the session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DestinationState {
+    /// No proposal yet.
+    Waiting,
+    /// The guest's shell is being made.
+    Preparing,
+    /// Faults can be served; waiting for the state.
+    Agreed,
+    /// The state is being restored.
+    Restoring,
+    /// Ready to run; whether the source committed is not known.
+    InDoubt,
+    /// Committed; the vCPUs are being started.
+    Starting,
+    /// The guest runs; pages are missing.
+    Running,
+    /// No page is missing; waiting for the source to know it.
+    Full,
+    /// The end.
+    Over,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum DestinationEvent {
+    /// The link was lost, or the source broke the protocol on it (it is closed then).
+    LinkLost(String),
+    /// The source said something.
+    Message(ToDestination),
+    /// The guest's shell stands.
+    Prepared,
+    /// The guest of the proposal cannot be made here.
+    Refused(Mismatch),
+    /// The state is restored.
+    Restored,
+    /// The state cannot be restored.
+    RestoreFailed(String),
+    /// The first vCPU entered the guest, at this time.
+    Entered(Duration),
+    /// The ledger says that no page is missing.
+    LedgerFull {
+        /// Pages settled.
+        settled: u64,
+    },
+    /// The figures for the report are complete.
+    ReportReady(Vec<u8>),
+    /// The user wants no migration.
+    Cancel(String),
+    /// The time that `timeout` named has come.
+    Timer,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Make memory, VM, vCPUs and traps for this proposal, or refuse it.
+    Prepare(Box<Hello>),
+    /// Send a control message.
+    Say(ToSource),
+    /// Take in pages and send requests of this epoch from now on.
+    OpenLanes {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// Close the connection: the peer broke the protocol on it.
+    DropLink(String),
+    /// Restore this machine state; faults are served meanwhile.
+    Restore(Vec<u8>),
+    /// Let the vCPUs run.
+    RunGuest,
+    /// Send the set of settled pages as `Placed` messages, then ask again for the
+    /// pages whose requests were lost.
+    SendPlaced,
+    /// No page is missing: stop trapping.
+    Unregister,
+    /// Collect the figures for the report.
+    MakeReport,
+    /// Nothing of the guest may stay here.
+    DropGuest,
+    /// The session is over; nothing follows.
+    Finish(Outcome),
+}
+
+/// The destination's session machine.
+#[derive(Debug)]
+pub struct DestinationSession {
+    state: DestinationState,
+    session: Option<SessionId>,
+    limits: SessionLimits,
+    epoch: u32,
+    linked: bool,
+    released: bool,
+    settled: u64,
+    deadline: Option<Duration>,
+    actions: VecDeque<DestinationAction>,
+    timeline: Timeline,
+}
+
+impl DestinationSession {
+    /// A session whose first connection stands.
+    pub fn new(limits: SessionLimits, now: Duration) -> Self {
+        let mut timeline = Timeline::default();
+        timeline.stamp(Stamp::Begin, now);
+        Self {
+            state: DestinationState::Waiting,
+            session: None,
+            limits,
+            epoch: 0,
+            linked: true,
+            released: false,
+            settled: 0,
+            deadline: Some(now + limits.handshake),
+            actions: VecDeque::new(),
+            timeline,
+        }
+    }
+
+    /// Where the session is.
+    pub fn state(&self) -> DestinationState {
+        self.state
+    }
+
+    /// The current link epoch.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Whether a link stands.
+    pub fn linked(&self) -> bool {
+        self.linked
+    }
+
+    /// When each step happened.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
+        use DestinationEvent as E;
+        use DestinationState as S;
+        if self.state == S::Over {
+            return;
+        }
+        match (self.state, event) {
+            (_, E::LinkLost(why)) => self.link_lost(now, why),
+            (_, E::Timer) => self.timer(now),
+            (_, E::Cancel(why)) => self.cancel(now, why),
+
+            (S::Preparing, E::Prepared) => {
+                self.timeline.stamp(Stamp::Agreed, now);
+                self.push(DestinationAction::OpenLanes { epoch: self.epoch });
+                self.say(ToSource::Accept { version: super::message::PROTOCOL_VERSION });
+                // The source pauses and captures first: its own time is not ours to limit
+                // tightly.
+                self.enter(S::Agreed, Some(now + self.limits.restore));
+            }
+            (S::Preparing, E::Refused(mismatch)) => {
+                let why = mismatch.to_string();
+                self.say(ToSource::Refuse(mismatch));
+                self.finish_aborted(now, why);
+            }
+            (S::Restoring, E::Restored) => {
+                self.timeline.stamp(Stamp::Restored, now);
+                self.say(ToSource::Ready);
+                self.enter(S::InDoubt, Some(now + self.limits.recovery));
+            }
+            (S::Restoring, E::RestoreFailed(why)) => self.abort(now, why),
+            (S::Starting, E::Entered(at)) => {
+                self.timeline.stamp(Stamp::Running, at);
+                self.enter(S::Running, self.deadline);
+                self.say_running();
+            }
+            (S::Running, E::LedgerFull { settled }) => {
+                self.timeline.stamp(Stamp::Drained, now);
+                self.settled = settled;
+                self.push(DestinationAction::Unregister);
+                self.say(ToSource::Drained { settled });
+                self.enter(S::Full, Some(now + self.limits.recovery));
+            }
+            (S::Full, E::ReportReady(report)) if self.released => {
+                self.say(ToSource::Report(report));
+                self.finish(now, Outcome::Completed);
+            }
+            // A late echo of something asked for before.
+            (
+                _,
+                E::Prepared
+                | E::Refused(_)
+                | E::Restored
+                | E::RestoreFailed(_)
+                | E::Entered(_)
+                | E::LedgerFull { .. }
+                | E::ReportReady(_),
+            ) => {}
+
+            (_, E::Message(message)) => self.message(now, message),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<DestinationAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`DestinationEvent::Timer`] is due, if nothing happens before.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    fn message(&mut self, now: Duration, message: ToDestination) {
+        use DestinationState as S;
+        use ToDestination as M;
+        match (self.state, message) {
+            (S::Waiting, M::Hello(hello)) => {
+                self.session = Some(hello.session);
+                self.push(DestinationAction::Prepare(Box::new(hello)));
+                self.enter(S::Preparing, None);
+            }
+            (S::Agreed, M::State(state)) => {
+                self.timeline.stamp(Stamp::StateReceived, now);
+                self.push(DestinationAction::Restore(state));
+                self.enter(S::Restoring, None);
+            }
+            (S::InDoubt, M::Commit(record)) => self.committed(now, record),
+            (
+                S::InDoubt | S::Starting | S::Running | S::Full,
+                M::Reattach { session, epoch, committed },
+            ) => self.reattached(now, session, epoch, committed),
+            (S::Full, M::Released) => {
+                self.released = true;
+                self.push(DestinationAction::MakeReport);
+            }
+            (_, M::Ping(token)) => self.say(ToSource::Pong(token)),
+            (S::Starting | S::Running | S::Full, M::Abort { reason }) => {
+                self.violated(now, format!("it wanted to abort after the commit: {reason}"));
+            }
+            (_, M::Abort { reason }) => {
+                self.finish_aborted(now, format!("the source aborted: {reason}"));
+            }
+            (_, message) => {
+                let name = name_of(&message);
+                self.violated(now, format!("{name} does not belong into {:?}", self.state));
+            }
+        }
+    }
+
+    fn committed(&mut self, now: Duration, record: CommitRecord) {
+        if Some(record.session) != self.session {
+            return self.violated(now, "the commit record names another session".into());
+        }
+        self.timeline.stamp(Stamp::Committed, now);
+        self.push(DestinationAction::RunGuest);
+        self.enter(DestinationState::Starting, None);
+    }
+
+    fn reattached(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        epoch: u32,
+        committed: Option<CommitRecord>,
+    ) {
+        if Some(session) != self.session || epoch <= self.epoch {
+            let why = format!("link epoch {epoch} of session {session} is not one to come back in");
+            return self.violated(now, why);
+        }
+        self.epoch = epoch;
+        self.linked = true;
+        self.deadline = None;
+        self.push(DestinationAction::OpenLanes { epoch });
+        self.push(DestinationAction::SendPlaced);
+        match self.state {
+            DestinationState::InDoubt => match committed {
+                Some(record) => self.committed(now, record),
+                None => self.deadline = Some(now + self.limits.recovery),
+            },
+            DestinationState::Running => self.say_running(),
+            DestinationState::Full => {
+                self.say_running();
+                self.say(ToSource::Drained { settled: self.settled });
+                self.deadline = Some(now + self.limits.recovery);
+            }
+            _ => {}
+        }
+    }
+
+    fn say_running(&mut self) {
+        let micros = |from, to| {
+            self.timeline.between(from, to).map_or(0, |time| time.as_micros() as u64)
+        };
+        self.say(ToSource::Running {
+            restore_us: micros(Stamp::StateReceived, Stamp::Restored),
+            resume_us: micros(Stamp::Committed, Stamp::Running),
+            held_us: micros(Stamp::StateReceived, Stamp::Running),
+        });
+    }
+
+    fn link_lost(&mut self, now: Duration, why: String) {
+        use DestinationState as S;
+        self.linked = false;
+        match self.state {
+            S::Waiting | S::Preparing | S::Agreed | S::Restoring => {
+                self.finish_aborted(now, format!("the link was lost: {why}"));
+            }
+            S::InDoubt | S::Starting | S::Running => {
+                self.deadline = Some(now + self.limits.recovery);
+            }
+            // Nothing is missing: the source is not needed any more.
+            S::Full => self.finish(now, Outcome::Completed),
+            S::Over => {}
+        }
+    }
+
+    fn violated(&mut self, now: Duration, why: String) {
+        let why = format!("the source broke the protocol: {why}");
+        match self.state {
+            DestinationState::InDoubt
+            | DestinationState::Starting
+            | DestinationState::Running
+            | DestinationState::Full => {
+                self.push(DestinationAction::DropLink(cut(why.clone())));
+                self.link_lost(now, why);
+            }
+            _ => self.abort(now, why),
+        }
+    }
+
+    fn timer(&mut self, now: Duration) {
+        use DestinationState as S;
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        match self.state {
+            S::Waiting => self.abort(now, "no proposal came in time".into()),
+            S::Agreed => self.abort(now, "the machine state did not come in time".into()),
+            S::InDoubt => {
+                let why = "the source never said whether it committed; the guest did not run here";
+                self.finish(now, Outcome::Lost(why.into()));
+            }
+            S::Starting | S::Running if !self.linked => {
+                let why = "the link did not come back; pages of the guest are missing";
+                self.finish(now, Outcome::Lost(why.into()));
+            }
+            S::Full => self.finish(now, Outcome::Completed),
+            S::Preparing | S::Restoring | S::Starting | S::Running | S::Over => {}
+        }
+    }
+
+    fn cancel(&mut self, now: Duration, why: String) {
+        use DestinationState as S;
+        match self.state {
+            S::Waiting | S::Preparing | S::Agreed | S::Restoring => self.abort(now, why),
+            // The guest may be, or is, ours: it is not thrown away on a key press.
+            S::InDoubt | S::Starting | S::Running | S::Full | S::Over => {}
+        }
+    }
+
+    fn abort(&mut self, now: Duration, why: String) {
+        self.say(ToSource::Abort { reason: cut(why.clone()) });
+        self.finish_aborted(now, why);
+    }
+
+    fn finish_aborted(&mut self, now: Duration, why: String) {
+        self.push(DestinationAction::DropGuest);
+        self.finish(now, Outcome::Aborted(why));
+    }
+
+    fn finish(&mut self, now: Duration, outcome: Outcome) {
+        self.timeline.stamp(Stamp::End, now);
+        self.push(DestinationAction::Finish(outcome));
+        self.enter(DestinationState::Over, None);
+    }
+
+    fn say(&mut self, message: ToSource) {
+        if self.linked {
+            self.push(DestinationAction::Say(message));
+        }
+    }
+
+    fn enter(&mut self, state: DestinationState, deadline: Option<Duration>) {
+        self.state = state;
+        self.deadline = deadline;
+    }
+
+    fn push(&mut self, action: DestinationAction) {
+        self.actions.push_back(action);
+    }
+}
+
+fn name_of(message: &ToDestination) -> &'static str {
+    match message {
+        ToDestination::Hello(_) => "Hello",
+        ToDestination::State(_) => "State",
+        ToDestination::Commit(_) => "Commit",
+        ToDestination::Reattach { .. } => "Reattach",
+        ToDestination::Released => "Released",
+        ToDestination::Abort { .. } => "Abort",
+        ToDestination::Ping(_) => "Ping",
+    }
+}

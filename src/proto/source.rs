@@ -1,0 +1,558 @@
+//! The source's session machine: from the first connection to the last message.
+//!
+//! ```mermaid
+//! stateDiagram-v2
+//!   Connecting --> Negotiating: link up / Hello
+//!   Negotiating --> Pausing: Accept / pause the guest
+//!   Pausing --> Blackout: paused / State
+//!   Blackout --> Committing: Ready / write the commit word
+//!   Committing --> Committed: word written / Commit
+//!   Committed --> Brownout: Running
+//!   Brownout --> Releasing: Drained / Released
+//!   Releasing --> Over: Report
+//!   Connecting --> Over: any failure up to here leaves the guest at the source
+//!   Committing --> Over: the VMM had aborted already
+//! ```
+//!
+//! Before the commit word is written every failure aborts and the guest runs on at
+//! the source. After it the guest is never resumed here: a lost link is replaced by
+//! a new one, in a new link epoch, however long that takes.
+//!
+//! The contract is quinn-proto's: `handle` takes what happened and when, then
+//! `poll_action` is called until it returns `None`, then `timeout` tells when to
+//! call `handle` with [`SourceEvent::Timer`] at the latest.
+
+use super::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
+use super::page_set::PageSet;
+use super::timeline::{Stamp, Timeline};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Time limits of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionLimits {
+    /// From the start until both sides agree.
+    pub handshake: Duration,
+    /// From the state's departure until the destination is ready, or, there, from
+    /// the agreement until the state arrives.
+    pub restore: Duration,
+    /// How long a side without a link stays in doubt or in recovery before it gives up.
+    pub recovery: Duration,
+    /// The longest pause between two attempts to connect again.
+    pub backoff_max: Duration,
+}
+
+impl Default for SessionLimits {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            restore: Duration::from_secs(30),
+            recovery: Duration::from_secs(60),
+            backoff_max: Duration::from_millis(300),
+        }
+    }
+}
+
+/// The first pause between two attempts to connect again; it doubles up to the limit.
+const BACKOFF_MIN: Duration = Duration::from_millis(10);
+/// The most runs that the destination's set of placed pages may have.
+const PLACED_RUNS_MAX: usize = 1 << 22;
+
+/// Where the session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceState {
+    /// Waiting for the first connection.
+    Connecting,
+    /// Proposed; waiting for the answer.
+    Negotiating,
+    /// The VMM is pausing the guest and taking its state.
+    Pausing,
+    /// As before, but the migration is off: the guest is resumed once it is paused.
+    Unpausing,
+    /// The state is on its way; the guest runs nowhere.
+    Blackout,
+    /// The destination is ready and the commit word is being written.
+    Committing,
+    /// The commit is made; the destination has not yet said that the guest runs.
+    Committed,
+    /// The guest runs at the destination.
+    Brownout,
+    /// All pages are there; waiting for the destination's report.
+    Releasing,
+    /// The end.
+    Over,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum SourceEvent {
+    /// The connection that `Connect` asked for stands.
+    LinkUp,
+    /// The connection failed, or could not be made.
+    LinkLost(String),
+    /// The destination said something.
+    Message(ToSource),
+    /// The destination broke the protocol.
+    Violation(String),
+    /// The guest is paused and its state captured.
+    Paused,
+    /// The guest could not be paused; it runs on.
+    PauseFailed(String),
+    /// The state was handed to the link.
+    StateSent,
+    /// The commit word is written (`true`), or the VMM had aborted before (`false`).
+    CommitWord(bool),
+    /// The user wants no migration.
+    Cancel(String),
+    /// The time that `timeout` named has come.
+    Timer,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Connect, for this link epoch, not before the pause is over. Whoever keeps the
+    /// session across a restart stores the epoch first.
+    Connect {
+        /// The epoch to be.
+        epoch: u32,
+        /// How long to wait before.
+        after: Duration,
+    },
+    /// Close the connection: the peer broke the protocol on it.
+    DropLink(String),
+    /// Send a control message.
+    Say(ToDestination),
+    /// Answer page requests of this epoch from now on.
+    OpenLanes {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// Pause the guest and capture its state.
+    PauseGuest,
+    /// Send the captured state, and the seeds.
+    SendState,
+    /// Write the commit word: the point of no return.
+    WriteCommitWord,
+    /// The claims made so far are void and the guest runs on here.
+    ResumeGuest,
+    /// The destination holds these pages; all others are unsent again.
+    ResumeLedger(PageSet),
+    /// Push pages from now on.
+    StartPush,
+    /// The guest lives elsewhere: its VMM may go.
+    ReleaseGuest,
+    /// The session is over; nothing follows.
+    Finish(Outcome),
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs at the destination with all its memory.
+    Completed,
+    /// Nothing was moved: the guest is whole at the source.
+    Aborted(String),
+    /// The link never came back after the commit. The guest's memory is still held
+    /// at the source, and what the destination had of it there.
+    Lost(String),
+}
+
+/// What ends `recover`-able work: see [`SourceSession::recover`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Up,
+    /// A connection is being made.
+    Dialing,
+    /// Connected again and `Reattach` sent; the set of placed pages is coming in.
+    Reattaching,
+}
+
+/// The source's session machine.
+#[derive(Debug)]
+pub struct SourceSession {
+    state: SourceState,
+    session: SessionId,
+    hello: Option<Hello>,
+    limits: SessionLimits,
+    epoch: u32,
+    link: Link,
+    placed: PageSet,
+    pages: u64,
+    backoff: Duration,
+    deadline: Option<Duration>,
+    abort_reason: String,
+    actions: VecDeque<SourceAction>,
+    timeline: Timeline,
+    destination_held: Option<Duration>,
+    report: Option<Vec<u8>>,
+}
+
+impl SourceSession {
+    /// A session that is to propose `hello`.
+    pub fn new(hello: Hello, limits: SessionLimits, now: Duration) -> Self {
+        let mut machine = Self {
+            state: SourceState::Connecting,
+            session: hello.session,
+            pages: hello.layout.pages(),
+            hello: Some(hello),
+            limits,
+            epoch: 0,
+            link: Link::Dialing,
+            placed: PageSet::new(),
+            backoff: Duration::ZERO,
+            deadline: Some(now + limits.handshake),
+            abort_reason: String::new(),
+            actions: VecDeque::new(),
+            timeline: Timeline::default(),
+            destination_held: None,
+            report: None,
+        };
+        machine.timeline.stamp(Stamp::Begin, now);
+        machine.push(SourceAction::Connect { epoch: 0, after: Duration::ZERO });
+        machine
+    }
+
+    /// A session that was committed by a process that has died since: it connects in
+    /// a link epoch after `last_epoch` and learns from the destination what is missing.
+    pub fn recover(
+        record: CommitRecord,
+        last_epoch: u32,
+        pages: u64,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
+        let mut machine = Self {
+            state: SourceState::Committed,
+            session: record.session,
+            hello: None,
+            limits,
+            epoch: last_epoch,
+            link: Link::Up,
+            placed: PageSet::new(),
+            pages,
+            backoff: Duration::ZERO,
+            deadline: None,
+            abort_reason: String::new(),
+            actions: VecDeque::new(),
+            timeline: Timeline::default(),
+            destination_held: None,
+            report: None,
+        };
+        machine.timeline.stamp(Stamp::Begin, now);
+        machine.dial_again(now);
+        machine
+    }
+
+    /// Where the session is.
+    pub fn state(&self) -> SourceState {
+        self.state
+    }
+
+    /// The current link epoch.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Whether a link stands and the lanes are open.
+    pub fn linked(&self) -> bool {
+        self.link == Link::Up
+    }
+
+    /// When each step happened.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// From the state's arrival at the destination until the first vCPU entered the
+    /// guest, as the destination measured it.
+    pub fn destination_held(&self) -> Option<Duration> {
+        self.destination_held
+    }
+
+    /// The destination's part of the report, once it came.
+    pub fn destination_report(&self) -> Option<&[u8]> {
+        self.report.as_deref()
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, now: Duration, event: SourceEvent) {
+        use SourceEvent as E;
+        use SourceState as S;
+        if self.state == S::Over {
+            return;
+        }
+        match (self.state, event) {
+            (S::Connecting, E::LinkUp) => self.propose(),
+            (_, E::LinkUp) if self.link == Link::Dialing => self.reattach(),
+            (_, E::LinkUp) => {}
+
+            (_, E::LinkLost(why)) => self.link_lost(now, why),
+            (_, E::Violation(why)) => self.violated(now, why),
+            (_, E::Timer) => self.timer(now),
+            (_, E::Cancel(why)) => self.cancel(now, why),
+
+            (S::Pausing, E::Paused) => {
+                self.timeline.stamp(Stamp::Captured, now);
+                self.push(SourceAction::SendState);
+                self.enter(S::Blackout, Some(now + self.limits.restore));
+            }
+            (S::Pausing, E::PauseFailed(why)) => self.abort(now, why),
+            (S::Unpausing, E::Paused) => {
+                self.push(SourceAction::ResumeGuest);
+                self.finish_aborted(now);
+            }
+            (S::Unpausing, E::PauseFailed(_)) => self.finish_aborted(now),
+            (S::Blackout, E::StateSent) => self.timeline.stamp(Stamp::StateSent, now),
+            (S::Committing, E::CommitWord(true)) => self.committed(now),
+            (S::Committing, E::CommitWord(false)) => {
+                self.abort_reason = "the VMM had already taken its guest back".into();
+                self.say_abort();
+                self.finish_aborted(now);
+            }
+            // A late echo of something asked for before.
+            (_, E::Paused | E::PauseFailed(_) | E::StateSent | E::CommitWord(_)) => {}
+
+            (_, E::Message(message)) => self.message(now, message),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`SourceEvent::Timer`] is due, if nothing happens before.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    fn message(&mut self, now: Duration, message: ToSource) {
+        use SourceState as S;
+        use ToSource as M;
+        match (self.state, message) {
+            (S::Negotiating, M::Accept { .. }) => {
+                self.timeline.stamp(Stamp::Agreed, now);
+                self.timeline.stamp(Stamp::PauseAsked, now);
+                self.push(SourceAction::OpenLanes { epoch: self.epoch });
+                self.push(SourceAction::PauseGuest);
+                self.enter(S::Pausing, None);
+            }
+            (S::Negotiating, M::Refuse(mismatch)) => {
+                self.abort_reason = mismatch.to_string();
+                self.finish_aborted(now);
+            }
+            (S::Blackout, M::Ready) => {
+                self.timeline.stamp(Stamp::ReadySeen, now);
+                self.push(SourceAction::WriteCommitWord);
+                self.enter(S::Committing, None);
+            }
+            (S::Committed | S::Brownout | S::Releasing, M::Placed { part, last })
+                if self.link == Link::Reattaching =>
+            {
+                self.placed_part(now, &part, last);
+            }
+            (S::Committed, M::Running { held_us, .. }) => {
+                self.timeline.stamp(Stamp::Running, now);
+                self.destination_held = Some(Duration::from_micros(held_us));
+                self.enter(S::Brownout, self.deadline);
+            }
+            // Said again after a lost link.
+            (S::Brownout, M::Running { .. }) => {}
+            (S::Brownout, M::Drained { .. }) => {
+                self.timeline.stamp(Stamp::Drained, now);
+                self.push(SourceAction::Say(ToDestination::Released));
+                self.enter(S::Releasing, Some(now + self.limits.restore));
+            }
+            (S::Releasing, M::Report(report)) => {
+                self.report = Some(report);
+                self.complete(now);
+            }
+            (S::Brownout | S::Committed, M::Progress { .. } | M::WorkloadEnded | M::Pong(_)) => {}
+            (S::Releasing, M::Progress { .. } | M::WorkloadEnded | M::Pong(_)) => {}
+            (S::Committing | S::Committed | S::Brownout | S::Releasing, M::Abort { reason }) => {
+                self.violated(now, format!("it wanted to abort after the commit: {reason}"));
+            }
+            (_, M::Abort { reason }) => self.abort(now, format!("the destination aborted: {reason}")),
+            (_, message) => {
+                let name = name_of(&message);
+                self.violated(now, format!("{name} does not belong into {:?}", self.state));
+            }
+        }
+    }
+
+    fn propose(&mut self) {
+        self.link = Link::Up;
+        let hello = self.hello.take().expect("a new session proposes once");
+        self.push(SourceAction::Say(ToDestination::Hello(hello)));
+        self.state = SourceState::Negotiating;
+    }
+
+    fn reattach(&mut self) {
+        self.link = Link::Reattaching;
+        self.backoff = Duration::ZERO;
+        self.placed = PageSet::new();
+        let record = CommitRecord { session: self.session, epoch: self.epoch };
+        let (session, epoch) = (self.session, self.epoch);
+        self.push(SourceAction::Say(ToDestination::Reattach {
+            session,
+            epoch,
+            committed: Some(record),
+        }));
+    }
+
+    fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
+        // A part may only hold what its predecessors left of the limit.
+        let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
+        let added = PageSet::decode(part, self.pages, runs_left)
+            .and_then(|part| self.placed.append(&part));
+        if let Err(error) = added {
+            return self.violated(now, format!("its set of placed pages: {error}"));
+        }
+        if last {
+            self.link = Link::Up;
+            self.deadline = None;
+            let placed = std::mem::take(&mut self.placed);
+            self.push(SourceAction::ResumeLedger(placed));
+            self.push(SourceAction::OpenLanes { epoch: self.epoch });
+            self.push(SourceAction::StartPush);
+        }
+    }
+
+    fn committed(&mut self, now: Duration) {
+        self.timeline.stamp(Stamp::Committed, now);
+        self.enter(SourceState::Committed, None);
+        if self.link == Link::Up {
+            let record = CommitRecord { session: self.session, epoch: self.epoch };
+            self.push(SourceAction::Say(ToDestination::Commit(record)));
+            self.push(SourceAction::StartPush);
+        } else {
+            self.dial_again(now);
+        }
+    }
+
+    fn link_lost(&mut self, now: Duration, why: String) {
+        use SourceState as S;
+        match self.state {
+            S::Connecting | S::Negotiating => self.abort(now, why),
+            S::Pausing | S::Blackout => self.abort(now, format!("the link was lost: {why}")),
+            // The word decides; the link is looked at after it.
+            S::Committing => self.link = Link::Dialing,
+            S::Committed | S::Brownout => self.dial_again(now),
+            // The destination has all pages and has been told so, or will time out
+            // with all of them: nothing is left to do but its report.
+            S::Releasing => self.complete(now),
+            S::Unpausing | S::Over => {}
+        }
+    }
+
+    fn violated(&mut self, now: Duration, why: String) {
+        let why = format!("the destination broke the protocol: {why}");
+        match self.state {
+            SourceState::Committing | SourceState::Committed | SourceState::Brownout => {
+                self.push(SourceAction::DropLink(cut(why.clone())));
+                self.link_lost(now, why);
+            }
+            SourceState::Releasing => self.complete(now),
+            _ => self.abort(now, why),
+        }
+    }
+
+    fn dial_again(&mut self, now: Duration) {
+        self.link = Link::Dialing;
+        self.deadline.get_or_insert(now + self.limits.recovery);
+        self.epoch += 1;
+        let (epoch, after) = (self.epoch, self.backoff);
+        self.backoff = (self.backoff * 2).clamp(BACKOFF_MIN, self.limits.backoff_max);
+        self.push(SourceAction::Connect { epoch, after });
+    }
+
+    fn timer(&mut self, now: Duration) {
+        use SourceState as S;
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        match self.state {
+            S::Connecting | S::Negotiating => self.abort(now, "the handshake took too long".into()),
+            S::Blackout => {
+                self.abort(now, "the destination did not restore the state in time".into());
+            }
+            S::Committed | S::Brownout => {
+                let why = "the link did not come back after the commit".into();
+                self.finish(now, Outcome::Lost(why));
+            }
+            S::Releasing => self.complete(now),
+            S::Pausing | S::Unpausing | S::Committing | S::Over => {}
+        }
+    }
+
+    fn cancel(&mut self, now: Duration, why: String) {
+        use SourceState as S;
+        match self.state {
+            S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
+            // Too late (or already on its way out): the guest is the destination's.
+            S::Unpausing | S::Committing | S::Committed | S::Brownout | S::Releasing | S::Over => {}
+        }
+    }
+
+    /// Ends a session before the commit; the guest is, or will be, running here.
+    fn abort(&mut self, now: Duration, why: String) {
+        self.abort_reason = why;
+        self.say_abort();
+        match self.state {
+            SourceState::Pausing => return self.enter(SourceState::Unpausing, None),
+            SourceState::Blackout => self.push(SourceAction::ResumeGuest),
+            _ => {}
+        }
+        self.finish_aborted(now);
+    }
+
+    fn say_abort(&mut self) {
+        if self.link == Link::Up {
+            let reason = cut(self.abort_reason.clone());
+            self.push(SourceAction::Say(ToDestination::Abort { reason }));
+        }
+    }
+
+    fn finish_aborted(&mut self, now: Duration) {
+        let why = std::mem::take(&mut self.abort_reason);
+        self.finish(now, Outcome::Aborted(why));
+    }
+
+    fn complete(&mut self, now: Duration) {
+        self.push(SourceAction::ReleaseGuest);
+        self.finish(now, Outcome::Completed);
+    }
+
+    fn finish(&mut self, now: Duration, outcome: Outcome) {
+        self.timeline.stamp(Stamp::End, now);
+        self.push(SourceAction::Finish(outcome));
+        self.enter(SourceState::Over, None);
+    }
+
+    fn enter(&mut self, state: SourceState, deadline: Option<Duration>) {
+        self.state = state;
+        self.deadline = deadline;
+    }
+
+    fn push(&mut self, action: SourceAction) {
+        self.actions.push_back(action);
+    }
+}
+
+fn name_of(message: &ToSource) -> &'static str {
+    match message {
+        ToSource::Accept { .. } => "Accept",
+        ToSource::Refuse(_) => "Refuse",
+        ToSource::Ready => "Ready",
+        ToSource::Running { .. } => "Running",
+        ToSource::Placed { .. } => "Placed",
+        ToSource::Progress { .. } => "Progress",
+        ToSource::WorkloadEnded => "WorkloadEnded",
+        ToSource::Drained { .. } => "Drained",
+        ToSource::Report(_) => "Report",
+        ToSource::Abort { .. } => "Abort",
+        ToSource::Pong(_) => "Pong",
+    }
+}
