@@ -2,5 +2,9 @@
 //! machines. No sockets, threads, clocks, file descriptors or `unsafe` in here;
 //! time and randomness are passed in.
 
+pub mod bitmap;
 pub mod layout;
+pub mod ledger;
 pub mod page;
+pub mod page_set;
+mod sync;
