@@ -2,7 +2,16 @@
 //! machines. No sockets, threads, clocks, file descriptors or `unsafe` in here;
 //! time and randomness are passed in.
 
+pub mod bitmap;
+pub mod destination;
+pub mod frame;
 pub mod layout;
+pub mod ledger;
+pub mod message;
 pub mod pacing;
 pub mod page;
+pub mod page_set;
 pub mod prepaging;
+pub mod source;
+mod sync;
+pub mod timeline;

@@ -1,0 +1,635 @@
+//! The destination's ledger: every page is placed exactly once.
+//!
+//! `Missing -> Requested -> Placing -> Placed`, and pages known to be zero,
+//! stale pages and removed ones. `Placing` is exclusive: who lands a page has a
+//! [`Landing`], which cannot be copied, and nobody else gets one until it is
+//! placed or handed back. On memory that is written through an alias nothing
+//! else keeps two threads from writing one page.
+//!
+//! # Why no wake-up is lost
+//!
+//! A page's whole state is four bits of one atomic word, and every change is one
+//! compare-and-swap of that word. So all that happens to a page has one order,
+//! and each pair of events needs only be looked at in both orders. The rule that
+//! the caller keeps is that **[`Landing::placed`] is called after the waiters
+//! were woken**: by the placing ioctl itself, or by a UFFDIO_WAKE where that
+//! failed with EEXIST or was told not to wake.
+//!
+//! * *fault, then land.* The page is `Requested`, lands, and the ioctl wakes
+//!   everybody whose event was read, for their wait began before it.
+//! * *land, then fault.* The fault finds `Placing` and is told to wait. Its wait
+//!   began before its event was read. If the ioctl comes after that, it wakes
+//!   the waiter. If it came before, the wait began after it, and the kernel lets
+//!   nobody sleep at a page that is mapped.
+//! * *placed, then fault.* The event was read before the placement or crossed
+//!   it. It is answered [`Wake`](FaultAnswer::Wake), which is never wrong.
+//! * *fault while in hand, then handed back.* The page goes back to `Requested`,
+//!   not to `Missing`; the next landing wakes the waiter.
+//! * *fault, then `mark_zero`.* The mark finds `Requested`, takes the page in
+//!   hand and returns the landing: whoever marked places the zeros.
+//! * *`mark_zero`, then fault.* The fault finds known zero, and whoever read it
+//!   gets the landing. So a page that is zero is answered here, whichever came
+//!   first, and whether or not the source answers the request, which it may find
+//!   to be a late hit.
+//! * *two faults.* One of them requests; the other waits. Two threads never both
+//!   request a page.
+//! * *land or `mark_zero`, twice.* The second finds the page `Placing` or later
+//!   and skips it.
+//! * *removed while in hand.* The page is `Removed`, whatever its placer does.
+//!   If the guest's memory is unmapped after the placement, the next fault finds
+//!   `Removed` and gets zeros; if before, the old bytes stay mapped, which a page
+//!   that was given back may show.
+//!
+//! # What finishing means
+//!
+//! A known zero page over memory that was never written need not be placed:
+//! once the memory is unregistered it reads as zero by itself. So it counts as
+//! settled. A known zero page over stale bytes does not, until it is placed.
+//!
+//! A poisoned page is placed with the kernel's poison mark, as any other page.
+
+use super::landing::{Landing, Landings};
+use super::page_state::{Kind, OnFault, PageState, Refusal};
+use crate::proto::bitmap::AtomicBitmap;
+use crate::proto::page::{PageIndex, PageRun};
+use crate::proto::page_set::PageSet;
+use crate::proto::sync::{AtomicU64, Ordering};
+use std::fmt;
+
+const WORD_PAGES: u64 = (u64::BITS / PageState::BITS) as u64;
+
+/// Which of a guest's pages are missing, requested, in hand and placed.
+pub struct DestinationLedger {
+    pages: u64,
+    /// Four bits a page; those past the last page stay 0.
+    words: Box<[AtomicU64]>,
+    /// The pages that are not settled; never below their true number.
+    unsettled: AtomicU64,
+    in_hand: AtomicU64,
+    duplicates: AtomicU64,
+    unwanted: AtomicU64,
+    /// Every page that was ever placed: kept apart from the states, to check them.
+    witness: AtomicBitmap,
+    placed_twice: AtomicU64,
+}
+
+/// Pages that the guest does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{run:?} reaches past the last of {pages} pages")]
+pub struct OutOfRange {
+    /// What was asked for.
+    pub run: PageRun,
+    /// How many pages there are.
+    pub pages: u64,
+}
+
+/// Why pages are not discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DiscardError {
+    /// There are no such pages.
+    #[error("cannot discard pages")]
+    OutOfRange(#[from] OutOfRange),
+    /// Somebody is placing this page. What came before it in the run is
+    /// discarded; when it is placed, the run can be discarded again.
+    #[error("{0} is being placed and cannot be discarded")]
+    InHand(PageIndex),
+}
+
+/// What to do about a fault.
+#[derive(Debug)]
+#[must_use = "somebody stands still at the page"]
+pub enum FaultAnswer<'a> {
+    /// The page was missing and is requested now: ask the source for it.
+    Request,
+    /// It is requested already or in somebody's hand: its placement wakes.
+    Wait,
+    /// It is placed: wake whoever waits at it (UFFDIO_WAKE).
+    Wake,
+    /// It reads as zero: place zeros. If the page was removed before, it may
+    /// turn out to be mapped (EEXIST): wake, and call it placed.
+    Zero(Landing<'a>),
+}
+
+/// How many pages are in which state, and what went wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DestinationCounts {
+    /// Neither here nor known to be zero, requested or not, in hand or not.
+    pub missing: u64,
+    /// Of the missing ones, those that somebody waits for.
+    pub requested: u64,
+    /// In place.
+    pub placed: u64,
+    /// Known to be zero, and not placed.
+    pub zero: u64,
+    /// Given back by the guest.
+    pub removed: u64,
+    /// Being placed; each is in one of the numbers above, too.
+    pub in_hand: u64,
+    /// Pages that arrived again, ever; 0 unless a link was lost.
+    pub duplicates: u64,
+    /// Pages that arrived after the guest had given them back, ever.
+    pub unwanted: u64,
+    /// Pages that were placed over a placement, ever. It is counted apart from
+    /// the states, to check them: it must be 0.
+    pub placed_twice: u64,
+}
+
+/// Why the ledger is not full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{missing} pages are missing and {in_hand} are still being placed")]
+pub struct Unfinished {
+    /// Pages that are not settled.
+    pub missing: u64,
+    /// Pages in somebody's hand.
+    pub in_hand: u64,
+}
+
+/// The proof that no page is missing and none is in hand. Only
+/// [`DestinationLedger::finish`] makes one.
+#[derive(Debug)]
+#[must_use = "the proof is there to be told to the source"]
+pub struct Drained {
+    counts: DestinationCounts,
+}
+
+impl Drained {
+    /// The counts at that time.
+    pub fn counts(&self) -> DestinationCounts {
+        self.counts
+    }
+}
+
+impl DestinationLedger {
+    /// A ledger of `pages` missing pages. It takes five bits a page.
+    pub fn new(pages: u64) -> Self {
+        let words = (0..pages.div_ceil(WORD_PAGES)).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            pages,
+            words,
+            unsettled: AtomicU64::new(pages),
+            in_hand: AtomicU64::new(0),
+            duplicates: AtomicU64::new(0),
+            unwanted: AtomicU64::new(0),
+            witness: AtomicBitmap::new(pages),
+            placed_twice: AtomicU64::new(0),
+        }
+    }
+
+    /// How many pages the guest has.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Somebody stands still at `page`: says what to do about it.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if there is no such page.
+    pub fn fault(&self, page: PageIndex) -> Result<FaultAnswer<'_>, OutOfRange> {
+        let run = PageRun::single(page);
+        self.check(run)?;
+        let mut answer = OnFault::Wait;
+        self.change(run, |state| {
+            let (next, what) = state.fault();
+            answer = what;
+            next
+        });
+        Ok(match answer {
+            OnFault::Request => FaultAnswer::Request,
+            OnFault::Wait => FaultAnswer::Wait,
+            OnFault::Wake => FaultAnswer::Wake,
+            OnFault::Zero => FaultAnswer::Zero(Landing::new(self, run)),
+        })
+    }
+
+    /// The bytes of `run` have arrived. Yields the maximal stretches of it that
+    /// are the caller's to place; it skips, and counts, pages that are being
+    /// placed or were placed before.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest; then nothing is
+    /// landed.
+    pub fn land(&self, run: PageRun) -> Result<Landings<'_>, OutOfRange> {
+        self.check(run)?;
+        Ok(Landings::new(self, run, Cargo::Bytes))
+    }
+
+    /// Yields the maximal stretches inside `within` that are known to be zero and
+    /// not placed, to place zeros in the background or to retry what was handed
+    /// back.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest.
+    pub fn land_zeros(&self, within: PageRun) -> Result<Landings<'_>, OutOfRange> {
+        self.check(within)?;
+        Ok(Landings::new(self, within, Cargo::Zeros))
+    }
+
+    /// The source says that the pages of `run` are zero. They are no longer
+    /// missing, and faults on them are answered here. Returns those that
+    /// somebody waits for already: the caller places zeros there now. Pages that
+    /// are in hand or placed are counted as duplicates.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest; then nothing has
+    /// changed.
+    pub fn mark_zero(&self, run: PageRun) -> Result<Vec<Landing<'_>>, OutOfRange> {
+        self.check(run)?;
+        let mut waited_for = PageSet::new();
+        change_each_word(run, |run| {
+            let (before, after) = self.change(run, |state| state.mark_zero().unwrap_or(state));
+            for (page, before) in before.pages(run) {
+                if let Err(refusal) = before.mark_zero() {
+                    self.refused(refusal);
+                } else if after.get(page).placing {
+                    waited_for.insert(PageRun::single(page));
+                }
+            }
+        });
+        Ok(waited_for.runs().map(|run| Landing::new(self, run)).collect())
+    }
+
+    /// The guest has given back the pages of `run`: they read as zero and are
+    /// never fetched again. Returns those that somebody waits for: the caller
+    /// places zeros there now.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest; then nothing has
+    /// changed.
+    pub fn removed(&self, run: PageRun) -> Result<Vec<Landing<'_>>, OutOfRange> {
+        self.check(run)?;
+        let mut waited_for = PageSet::new();
+        change_each_word(run, |run| {
+            let (before, after) = self.change(run, PageState::remove);
+            for (page, before) in before.pages(run) {
+                if after.get(page).placing && !before.placing {
+                    waited_for.insert(PageRun::single(page));
+                }
+            }
+        });
+        Ok(waited_for.runs().map(|run| Landing::new(self, run)).collect())
+    }
+
+    /// The pages of `run` have changed at the source after they were placed, or
+    /// marked as zero, here: they are missing again, over stale bytes. Not to be
+    /// called once [`finish`](Self::finish) may be.
+    ///
+    /// # Errors
+    /// [`DiscardError`] if some of it is no page of the guest, or is in hand.
+    pub fn discard(&self, run: PageRun) -> Result<(), DiscardError> {
+        self.check(run)?;
+        let mut in_hand = None;
+        change_each_word(run, |run| {
+            if in_hand.is_none() {
+                let (before, _) = self.change(run, |state| state.discard().unwrap_or(state));
+                in_hand = before.pages(run).find(|(_, state)| state.placing).map(|(page, _)| page);
+            }
+        });
+        in_hand.map_or(Ok(()), |page| Err(DiscardError::InHand(page)))
+    }
+
+    /// How many pages are not settled: they keep the ledger from being full.
+    /// Constant time; what is under way may still be in it.
+    pub fn missing(&self) -> u64 {
+        self.unsettled.load(Ordering::Acquire)
+    }
+
+    /// Whether `page` is placed, removed, or zero over clean memory; `false` if
+    /// it is out of range.
+    pub fn is_settled(&self, page: PageIndex) -> bool {
+        page.get() < self.pages && self.load(page.get() / WORD_PAGES).get(page).is_settled()
+    }
+
+    /// The pages that the source need not send again: placed, known to be zero,
+    /// and removed. For a consistent answer nothing may be in hand that will be
+    /// handed back; a page in hand is not in the set and would come twice.
+    pub fn placed_set(&self) -> PageSet {
+        self.pages_where(PageState::is_known)
+    }
+
+    /// The pages that were asked for and are neither here nor in hand. After a
+    /// lost link nobody is going to answer those requests, so they are to be
+    /// made again. A fault that comes meanwhile requests its page itself.
+    pub fn requested_set(&self) -> PageSet {
+        self.pages_where(|state| {
+            matches!(state.kind, Kind::Requested | Kind::StaleRequested) && !state.placing
+        })
+    }
+
+    /// How many pages are in which state. It reads the whole ledger (a word for
+    /// every 16 pages), and is exact only while nothing changes.
+    pub fn counts(&self) -> DestinationCounts {
+        let mut counts = DestinationCounts {
+            duplicates: self.duplicates.load(Ordering::Acquire),
+            unwanted: self.unwanted.load(Ordering::Acquire),
+            placed_twice: self.placed_twice.load(Ordering::Acquire),
+            ..DestinationCounts::default()
+        };
+        self.each_state(|_, state| {
+            counts.in_hand += u64::from(state.placing);
+            match state.kind {
+                Kind::Missing | Kind::Stale => counts.missing += 1,
+                Kind::Requested | Kind::StaleRequested => {
+                    counts.missing += 1;
+                    counts.requested += 1;
+                }
+                Kind::Zero | Kind::StaleZero => counts.zero += 1,
+                Kind::Placed => counts.placed += 1,
+                Kind::Removed => counts.removed += 1,
+            }
+        });
+        counts
+    }
+
+    /// The proof that every page is settled and none is in hand, from reading the
+    /// whole ledger; constant time while that is plainly not so.
+    ///
+    /// Faults may still be read afterwards, until the memory is unregistered;
+    /// they are answered with a wake-up or with zeros.
+    ///
+    /// # Errors
+    /// [`Unfinished`], with what is left; it can be asked again.
+    pub fn finish(&self) -> Result<Drained, Unfinished> {
+        let missing = self.missing();
+        let in_hand = self.in_hand.load(Ordering::Acquire);
+        if missing != 0 || in_hand != 0 {
+            return Err(Unfinished { missing, in_hand });
+        }
+        // The counters say yes; the states have the last word.
+        let mut left = Unfinished { missing: 0, in_hand: 0 };
+        self.each_state(|_, state| {
+            left.missing += u64::from(!state.is_settled());
+            left.in_hand += u64::from(state.placing);
+        });
+        match left {
+            Unfinished { missing: 0, in_hand: 0 } => Ok(Drained { counts: self.counts() }),
+            left => Err(left),
+        }
+    }
+
+    fn check(&self, run: PageRun) -> Result<(), OutOfRange> {
+        if run.end() <= self.pages {
+            return Ok(());
+        }
+        Err(OutOfRange { run, pages: self.pages })
+    }
+
+    fn load(&self, word: u64) -> StateWord {
+        StateWord(self.words[word as usize].load(Ordering::Acquire))
+    }
+
+    fn each_state(&self, mut see: impl FnMut(PageIndex, PageState)) {
+        let mut first = 0;
+        while first < self.pages {
+            let word = self.load(first / WORD_PAGES);
+            let end = (first + WORD_PAGES).min(self.pages);
+            (first..end).map(PageIndex::new).for_each(|page| see(page, word.get(page)));
+            first = end;
+        }
+    }
+
+    fn pages_where(&self, wanted: impl Fn(PageState) -> bool) -> PageSet {
+        let mut set = PageSet::new();
+        self.each_state(|page, state| {
+            if wanted(state) {
+                set.insert(PageRun::single(page));
+            }
+        });
+        set
+    }
+
+    fn refused(&self, refusal: Refusal) {
+        let counter = match refusal {
+            Refusal::Duplicate => &self.duplicates,
+            Refusal::Unwanted => &self.unwanted,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Changes the states of `run`, which lies in one word, at once. `next` may
+    /// be called several times for a page; the last time counts. Returns the
+    /// word before and after.
+    fn change(
+        &self,
+        run: PageRun,
+        mut next: impl FnMut(PageState) -> PageState,
+    ) -> (StateWord, StateWord) {
+        self.change_word(run.first().get() / WORD_PAGES, |before| {
+            let mut after = before;
+            for (page, state) in before.pages(run) {
+                after.set(page, next(state));
+            }
+            after
+        })
+    }
+
+    /// The one place where states change, and the counters with them. A counter
+    /// rises before its pages do and falls after them, so that it never misses a
+    /// page and never wraps.
+    fn change_word(
+        &self,
+        word: u64,
+        mut next: impl FnMut(StateWord) -> StateWord,
+    ) -> (StateWord, StateWord) {
+        let cell = &self.words[word as usize];
+        let mut before = self.load(word);
+        loop {
+            let after = next(before);
+            if after == before {
+                return (before, after);
+            }
+            let unsettled = Change::of(before, after, |state| !state.is_settled());
+            let in_hand = Change::of(before, after, |state| state.placing);
+            unsettled.rise(&self.unsettled);
+            in_hand.rise(&self.in_hand);
+            match cell.compare_exchange_weak(before.0, after.0, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    unsettled.fall(&self.unsettled);
+                    in_hand.fall(&self.in_hand);
+                    return (before, after);
+                }
+                Err(now) => {
+                    unsettled.undo_rise(&self.unsettled);
+                    in_hand.undo_rise(&self.in_hand);
+                    before = StateWord(now);
+                }
+            }
+        }
+    }
+
+    /// Takes in hand the first stretch of pages from `next` on that `cargo` can
+    /// land on, inside one word and before `end`; counts what it skips.
+    pub(super) fn take(&self, next: u64, end: u64, cargo: Cargo) -> Taken {
+        let end = word_end(next).min(end);
+        let mut taken = Taken::default();
+        let (before, _) = self.change_word(next / WORD_PAGES, |before| {
+            let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
+            taken.skipped = (next..end).take_while(|page| !landable(page)).count() as u64;
+            let first = next + taken.skipped;
+            taken.count = (first..end).take_while(landable).count() as u64;
+            cargo.landed(before, first, taken.count)
+        });
+        if let Cargo::Bytes = cargo {
+            for page in (next..next + taken.skipped).map(PageIndex::new) {
+                if let Err(refusal) = before.get(page).land() {
+                    self.refused(refusal);
+                }
+            }
+        }
+        taken
+    }
+
+    /// As [`take`](Self::take), but only a stretch that begins at `next`; returns
+    /// how many pages it has, and skips none.
+    pub(super) fn take_at(&self, next: u64, end: u64, cargo: Cargo) -> u64 {
+        let end = word_end(next).min(end);
+        let mut count = 0;
+        self.change_word(next / WORD_PAGES, |before| {
+            let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
+            count = (next..end).take_while(landable).count() as u64;
+            cargo.landed(before, next, count)
+        });
+        count
+    }
+
+    /// The pages of `run` were in hand and are placed.
+    pub(super) fn note_placed(&self, run: PageRun) {
+        change_each_word(run, |part| {
+            let (before, _) = self.change(part, PageState::placed);
+            for (page, state) in before.pages(part) {
+                if !self.witness.set(page) && !state.may_be_placed_again() {
+                    self.placed_twice.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+
+    /// The pages of `run` were in hand and are given up.
+    pub(super) fn note_handed_back(&self, run: PageRun) {
+        change_each_word(run, |part| {
+            self.change(part, PageState::hand_back);
+        });
+    }
+
+    /// Whether a word of states begins with `page`.
+    pub(super) fn is_word_border(page: u64) -> bool {
+        page.is_multiple_of(WORD_PAGES)
+    }
+}
+
+impl fmt::Debug for DestinationLedger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("DestinationLedger");
+        debug.field("pages", &self.pages).field("missing", &self.missing()).finish_non_exhaustive()
+    }
+}
+
+/// What lands on pages.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Cargo {
+    Bytes,
+    /// Zeros, on pages that are known to be zero.
+    Zeros,
+}
+
+/// The stretch that was taken in hand, and how many pages came before it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Taken {
+    pub(super) skipped: u64,
+    pub(super) count: u64,
+}
+
+impl Cargo {
+    fn land(self, state: PageState) -> Result<PageState, Refusal> {
+        match self {
+            Self::Bytes => state.land(),
+            Self::Zeros => state.land_zero().ok_or(Refusal::Duplicate),
+        }
+    }
+
+    /// The word with `count` pages from `first` on in hand.
+    fn landed(self, mut word: StateWord, first: u64, count: u64) -> StateWord {
+        for page in (first..first + count).map(PageIndex::new) {
+            if let Ok(state) = self.land(word.get(page)) {
+                word.set(page, state);
+            }
+        }
+        word
+    }
+}
+
+/// The states of 16 pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct StateWord(u64);
+
+impl StateWord {
+    fn get(self, page: PageIndex) -> PageState {
+        PageState::from_bits(self.0 >> Self::shift(page))
+    }
+
+    fn set(&mut self, page: PageIndex, state: PageState) {
+        self.0 &= !(PageState::MASK << Self::shift(page));
+        self.0 |= state.bits() << Self::shift(page);
+    }
+
+    /// The states of `run`, which lies in this word.
+    fn pages(self, run: PageRun) -> impl Iterator<Item = (PageIndex, PageState)> {
+        run.pages().map(move |page| (page, self.get(page)))
+    }
+
+    fn count(self, wanted: impl Fn(PageState) -> bool) -> u64 {
+        let pages = (0..WORD_PAGES).map(PageIndex::new);
+        pages.filter(|page| wanted(self.get(*page))).count() as u64
+    }
+
+    fn shift(page: PageIndex) -> u32 {
+        (page.get() % WORD_PAGES) as u32 * PageState::BITS
+    }
+}
+
+/// By how much a counter changes with a word.
+struct Change {
+    before: u64,
+    after: u64,
+}
+
+impl Change {
+    fn of(before: StateWord, after: StateWord, counted: impl Fn(PageState) -> bool) -> Self {
+        Self { before: before.count(&counted), after: after.count(&counted) }
+    }
+
+    fn rise(&self, counter: &AtomicU64) {
+        if self.after > self.before {
+            counter.fetch_add(self.after - self.before, Ordering::AcqRel);
+        }
+    }
+
+    fn undo_rise(&self, counter: &AtomicU64) {
+        if self.after > self.before {
+            counter.fetch_sub(self.after - self.before, Ordering::AcqRel);
+        }
+    }
+
+    fn fall(&self, counter: &AtomicU64) {
+        if self.after < self.before {
+            counter.fetch_sub(self.before - self.after, Ordering::AcqRel);
+        }
+    }
+}
+
+/// The number after the last page in the word of `page`.
+fn word_end(page: u64) -> u64 {
+    page - page % WORD_PAGES + WORD_PAGES
+}
+
+/// Calls `change` with the parts of `run` that lie in one word each.
+fn change_each_word(run: PageRun, mut change: impl FnMut(PageRun)) {
+    let mut next = run.first().get();
+    while next < run.end() {
+        let end = word_end(next).min(run.end());
+        if let Some(part) = PageRun::new(PageIndex::new(next), end - next) {
+            change(part);
+        }
+        next = end;
+    }
+}

@@ -1,0 +1,125 @@
+//! Pages in somebody's hand, to be placed, and the iterator that takes them out
+//! of the [`DestinationLedger`]. Placing them is the holder's business.
+
+use super::DestinationLedger;
+use super::destination::Cargo;
+use crate::proto::page::{PageIndex, PageRun};
+use std::fmt;
+
+/// A run of pages that are the holder's alone to place.
+///
+/// Wake before [`placed`](Self::placed): a placing ioctl wakes by itself, but
+/// not if it fails with EEXIST. When placing must be retried (EAGAIN), keep the
+/// landing and retry. [`hand_back`](Self::hand_back) is for giving up, and
+/// dropping a landing does the same; the ledger is then not full, and not
+/// [`finish`](DestinationLedger::finish)ed, until somebody lands the pages again.
+#[must_use = "a landing that is dropped hands its pages back, and who waits for them waits on"]
+pub struct Landing<'a> {
+    ledger: &'a DestinationLedger,
+    run: PageRun,
+    settled: bool,
+}
+
+impl<'a> Landing<'a> {
+    /// The pages of `run`, which the caller has just taken in hand.
+    pub(super) fn new(ledger: &'a DestinationLedger, run: PageRun) -> Self {
+        Self { ledger, run, settled: false }
+    }
+
+    /// The pages to place.
+    pub fn run(&self) -> PageRun {
+        self.run
+    }
+
+    /// All pages are in place, and who waited for them was woken.
+    pub fn placed(mut self) {
+        self.settled = true;
+        self.ledger.note_placed(self.run);
+    }
+
+    /// The first `pages` pages are in place, and who waited for them was woken.
+    /// Returns the others, still in hand; `None` if there are none.
+    ///
+    /// A number above that of the run, which no honest placement reports, is
+    /// taken for no progress.
+    pub fn placed_some(mut self, pages: u64) -> Option<Landing<'a>> {
+        if pages == self.run.count() {
+            self.placed();
+            return None;
+        }
+        let first = self.run.first();
+        let rest = self.run.count().checked_sub(pages);
+        let rest = rest.and_then(|rest| PageRun::new(first.checked_add(pages)?, rest));
+        if let (Some(done), Some(rest)) = (PageRun::new(first, pages), rest) {
+            self.ledger.note_placed(done);
+            self.run = rest;
+        }
+        Some(self)
+    }
+
+    /// Gives the pages up: they are missing again, those that were requested
+    /// before or meanwhile are requested again, and those known to be zero still
+    /// are. Nobody is woken. Their bytes come again only if the holder keeps them
+    /// or the source resumes from a set without them; for zero pages, or if in
+    /// doubt, wake the run: who waits then faults again.
+    pub fn hand_back(self) -> PageRun {
+        self.run
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.ledger.note_handed_back(self.run);
+        }
+    }
+}
+
+impl fmt::Debug for Landing<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Landing({:?})", self.run)
+    }
+}
+
+/// The landings of a run, in rising order. Each is taken when it is asked for:
+/// pages that the iterator has not come to are not in hand.
+#[derive(Debug)]
+#[must_use = "nothing is landed until it is asked for"]
+pub struct Landings<'a> {
+    ledger: &'a DestinationLedger,
+    next: u64,
+    end: u64,
+    cargo: Cargo,
+}
+
+impl<'a> Landings<'a> {
+    /// The landings of `run`, which is in range.
+    pub(super) fn new(ledger: &'a DestinationLedger, run: PageRun, cargo: Cargo) -> Self {
+        Self { ledger, next: run.first().get(), end: run.end(), cargo }
+    }
+}
+
+impl<'a> Iterator for Landings<'a> {
+    type Item = Landing<'a>;
+
+    fn next(&mut self) -> Option<Landing<'a>> {
+        while self.next < self.end {
+            let taken = self.ledger.take(self.next, self.end, self.cargo);
+            let first = self.next + taken.skipped;
+            self.next = first + taken.count;
+            if taken.count == 0 {
+                continue;
+            }
+            // A stretch goes on over the border of a word if it begins at once.
+            while self.next < self.end && DestinationLedger::is_word_border(self.next) {
+                match self.ledger.take_at(self.next, self.end, self.cargo) {
+                    0 => break,
+                    more => self.next += more,
+                }
+            }
+            let run = PageRun::new(PageIndex::new(first), self.next - first)?;
+            return Some(Landing::new(self.ledger, run));
+        }
+        None
+    }
+}
