@@ -5,4 +5,6 @@
 pub mod memory;
 pub mod proto;
 #[cfg(feature = "io")]
+pub mod transport;
+#[cfg(feature = "io")]
 pub mod vmm;
