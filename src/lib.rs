@@ -12,4 +12,6 @@ pub mod report;
 #[cfg(feature = "io")]
 pub mod uffd;
 #[cfg(feature = "io")]
+pub mod transport;
+#[cfg(feature = "io")]
 pub mod vmm;

@@ -1,0 +1,112 @@
+//! A lane's thread: an OS thread with a single-threaded runtime of its own.
+//!
+//! One runtime for all lanes would put the urgent lane's work behind the push
+//! lanes'; a multi-threaded one costs a third of the throughput in hand-overs.
+
+use super::error::TransportError;
+use std::{future::Future, io, thread};
+
+/// A running lane thread whose body ends with a `T`.
+#[derive(Debug)]
+#[must_use = "a lane thread whose result nobody looks at can fail unnoticed"]
+pub struct LaneThread<T> {
+    name: String,
+    handle: thread::JoinHandle<T>,
+}
+
+impl<T: Send + 'static> LaneThread<T> {
+    /// Starts a thread called `name` (the kernel shows 15 bytes of it) that runs the
+    /// future which `body` makes, to its end. The future need not be `Send`.
+    ///
+    /// When it has ended, tasks that it spawned and did not wait for are dropped.
+    ///
+    /// # Errors
+    /// [`TransportError::Io`] if the thread or its runtime cannot be made.
+    pub fn spawn<F, Fut>(name: impl Into<String>, body: F) -> Result<Self, TransportError>
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = T>,
+    {
+        let name = name.into();
+        let io_error = |what| move |source| TransportError::Io { what, source };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .map_err(io_error("start a lane's runtime"))?;
+        let handle = thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || runtime.block_on(async move { body().await }))
+            .map_err(io_error("start a lane's thread"))?;
+        Ok(Self { name, handle })
+    }
+
+    /// Whether its body has ended, so that [`join`](Self::join) will not block.
+    pub fn is_finished(&self) -> bool {
+        self.handle.is_finished()
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits for its end and takes its result.
+    ///
+    /// # Errors
+    /// [`TransportError::ThreadPanicked`] if it panicked.
+    pub fn join(self) -> Result<T, TransportError> {
+        self.handle.join().map_err(|panic| {
+            let message = panic
+                .downcast_ref::<&str>()
+                .map(|text| (*text).to_owned())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_else(|| "no message".to_owned());
+            TransportError::ThreadPanicked { name: self.name, message }
+        })
+    }
+}
+
+/// Puts the calling thread into the real-time class SCHED_RR at its lowest
+/// priority, ahead of all ordinary threads. For urgent lanes on busy hosts: bulk work on the same cores
+/// then no longer delays the answer to a fault. The thread must not spin.
+///
+/// # Errors
+/// The kernel's, commonly `EPERM` without CAP_SYS_NICE; going on without is fine.
+pub fn prefer_this_thread() -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: 1 };
+    let policy = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: 0 names the calling thread, and `param` lives across the call, which only reads it.
+    match unsafe { libc::sched_setscheduler(0, policy, &param) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{rc::Rc, time::Duration};
+
+    #[test]
+    fn a_body_runs_on_its_own_named_thread_and_gives_its_result() {
+        let lane = LaneThread::spawn("lane-under-test", || async {
+            let not_send = Rc::new(41);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            (thread::current().name().map(str::to_owned), *not_send + 1)
+        });
+        let result = lane.unwrap().join().unwrap();
+        assert_eq!(result, (Some("lane-under-test".to_owned()), 42));
+    }
+
+    #[test]
+    fn a_panic_becomes_an_error_that_names_the_thread() {
+        let lane: LaneThread<()> = LaneThread::spawn("doomed", || async {
+            let pages = 7;
+            panic!("lost {pages} pages")
+        })
+        .unwrap();
+        let error = lane.join().unwrap_err();
+        assert_eq!(error.to_string(), "thread doomed panicked: lost 7 pages");
+    }
+}
