@@ -18,12 +18,13 @@ mod replay;
 mod stream;
 mod system;
 
-pub use diagnosis::{Guess, WrongPage};
-pub use failure::{CheckFailure, ContentFailure};
+pub use diagnosis::{Guess, GuessCounts, WrongPage};
+pub use failure::{CheckFailure, ContentFailure, VcpuProblem};
 
 use model::Model;
 use serde::{Deserialize, Serialize};
 use std::io::Read;
+use system::System;
 
 /// An access pattern; the words are those of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,14 +109,14 @@ pub struct CheckSummary {
 pub fn check(params: &CheckParams, memory: impl Read) -> Result<CheckSummary, CheckFailure> {
     let model = Model::new(params)?;
     let mut stream = stream::Pages::new(memory, params.pages);
-    let system = stream.read_pages(model::SYSTEM_PAGES)?;
-    let steps = system::steps(&model, &system)?;
-    let replay = replay::replay(&model, &steps);
+    let system = System::read(&mut stream)?;
+    let told = system.told(&model)?;
+    let replay = replay::replay(&model, told.steps);
     let mut findings = diagnosis::Findings::default();
-    system::compare(&model, &replay, &system, &mut findings);
+    system.compare(&model, &replay, &mut findings);
     stream::compare_arena_and_tail(&model, &replay, &mut stream, &mut findings)?;
     stream.expect_end()?;
-    findings.conclude(steps, &replay)
+    findings.conclude(told.problem, &replay)
 }
 
 #[cfg(test)]

@@ -87,7 +87,11 @@ impl Board {
     }
 
     /// Waits until `done`, at most for `most`.
-    fn wait_for(&self, most: Duration, mut done: impl FnMut(&Seats) -> bool) -> MutexGuard<'_, Seats> {
+    fn wait_for(
+        &self,
+        most: Duration,
+        mut done: impl FnMut(&Seats) -> bool,
+    ) -> MutexGuard<'_, Seats> {
         let pending = |seats: &mut Seats| !done(seats);
         self.changed
             .wait_timeout_while(self.lock(), most, pending)
@@ -100,7 +104,8 @@ impl Board {
     pub(super) fn pause(&self, most: Duration) -> Result<(), VcpuError> {
         self.stop_all(true);
         let mut seats = self.wait_for(most, |seats| seats.vcpus.iter().all(|seat| !seat.running));
-        let vcpus: Vec<usize> = (0..seats.vcpus.len()).filter(|&v| seats.vcpus[v].running).collect();
+        let vcpus: Vec<usize> =
+            (0..seats.vcpus.len()).filter(|&v| seats.vcpus[v].running).collect();
         if vcpus.is_empty() {
             return Ok(());
         }
@@ -154,9 +159,8 @@ impl Board {
 
     /// Whether no vCPU will make another step.
     pub(super) fn ended(&self) -> bool {
-        let ended = |seat: &Seat| {
-            !seat.running && (seat.lost || seat.registers.status != Status::Running)
-        };
+        let ended =
+            |seat: &Seat| !seat.running && (seat.lost || seat.registers.status != Status::Running);
         self.lock().vcpus.iter().all(ended)
     }
 
