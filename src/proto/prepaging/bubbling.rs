@@ -117,6 +117,14 @@ impl Bubbling {
         self.pivots.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn bubbles_are_apart(&self) -> bool {
+        let pairs = |a: usize| (0..a).map(move |b| (a, b));
+        (0..self.pivots.len())
+            .flat_map(pairs)
+            .all(|(a, b)| !self.pivots[a].touches(&self.pivots[b]))
+    }
+
     fn event(&mut self, fault: Fault, late: bool) {
         let page = fault.page.get();
         if page >= self.pages {
