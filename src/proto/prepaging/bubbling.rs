@@ -32,8 +32,10 @@ use crate::proto::page::{PAGE_SIZE, PageRun};
 use std::cmp::Reverse;
 use std::time::Duration;
 
-/// The run on each side of a pivot that goes before anything else: 64 KiB.
-const NEIGHBOUR_PAGES: u32 = 16;
+/// What goes above a pivot before anything else.
+const NEIGHBOUR_PAGES_UP: u32 = 32;
+/// And below it.
+const NEIGHBOUR_PAGES_DOWN: u32 = 16;
 /// The most sent pages that a bubble's edge leaps over: 2 MiB.
 const LEAP_PAGES_MAX: u64 = 512;
 /// Events in a row on one side that make a bubble a stream.
@@ -42,6 +44,8 @@ const STREAM_LEAN: i8 = 2;
 const LEAN_MAX: i8 = 4;
 /// How far outside a bubble a fault may lie and still tell of its direction.
 const NEAR_PAGES: u64 = 64;
+/// An event so close to the last one counts twice: 64 KiB.
+const STEP_PAGES: u64 = 16;
 /// The least that a stream is kept ahead of its reader.
 const AHEAD_PAGES_MIN: u64 = 128;
 /// The most (16 MiB): a pace is only an estimate.
@@ -83,6 +87,8 @@ struct Pivot {
     lean: i8,
     /// The reader's pace in pages a second, while it moves one way.
     pace: f64,
+    /// How far a stream is kept ahead of its reader, in pages.
+    ahead: u64,
     /// Pages that it may push before pivots without credit.
     credit: u64,
     /// When it had its last turn; 0 asks for the next one.
@@ -117,6 +123,14 @@ impl Bubbling {
         self.pivots.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn bubbles_are_apart(&self) -> bool {
+        let pairs = |a: usize| (0..a).map(move |b| (a, b));
+        (0..self.pivots.len())
+            .flat_map(pairs)
+            .all(|(a, b)| !self.pivots[a].touches(&self.pivots[b]))
+    }
+
     fn event(&mut self, fault: Fault, late: bool) {
         let page = fault.page.get();
         if page >= self.pages {
@@ -133,7 +147,7 @@ impl Bubbling {
                     pivot.follow(page, pages, rtt);
                     self.merge(index);
                 } else if pivot.contains(page) {
-                    pivot.credit = u64::from(2 * NEIGHBOUR_PAGES);
+                    pivot.credit = u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN);
                 } else {
                     // The bubble has not got there yet, and the page may be the edge of
                     // something else: a pivot of its own, that inherits the direction.
@@ -280,7 +294,8 @@ impl Pivot {
             event,
             lean: 0,
             pace: 0.0,
-            credit: u64::from(2 * NEIGHBOUR_PAGES),
+            ahead: 0,
+            credit: u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN),
             turn: 0,
             up_next: true,
         }
@@ -317,7 +332,8 @@ impl Pivot {
         let up = page > self.last;
         let at_edge = if up { page + near >= self.high } else { page <= self.low + near };
         if distance > 0 && (distance <= near || at_edge) {
-            let vote = if up { 1 } else { -1 };
+            let weight = if distance <= STEP_PAGES { 2 } else { 1 };
+            let vote = if up { weight } else { -weight };
             let turned = self.lean * vote < 0;
             self.lean = if turned { vote } else { (self.lean + vote).clamp(-LEAN_MAX, LEAN_MAX) };
             let elapsed = at.saturating_sub(self.last_at).as_secs_f64().max(1e-6);
@@ -332,8 +348,9 @@ impl Pivot {
 
     /// As a stream: goes on from the reader's place, and far enough ahead of it.
     fn follow(&mut self, page: u64, pages: u64, rtt: Duration) {
-        let ahead = (2.0 * self.pace * rtt.as_secs_f64()) as u64;
-        let ahead = ahead.clamp(AHEAD_PAGES_MIN, AHEAD_PAGES_MAX);
+        let paced = (2.0 * self.pace * rtt.as_secs_f64()) as u64;
+        self.ahead = (2 * self.ahead).max(paced).clamp(AHEAD_PAGES_MIN, AHEAD_PAGES_MAX);
+        let ahead = self.ahead;
         let up = self.lean > 0;
         if up {
             self.low = self.low.min(page);
@@ -367,7 +384,11 @@ impl Pivot {
         let direction = self.direction();
         let leap_max = if self.streams().is_some() { u64::MAX } else { LEAP_PAGES_MAX };
         let fresh = self.credit > 0 && self.streams().is_none();
-        let pages_max = if fresh { pages_max.min(NEIGHBOUR_PAGES) } else { pages_max };
+        let pages_max = match direction {
+            Direction::Up if fresh => pages_max.min(NEIGHBOUR_PAGES_UP),
+            Direction::Down if fresh => pages_max.min(NEIGHBOUR_PAGES_DOWN),
+            _ => pages_max,
+        };
         let run = match direction {
             Direction::Up => run_up(unsent, self.high, pages_max)
                 .filter(|run| run.first().get() - self.high <= leap_max),
@@ -377,6 +398,10 @@ impl Pivot {
                 .and_then(|from| run_down(unsent, from, pages_max))
                 .filter(|run| self.low - run.end() <= leap_max),
         };
+        if run.is_none() && self.streams().is_some() {
+            // All that its reader can come to is sent.
+            (self.low_done, self.high_done) = (true, true);
+        }
         match (run, direction) {
             (Some(run), Direction::Up) => self.high = run.end(),
             (Some(run), Direction::Down) => self.low = run.first().get(),
