@@ -11,7 +11,7 @@
 //!                first u64             count u32 vcpu u16 zero u16 epoch u32 zero u32
 //! ```
 
-use super::ledger::source::Claim;
+use super::ledger::Claim;
 use super::page::{PAGE_SIZE, PageIndex, PageRun, RUN_PAGES_MAX};
 
 /// Bytes of a page frame's header, and of a page request.
