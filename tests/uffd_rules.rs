@@ -199,6 +199,7 @@ fn nothing_is_placed_until_a_removal_was_read() {
         assert_eq!(guest.placer.place(run(0, 2), &filled(2, 2)).unwrap(), again, "{backing}");
         assert_eq!(again.rest(run(0, 2)), Some(run(0, 2)));
         assert_eq!(guest.placer.place_zero(run(2, 1)).unwrap(), again, "{backing}");
+        guest.placer.wake(run(4, 2)).unwrap();
         assert!(!removing.is_finished());
 
         assert_eq!(guest.event(), TrapEvent::Removed(run(4, 2)));
@@ -206,10 +207,17 @@ fn nothing_is_placed_until_a_removal_was_read() {
         assert_eq!(guest.placer.place(run(0, 2), &filled(2, 2)).unwrap().pages, 2, "{backing}");
         assert_eq!(guest.placer.place_zero(run(2, 1)).unwrap(), ALL, "{backing}");
 
-        // What was removed is trapped again, and its old content is gone.
-        let reader = guest.reader(4);
+        // What was removed is trapped again, and its old content is gone. A wake for
+        // it (its placement was known, its removal not yet) only gives a new event.
+        let early = guest.reader(4);
+        let fault = guest.event();
+        guest.placer.wake(run(4, 2)).unwrap();
+        assert_eq!(guest.event(), fault, "{backing}");
+        assert_eq!(guest.placer.place_zero(run(4, 1)).unwrap(), ALL);
+        assert_eq!(early.join().unwrap(), [0; 2]);
+        let reader = guest.reader(5);
         assert!(matches!(guest.event(), TrapEvent::Fault { minor: false, .. }), "{backing}");
-        assert_eq!(guest.placer.place_zero(run(4, 2)).unwrap().pages, 2);
+        assert_eq!(guest.placer.place_zero(run(5, 1)).unwrap(), ALL);
         assert_eq!(reader.join().unwrap(), [0; 2]);
     }
 }
