@@ -1,6 +1,6 @@
 //! Putting a guest's memory under `userfaultfd`, and taking it out again.
 //!
-//! One [`Registration`] is shared by the [`Trap`] and all [`Placer`]s. It does
+//! One `Registration` is shared by the [`Trap`] and all [`Placer`]s. It does
 //! not read events and places nothing.
 
 use super::open::{Descriptor, OpenError, UffdOptions, open};
