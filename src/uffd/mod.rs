@@ -1,5 +1,5 @@
 //! Everything between this crate and `userfaultfd`: getting a descriptor
-//! ([`open`]), putting guest memory under it ([`register`]), reading what the
+//! ([`mod@open`]), putting guest memory under it ([`mod@register`]), reading what the
 //! guest waits for ([`trap`]) and answering it ([`place`]).
 //!
 //! Nothing here knows which pages are placed, requested or on their way; the

@@ -153,7 +153,9 @@ impl Placer {
     /// With [`DestinationBacking::MemfdContinue`] the kernel may also have
     /// dropped the mapping of a placed page (under memory pressure, say), and the
     /// next access is a minor fault again. So the pages are mapped again first;
-    /// waking alone would let the thread fault for ever.
+    /// waking alone would let the thread fault for ever. Where mapping is not
+    /// possible now (a removal is not read yet), the thread is woken all the same
+    /// and gives a new event.
     ///
     /// # Panics
     /// If the run is not in the layout.
@@ -239,21 +241,19 @@ impl Placer {
         })
     }
 
-    /// Maps those pages of a placed run that are not mapped.
+    /// Maps those pages of a placed run that are not mapped, as far as possible.
     fn map_again(&self, run: PageRun) -> Result<(), PlaceError> {
         let mut rest = Some(run);
         while let Some(run) = rest {
-            let placed = self.map(run)?;
-            rest = match placed.stop {
-                None => None,
-                // That page is mapped: go on behind it.
-                Some(Stop::Exists) => {
-                    placed.rest(run).and_then(|rest| Placed { pages: 1, stop: None }.rest(rest))
+            rest = match self.map(run) {
+                // A page that is mapped: go on behind it.
+                Ok(placed @ Placed { stop: Some(Stop::Exists), .. }) => {
+                    Placed { pages: placed.pages + 1, stop: None }.rest(run)
                 }
-                Some(Stop::Again) => {
-                    let (operation, source) = ("UFFDIO_CONTINUE", Errno::EAGAIN);
-                    return Err(PlaceError { operation, run, placed: placed.pages, source });
-                }
+                Ok(Placed { stop: None | Some(Stop::Again), .. }) => None,
+                // Removed since (a hole). Whoever waits faults anew, as missing.
+                Err(PlaceError { source: Errno::EFAULT, .. }) => None,
+                Err(error) => return Err(error),
             };
         }
         Ok(())

@@ -1,14 +1,17 @@
 //! Putting a guest's memory under `userfaultfd`, and taking it out again.
 //!
-//! One [`Registration`] is shared by the [`Trap`] and all [`Placer`]s. It does
+//! One `Registration` is shared by the [`Trap`] and all [`Placer`]s. It does
 //! not read events and places nothing.
 
 use super::open::{Descriptor, OpenError, UffdOptions, open};
 use super::place::Placer;
 use super::trap::Trap;
 use crate::memory::ram::{Backing, GuestRam};
+use crate::proto::page::{PAGE_SIZE, PageIndex};
 use clap::ValueEnum;
 use nix::errno::Errno;
+use nix::sys::mman::{MmapAdvise, madvise};
+use nix::unistd::{Whence, lseek};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -82,6 +85,16 @@ pub enum RegisterError {
     /// The memory is not of the kind that the backing names.
     #[error("guest memory of another kind cannot be registered as {0}")]
     OtherBacking(DestinationBacking),
+    /// Pages in the memfd, which `UFFDIO_COPY` cannot replace and which are mapped
+    /// without a trap.
+    #[error("the memfd has pages already ({page} is one); memfd-copy needs it empty")]
+    NotEmpty {
+        /// The first of them.
+        page: PageIndex,
+    },
+    /// The mapping could not be inspected or emptied.
+    #[error("cannot prepare guest memory for userfaultfd")]
+    Prepare(#[source] Errno),
     /// The kernel refused the range.
     #[error("cannot register {bytes} bytes of {backing} guest memory with userfaultfd")]
     Register {
@@ -111,8 +124,12 @@ pub enum RegisterError {
 /// Registers all of `ram`: from here on, whoever touches a page that is not
 /// placed waits until a [`Placer`] places it, and the [`Trap`] tells of it.
 ///
-/// For [`DestinationBacking::MemfdContinue`], pages that are in the file already
-/// (from a pre-copy round) are trapped too, as minor faults.
+/// What is in the memory already:
+/// * [`DestinationBacking::MemfdContinue`]: pages in the file (from a pre-copy
+///   round) are trapped too, as minor faults, whoever touched them before.
+/// * [`DestinationBacking::MemfdCopy`]: refused, the file must be empty.
+/// * [`DestinationBacking::Anonymous`]: pages touched before stay as they are and
+///   are not trapped; stale ones must be discarded first (`MADV_DONTNEED`).
 ///
 /// # Safety
 /// Placing a page changes memory, and any thread may do it through a safe method
@@ -132,6 +149,7 @@ pub unsafe fn register(
     if ram.memfd().is_some() != backing.is_memfd() {
         return Err(RegisterError::OtherBacking(backing));
     }
+    prepare(&ram, backing)?;
     let mode = backing.register_mode();
     let minor = mode.contains(RegisterMode::MINOR);
     let descriptor = open(options, backing.is_memfd(), minor)?;
@@ -152,6 +170,29 @@ pub unsafe fn register(
         unregistered: AtomicBool::new(false),
     });
     Ok((Trap::new(Arc::clone(&registration)), Placer::new(registration)))
+}
+
+/// Sees to it that no page of a memfd is mapped before it is trapped.
+fn prepare(ram: &GuestRam, backing: DestinationBacking) -> Result<(), RegisterError> {
+    let Some(memfd) = ram.memfd() else { return Ok(()) };
+    if backing == DestinationBacking::MemfdCopy {
+        match lseek(memfd, 0, Whence::SeekData) {
+            // The file may be longer than the memory.
+            Ok(offset) if (offset as usize) < ram.len() => {
+                let page = PageIndex::new(offset as u64 / PAGE_SIZE as u64);
+                return Err(RegisterError::NotEmpty { page });
+            }
+            Ok(_) | Err(Errno::ENXIO) => {}
+            Err(errno) => return Err(RegisterError::Prepare(errno)),
+        }
+    }
+    // What was touched through this mapping is mapped, and would not be trapped.
+    // This unmaps it and leaves the file as it is. It must be done before
+    // registering: as an event it would wait for its own reader.
+    let start = ram.host_start().cast();
+    // SAFETY: the whole mapping, to which no references exist; it is shared, so
+    // that no content is lost.
+    unsafe { madvise(start, ram.len(), MmapAdvise::MADV_DONTNEED) }.map_err(RegisterError::Prepare)
 }
 
 /// Guest memory under userfaultfd.
