@@ -5,6 +5,8 @@
 pub mod attach;
 pub mod checker;
 #[cfg(feature = "io")]
+pub mod engine;
+#[cfg(feature = "io")]
 pub mod memory;
 pub mod proto;
 #[cfg(feature = "io")]

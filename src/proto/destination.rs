@@ -109,6 +109,25 @@ pub enum DestinationAction {
     Finish(Outcome),
 }
 
+impl DestinationAction {
+    /// Its name, for logs: some carry megabytes.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Prepare(_) => "Prepare",
+            Self::Say(_) => "Say",
+            Self::OpenLanes { .. } => "OpenLanes",
+            Self::DropLink(_) => "DropLink",
+            Self::Restore(_) => "Restore",
+            Self::RunGuest => "RunGuest",
+            Self::SendPlaced => "SendPlaced",
+            Self::Unregister => "Unregister",
+            Self::MakeReport => "MakeReport",
+            Self::DropGuest => "DropGuest",
+            Self::Finish(_) => "Finish",
+        }
+    }
+}
+
 /// The destination's session machine.
 #[derive(Debug)]
 pub struct DestinationSession {

@@ -178,12 +178,15 @@ pub enum ToSource {
         /// Whether it is the last one.
         last: bool,
     },
-    /// How far it is, for the source's progress display.
+    /// How far it is; said with each `Pong`.
     Progress {
         /// Pages that are settled.
         settled: u64,
         /// Network faults so far.
         network_faults: u64,
+        /// Bytes of page content that the push lanes have delivered: what the
+        /// source's pacer measures the link by.
+        pushed_bytes: u64,
     },
     /// The guest's workload came to its end (for policies that wait for it).
     WorkloadEnded,
@@ -330,7 +333,7 @@ mod tests {
             ToSource::Ready,
             ToSource::Running { restore_us: 1, resume_us: 2, held_us: 3 },
             ToSource::Placed { part: vec![5], last: true },
-            ToSource::Progress { settled: 1, network_faults: 2 },
+            ToSource::Progress { settled: 1, network_faults: 2, pushed_bytes: 3 },
             ToSource::WorkloadEnded,
             ToSource::Drained { settled: 3 },
             ToSource::Report(vec![b'{', b'}']),

@@ -21,6 +21,7 @@
 use super::LinkEpoch;
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
+use crate::proto::prepaging::Unsent;
 use crate::proto::page_set::{PageSet, PageSetError};
 use crate::proto::sync::{Arc, AtomicU64, Ordering, RwLock};
 use std::fmt;
@@ -245,6 +246,24 @@ impl Claims for SourceLedger {
 
     fn is_unsent(&self, page: PageIndex) -> bool {
         self.is_unsent(page)
+    }
+}
+
+impl Unsent for SourceLedger {
+    fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    fn is_unsent(&self, page: PageIndex) -> bool {
+        self.is_unsent(page)
+    }
+
+    fn next_unsent(&self, from: PageIndex) -> Option<PageIndex> {
+        self.next_unsent(from)
+    }
+
+    fn prev_unsent(&self, from: PageIndex) -> Option<PageIndex> {
+        self.prev_unsent(from)
     }
 }
 

@@ -1,0 +1,288 @@
+//! The destination's guest thread: everything of the VMM that may block, and the
+//! watch over the guest's steps once it runs.
+
+use super::vm::{DestinationVm, GuestFigures};
+use super::error_chain;
+use crate::memory::limits::check_can_hold;
+use crate::memory::ram::GuestRam;
+use crate::proto::message::{Hello, Mismatch};
+use crate::uffd::{DestinationBacking, Placer, Trap, UffdOptions, register};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use nix::unistd::Pid;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often the guest's steps are looked at.
+const SAMPLE_EVERY: Duration = Duration::from_millis(5);
+/// The most samples kept; then every second one goes and they are taken half as often.
+const SAMPLES_MAX: usize = 4096;
+/// For how long the steady rate is measured after the last page.
+const STEADY: Duration = Duration::from_millis(300);
+
+/// What the guest thread is told.
+pub enum GuestCommand {
+    /// Make memory, traps, VM and vCPUs for this proposal.
+    Prepare {
+        /// The proposal.
+        hello: Box<Hello>,
+        /// What memory is made of here.
+        backing: DestinationBacking,
+        /// Whether the guest runs under KVM.
+        kvm: bool,
+    },
+    /// Put this machine state in.
+    Restore(Vec<u8>),
+    /// Let the vCPUs run.
+    Run,
+    /// Collect the guest's own figures.
+    Figures,
+}
+
+/// A guest without state: memory that is trapped, and vCPUs that do not run.
+pub struct Shell {
+    /// Its memory.
+    pub ram: Arc<GuestRam>,
+    /// Faults come out here.
+    pub trap: Trap,
+    /// Pages go in here.
+    pub placer: Placer,
+    /// The kernel thread of each vCPU.
+    pub threads: Vec<Pid>,
+    /// The machine configuration that came out.
+    pub machine: String,
+}
+
+/// What the guest thread says.
+pub enum GuestEvent {
+    /// The shell stands.
+    Prepared(Box<Shell>),
+    /// The proposal cannot be taken.
+    Refused(Mismatch),
+    /// The state is in.
+    Restored,
+    /// The state was not taken.
+    RestoreFailed(String),
+    /// The first vCPU entered the guest at this time.
+    Entered(Instant),
+    /// The vCPUs could not be started.
+    RunFailed(String),
+    /// The guest has done what it was to do.
+    WorkloadEnded,
+    /// The guest's figures.
+    Figures(Box<RunFigures>),
+}
+
+/// The guest's own figures, and those of its steps over time.
+#[derive(Debug, Default)]
+pub struct RunFigures {
+    /// The guest's own.
+    pub guest: GuestFigures,
+    /// Steps from the first entry until the figures were asked for.
+    pub steps_in_brownout: Option<u64>,
+    /// Steps a second after that.
+    pub steady_per_second: Option<u64>,
+    /// From the first entry until the rate reached 90 % of the steady one.
+    pub until_90_percent: Option<Duration>,
+}
+
+/// The guest thread.
+pub struct GuestThread {
+    commands: Sender<GuestCommand>,
+    thread: JoinHandle<Box<dyn DestinationVm>>,
+}
+
+impl GuestThread {
+    /// Tells it something; done in order.
+    pub fn tell(&self, command: GuestCommand) {
+        // It ends only after this side of the channel.
+        let _ = self.commands.send(command);
+    }
+
+    /// Lets it end and takes the VMM back; `None` if the thread panicked.
+    pub fn end(self) -> Option<Box<dyn DestinationVm>> {
+        drop(self.commands);
+        self.thread.join().ok()
+    }
+}
+
+/// Starts the guest thread; `tell` returns `false` once nobody listens.
+pub fn spawn(
+    vm: Box<dyn DestinationVm>,
+    tell: impl Fn(GuestEvent) -> bool + Send + 'static,
+) -> std::io::Result<GuestThread> {
+    let (commands, receiver) = crossbeam_channel::unbounded();
+    let run = move || Worker { vm, tell, steps: None, ended: false }.run(&receiver);
+    let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;
+    Ok(GuestThread { commands, thread })
+}
+
+struct Worker<T> {
+    vm: Box<dyn DestinationVm>,
+    tell: T,
+    steps: Option<Steps>,
+    ended: bool,
+}
+
+impl<T: Fn(GuestEvent) -> bool> Worker<T> {
+    fn run(mut self, commands: &Receiver<GuestCommand>) -> Box<dyn DestinationVm> {
+        loop {
+            let command = match &self.steps {
+                None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(steps) => commands.recv_timeout(steps.every),
+            };
+            let event = match command {
+                Ok(command) => Some(self.obey(command)),
+                Err(RecvTimeoutError::Timeout) => self.watch(),
+                Err(RecvTimeoutError::Disconnected) => return self.vm,
+            };
+            if event.is_some_and(|event| !(self.tell)(event)) {
+                return self.vm;
+            }
+        }
+    }
+
+    fn obey(&mut self, command: GuestCommand) -> GuestEvent {
+        match command {
+            GuestCommand::Prepare { hello, backing, kvm } => {
+                match self.prepare(&hello, backing, kvm) {
+                    Ok(shell) => GuestEvent::Prepared(Box::new(shell)),
+                    Err(mismatch) => GuestEvent::Refused(mismatch),
+                }
+            }
+            GuestCommand::Restore(state) => match self.vm.restore(&state) {
+                Ok(()) => GuestEvent::Restored,
+                Err(error) => GuestEvent::RestoreFailed(error_chain(error.as_ref())),
+            },
+            GuestCommand::Run => match self.vm.resume() {
+                Ok(entered) => {
+                    let first = self.vm.steps().unwrap_or(0);
+                    self.steps = Some(Steps::new(entered, first));
+                    GuestEvent::Entered(entered)
+                }
+                Err(error) => GuestEvent::RunFailed(error_chain(error.as_ref())),
+            },
+            GuestCommand::Figures => GuestEvent::Figures(Box::new(self.figures())),
+        }
+    }
+
+    fn prepare(
+        &mut self,
+        hello: &Hello,
+        backing: DestinationBacking,
+        kvm: bool,
+    ) -> Result<Shell, Mismatch> {
+        let page_size = crate::proto::page::PAGE_SIZE as u32;
+        if hello.page_size != page_size {
+            return Err(Mismatch::new("the page size", hello.page_size, page_size));
+        }
+        if hello.features != 0 {
+            return Err(Mismatch::new("features", format!("{:#x}", hello.features), "none"));
+        }
+        let bytes = hello.layout.bytes();
+        let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
+        check_can_hold(bytes).map_err(|error| cannot("memory", error_chain(&error)))?;
+        let ram = GuestRam::new(hello.layout.clone(), backing.ram())
+            .map_err(|error| cannot("memory", error_chain(&error)))?;
+        let ram = Arc::new(ram);
+        let options = if kvm { UffdOptions::for_kvm() } else { UffdOptions::for_process() };
+        // SAFETY: nothing has a reference into this new memory; the VMM reaches it through
+        // raw pointers only, as `DestinationVm::prepare` demands, and no engine thread
+        // touches the mapping.
+        let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
+            .map_err(|error| cannot("memory traps", error_chain(&error)))?;
+        let machine = self.vm.prepare(hello, ram.clone())?;
+        Ok(Shell { ram, trap, placer, threads: self.vm.vcpu_threads(), machine })
+    }
+
+    /// Looks at the running guest.
+    fn watch(&mut self) -> Option<GuestEvent> {
+        let steps = self.vm.steps();
+        if let (Some(history), Some(steps)) = (&mut self.steps, steps) {
+            history.push(steps);
+        }
+        if !self.ended && self.vm.workload_ended() {
+            self.ended = true;
+            return Some(GuestEvent::WorkloadEnded);
+        }
+        None
+    }
+
+    fn figures(&mut self) -> RunFigures {
+        let mut figures = RunFigures { guest: self.vm.figures(), ..RunFigures::default() };
+        let (Some(history), Some(before)) = (&mut self.steps, self.vm.steps()) else {
+            return figures;
+        };
+        history.push(before);
+        figures.steps_in_brownout = Some(before.saturating_sub(history.first));
+        let began = Instant::now();
+        std::thread::sleep(STEADY);
+        let made = self.vm.steps().unwrap_or(before).saturating_sub(before);
+        let steady = made as f64 / began.elapsed().as_secs_f64();
+        // A guest that has ended its work has no steady rate.
+        if !self.vm.workload_ended() {
+            figures.steady_per_second = Some(steady as u64);
+            figures.until_90_percent = history.until_rate(0.9 * steady);
+        }
+        figures
+    }
+}
+
+/// The guest's steps over time.
+#[derive(Debug)]
+struct Steps {
+    entered: Instant,
+    first: u64,
+    every: Duration,
+    samples: Vec<(Duration, u64)>,
+}
+
+impl Steps {
+    fn new(entered: Instant, first: u64) -> Self {
+        let samples = vec![(Duration::ZERO, first)];
+        Self { entered, first, every: SAMPLE_EVERY, samples }
+    }
+
+    fn push(&mut self, steps: u64) {
+        if self.samples.len() == SAMPLES_MAX {
+            let mut index = 0;
+            self.samples.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+            self.every *= 2;
+        }
+        self.samples.push((self.entered.elapsed(), steps));
+    }
+
+    /// When the rate over some ten samples first reached `rate` steps a second.
+    fn until_rate(&self, rate: f64) -> Option<Duration> {
+        const SPAN: usize = 10;
+        self.samples.windows(SPAN + 1).find_map(|window| {
+            let ((from, before), (to, after)) = (window[0], window[SPAN]);
+            let made = after.saturating_sub(before) as f64;
+            (made >= rate * (to - from).as_secs_f64()).then_some(to)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_history_of_steps_stays_bounded_and_finds_the_rate() {
+        let mut steps = Steps::new(Instant::now(), 0);
+        steps.samples = (0..40u64)
+            .map(|i| (Duration::from_millis(5 * i), if i < 20 { 0 } else { (i - 20) * 100 }))
+            .collect();
+        // 100 steps in 5 ms are 20,000 a second, reached over a whole span at sample 30.
+        assert_eq!(steps.until_rate(20_000.0), Some(Duration::from_millis(150)));
+        assert_eq!(steps.until_rate(21_000.0), None);
+        for made in 0..3 * SAMPLES_MAX as u64 {
+            steps.push(made);
+        }
+        assert!(steps.samples.len() <= SAMPLES_MAX);
+        assert!(steps.every > SAMPLE_EVERY);
+    }
+}

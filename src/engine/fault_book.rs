@@ -1,0 +1,110 @@
+//! The book of open faults: who waits for which page since when, and what the
+//! waiting came to.
+//!
+//! Only for figures: whether a page must be asked for is the ledger's decision.
+
+use crate::proto::page::{PageIndex, PageRun};
+use crate::report::latency::Latencies;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// The most faults kept open at once; further ones are not timed. A thread has at most
+/// one open fault, so this bounds what a VMM with many threads costs.
+const OPEN_MAX: usize = 4096;
+
+/// A fault that was read and whose page is not placed yet.
+#[derive(Clone, Copy, Debug)]
+struct OpenFault {
+    page: PageIndex,
+    vcpu: Option<u16>,
+    since: Instant,
+}
+
+/// What waiting for pages came to.
+#[derive(Debug)]
+pub struct FaultFigures {
+    /// From reading a fault until its page was placed, of network faults and late hits.
+    pub latency: Latencies,
+    /// Each vCPU's standstill.
+    pub blocktime: Vec<Duration>,
+}
+
+#[derive(Debug)]
+struct Book {
+    open: Vec<OpenFault>,
+    figures: FaultFigures,
+}
+
+/// Open faults, shared between the thread that reads faults and those that place pages.
+#[derive(Debug)]
+pub struct FaultBook {
+    open: AtomicUsize,
+    book: Mutex<Book>,
+}
+
+impl FaultBook {
+    /// An empty book for a guest with this many vCPUs.
+    pub fn new(vcpus: usize) -> Self {
+        let blocktime = vec![Duration::ZERO; vcpus];
+        let figures = FaultFigures { latency: Latencies::new(), blocktime };
+        Self { open: AtomicUsize::new(0), book: Mutex::new(Book { open: Vec::new(), figures }) }
+    }
+
+    /// Enters a fault. To be called *before* the ledger is asked, so that a placement
+    /// in between finds it.
+    pub fn enter(&self, page: PageIndex, vcpu: Option<u16>, since: Instant) {
+        let mut book = self.lock();
+        if book.open.len() < OPEN_MAX {
+            book.open.push(OpenFault { page, vcpu, since });
+            self.open.store(book.open.len(), Ordering::SeqCst);
+        }
+    }
+
+    /// Strikes the faults on `page` out: the ledger had it already, or answered it
+    /// without the source.
+    pub fn strike(&self, page: PageIndex) {
+        let mut book = self.lock();
+        book.open.retain(|fault| fault.page != page);
+        self.open.store(book.open.len(), Ordering::SeqCst);
+    }
+
+    /// Closes the faults on the pages of `run`, placed at `now`.
+    pub fn placed(&self, run: PageRun, now: Instant) {
+        if self.open.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        let mut book = self.lock();
+        let Book { open, figures } = &mut *book;
+        open.retain(|fault| {
+            let closed = run.contains(fault.page);
+            if closed {
+                let waited = now.saturating_duration_since(fault.since);
+                figures.latency.record(waited);
+                if let Some(total) =
+                    fault.vcpu.and_then(|vcpu| figures.blocktime.get_mut(usize::from(vcpu)))
+                {
+                    *total += waited;
+                }
+            }
+            !closed
+        });
+        self.open.store(book.open.len(), Ordering::SeqCst);
+    }
+
+    /// Takes the figures out.
+    pub fn figures(&self) -> FaultFigures {
+        let mut book = self.lock();
+        let vcpus = book.figures.blocktime.len();
+        let blank = FaultFigures {
+            latency: Latencies::new(),
+            blocktime: vec![Duration::ZERO; vcpus],
+        };
+        std::mem::replace(&mut book.figures, blank)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Book> {
+        // Figures survive a panic of another thread.
+        self.book.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}

@@ -1,0 +1,181 @@
+//! Putting arrived pages into the guest: ledger, placer and fault book together.
+//!
+//! Any thread may install; the ledger's landings keep two of them off one page.
+
+use super::fault_book::FaultBook;
+use super::serve::LaneError;
+use crate::proto::frame::{FrameHeader, Origin, PageKind};
+use crate::proto::ledger::{DestinationLedger, Landing};
+use crate::proto::page::{PAGE_SIZE, PageRun};
+use crate::uffd::{PlaceError, Placer, Stop};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::UnboundedSender;
+
+/// How often placing is tried again while an event is pending (`EAGAIN`), and how
+/// long in all: the thread that reads events clears it within microseconds.
+const AGAIN_PAUSE: Duration = Duration::from_micros(50);
+const AGAIN_MAX: Duration = Duration::from_secs(5);
+
+/// Pages installed, by origin.
+#[derive(Debug, Default)]
+pub struct Arrivals {
+    /// Came with the switchover.
+    pub seeded: AtomicU64,
+    /// Came in answer to a fault.
+    pub demanded: AtomicU64,
+    /// Were pushed.
+    pub pushed: AtomicU64,
+    /// Came in the final drain.
+    pub drained: AtomicU64,
+    /// Were announced as zero.
+    pub zero: AtomicU64,
+    /// Were announced as holes.
+    pub hole: AtomicU64,
+    /// Were in place already when they were to be placed (`EEXIST`).
+    pub existed: AtomicU64,
+}
+
+impl Arrivals {
+    fn of(&self, kind: PageKind, origin: Origin) -> &AtomicU64 {
+        match (kind, origin) {
+            (PageKind::Zero, _) => &self.zero,
+            (PageKind::Hole, _) => &self.hole,
+            (_, Origin::Seed) => &self.seeded,
+            (_, Origin::Demand) => &self.demanded,
+            (_, Origin::Push) => &self.pushed,
+            (_, Origin::Drain) => &self.drained,
+        }
+    }
+}
+
+/// Installs pages; shared by the threads of all lanes.
+#[derive(Debug)]
+pub struct Installer {
+    /// Which pages are missing, in hand, placed.
+    pub ledger: DestinationLedger,
+    /// Puts them into memory.
+    pub placer: Placer,
+    /// Who waits for them.
+    pub book: FaultBook,
+    /// Counters.
+    pub arrivals: Arrivals,
+    full: UnboundedSender<()>,
+    full_told: AtomicBool,
+}
+
+impl Installer {
+    /// An installer for a guest of which every page is missing. `full` is told once
+    /// when none is any more.
+    pub fn new(
+        ledger: DestinationLedger,
+        placer: Placer,
+        book: FaultBook,
+        full: UnboundedSender<()>,
+    ) -> Arc<Self> {
+        let full_told = AtomicBool::new(false);
+        let arrivals = Arrivals::default();
+        Arc::new(Self { ledger, placer, book, arrivals, full, full_told })
+    }
+
+    /// Installs a received frame. `again` is called when the kernel takes no page
+    /// before pending events are read; who reads events reads them there.
+    pub fn install(
+        &self,
+        frame: &FrameHeader,
+        content: &[u8],
+        again: &mut dyn FnMut(),
+    ) -> Result<(), LaneError> {
+        let out_of_range = |error| LaneError::Violation(format!("{error}"));
+        let counter = self.arrivals.of(frame.kind, frame.origin);
+        if frame.kind == PageKind::Raw {
+            for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
+                counter.fetch_add(landing.run().count(), Ordering::Relaxed);
+                let first = landing.run().first().as_usize() - frame.run.first().as_usize();
+                self.place(landing, Some(&content[first * PAGE_SIZE..]), again)?;
+            }
+        } else {
+            counter.fetch_add(frame.run.count(), Ordering::Relaxed);
+            for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
+                self.place(landing, None, again)?;
+            }
+        }
+        self.tell_if_full();
+        Ok(())
+    }
+
+    /// Places zeros, for a fault on a page that is known to be zero.
+    pub fn place_zero(
+        &self,
+        landing: Landing<'_>,
+        again: &mut dyn FnMut(),
+    ) -> Result<(), LaneError> {
+        self.place(landing, None, again)?;
+        self.tell_if_full();
+        Ok(())
+    }
+
+    /// Wakes who waits for a page that is placed.
+    pub fn wake(&self, run: PageRun) -> Result<(), LaneError> {
+        self.placer.wake(run).map_err(local)
+    }
+
+    /// Tells that no page is missing, once.
+    pub fn tell_if_full(&self) {
+        if self.ledger.missing() == 0 && !self.full_told.swap(true, Ordering::SeqCst) {
+            let _ = self.full.send(());
+        }
+    }
+
+    fn place(
+        &self,
+        landing: Landing<'_>,
+        content: Option<&[u8]>,
+        again: &mut dyn FnMut(),
+    ) -> Result<(), LaneError> {
+        let whole = landing.run();
+        let mut landing = Some(landing);
+        let mut waiting_since = None;
+        while let Some(part) = landing.take() {
+            let run = part.run();
+            let done = whole.count() - run.count();
+            let placed = match content {
+                Some(content) => {
+                    let from = done as usize * PAGE_SIZE;
+                    self.placer.place(run, &content[from..from + run.bytes()])
+                }
+                None => self.placer.place_zero(run),
+            };
+            let placed = placed.map_err(local)?;
+            let mut pages = placed.pages;
+            match placed.stop {
+                None => {}
+                Some(Stop::Exists) => {
+                    // There already: whoever waits for it must still be woken.
+                    if let Some(page) = run.first().checked_add(pages) {
+                        self.wake(PageRun::single(page))?;
+                        self.arrivals.existed.fetch_add(1, Ordering::Relaxed);
+                        pages += 1;
+                    }
+                }
+                Some(Stop::Again) => {
+                    let since = *waiting_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > AGAIN_MAX {
+                        let why = format!("{run:?} cannot be placed: events stay pending");
+                        return Err(LaneError::Local(why));
+                    }
+                    again();
+                    std::thread::sleep(AGAIN_PAUSE);
+                }
+            }
+            landing = part.placed_some(pages);
+        }
+        self.book.placed(whole, Instant::now());
+        Ok(())
+    }
+}
+
+fn local(error: PlaceError) -> LaneError {
+    LaneError::Local(super::error_chain(&error))
+}

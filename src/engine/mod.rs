@@ -1,0 +1,42 @@
+//! The engine: threads and wiring around the pure core.
+//!
+//! [`source::migrate`] and [`destination::Receiver`] each drive one session machine:
+//! what happens on links, in the kernel and in the guest goes in as events, what the
+//! machine wants done comes out as actions. The engine branches on no page's state;
+//! that is the ledgers' business.
+//!
+//! | thread | source | destination |
+//! |---|---|---|
+//! | `urgent` | session machine, control stream, answers to page requests | session machine, control stream, faults in, requests out, demanded pages placed |
+//! | `push-N` | pre-paging policy, claims, page frames | pushed pages placed |
+//! | `guest` | pause, capture, resume (may block) | prepare, restore, resume (may block) |
+//! | `zero-scan` | holes and zero pages, after the pause | |
+
+pub mod control;
+pub mod destination;
+mod destination_guest;
+mod destination_report;
+pub mod fault_book;
+pub mod install;
+mod process_figures;
+pub mod push;
+mod push_in;
+pub mod serve;
+pub mod source;
+pub mod source_link;
+mod source_report;
+pub mod trap_loop;
+pub mod vm;
+
+/// An error and its causes in one line.
+pub(crate) fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut line = String::new();
+    for cause in causes.map(ToString::to_string) {
+        // Some errors already say what their cause says.
+        if !line.ends_with(&cause) {
+            line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
+        }
+    }
+    line
+}

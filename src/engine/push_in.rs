@@ -1,0 +1,150 @@
+//! The destination's push lanes: page frames in, pages placed.
+
+use super::install::Installer;
+use super::serve::LaneError;
+use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
+use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
+use crate::transport::wire_io::FrameReader;
+use crate::transport::{
+    Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError,
+};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tokio::sync::watch;
+
+/// What push lanes wait for before they take anything in, and what they count.
+#[derive(Debug)]
+pub struct PushGate {
+    /// Where pages go, and the link epoch of those that are welcome; `None` until the
+    /// proposal was accepted.
+    pub open: watch::Sender<Option<(Arc<Installer>, u32)>>,
+    /// Tells the lanes to end.
+    pub over: watch::Sender<bool>,
+    /// Content bytes received.
+    pub pushed_bytes: AtomicU64,
+    /// Bytes in UDP datagrams received and sent, of links that have ended.
+    pub wire_in: AtomicU64,
+    /// See `wire_in`.
+    pub wire_out: AtomicU64,
+    failed: AtomicBool,
+}
+
+impl Default for PushGate {
+    fn default() -> Self {
+        Self {
+            open: watch::Sender::new(None),
+            over: watch::Sender::new(false),
+            pushed_bytes: AtomicU64::new(0),
+            wire_in: AtomicU64::new(0),
+            wire_out: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
+        }
+    }
+}
+
+/// A push lane's life on the destination: accept, take in, and again after a lost
+/// link, until the gate says that it is over. `ended` hears how each link ended.
+pub async fn receive_lane(
+    socket: LaneSocket,
+    identity: Identity,
+    index: u8,
+    options: LinkOptions,
+    gate: Arc<PushGate>,
+    ended: impl Fn(LaneError),
+) -> Result<(), TransportError> {
+    let mut server = LaneServer::listen(socket, &identity, Lane::Push(index), options)?;
+    let mut over = gate.over.subscribe();
+    let mut link: Option<Link> = None;
+    loop {
+        let receive = async {
+            match &link {
+                Some(link) => receive_link(link, &gate).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = over.wait_for(|over| *over) => break,
+            // A new link replaces the old one, which is lost.
+            accepted = server.accept() => {
+                count_wire(&gate, link.as_ref());
+                link = Some(accepted?);
+            }
+            error = receive => {
+                count_wire(&gate, link.as_ref());
+                link = None;
+                if !gate.failed.swap(matches!(error, LaneError::Local(_)), Ordering::Relaxed) {
+                    ended(error);
+                }
+            }
+        }
+    }
+    count_wire(&gate, link.as_ref());
+    if let Some(link) = link {
+        link.close(0, "done").await;
+    }
+    Ok(())
+}
+
+fn count_wire(gate: &PushGate, link: Option<&Link>) {
+    if let Some(link) = link {
+        let stats = link.connection.stats();
+        gate.wire_in.fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
+        gate.wire_out.fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
+    }
+}
+
+async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {
+    match receive_frames(link, gate).await {
+        Ok(()) => LaneError::Link("the source ended its push stream".into()),
+        Err(error) => error,
+    }
+}
+
+async fn receive_frames(link: &Link, gate: &PushGate) -> Result<(), LaneError> {
+    let lost = |error: &dyn std::fmt::Display| LaneError::Link(error.to_string());
+    let mut stream = link.connection.accept_uni().await.map_err(|e| lost(&e))?;
+    let mut index = [0; 2];
+    stream.read_exact(&mut index).await.map_err(|e| lost(&e))?;
+    let mut open = gate.open.subscribe();
+    // Nothing of a peer is looked at before its proposal was accepted.
+    let opened = open.wait_for(Option::is_some).await.map(|gate| gate.clone());
+    let Ok(Some((installer, _))) = opened else { return Ok(()) };
+    let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
+    let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
+    loop {
+        let limits = || {
+            let epoch = gate.open.borrow().as_ref().map_or(0, |(_, epoch)| *epoch);
+            FrameLimits { pages: installer.ledger.pages(), epoch }
+        };
+        let Some(frame) = frames.next(|header| parse(header, limits())).await.map_err(wire)? else {
+            return Ok(());
+        };
+        let content = frame.payload.into_bytes();
+        // The thread that reads events clears what is pending meanwhile.
+        installer.install(&frame.header, &content, &mut || {})?;
+        gate.pushed_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Parses a page frame's header for a [`FrameReader`].
+pub fn parse(
+    header: &[u8],
+    limits: FrameLimits,
+) -> Result<(FrameHeader, usize), crate::proto::frame::FrameError> {
+    let mut bytes = [0; HEADER_LEN];
+    bytes.copy_from_slice(header);
+    let header = FrameHeader::parse(&bytes, limits)?;
+    let length = header.content_len;
+    Ok((header, length))
+}
+
+/// Tells a peer that breaks the protocol from a link that broke.
+pub fn wire(error: TransportError) -> LaneError {
+    match error {
+        TransportError::Malformed { .. } | TransportError::TooLong { .. } => {
+            LaneError::Violation(super::error_chain(&error))
+        }
+        error => LaneError::Link(super::error_chain(&error)),
+    }
+}

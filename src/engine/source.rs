@@ -1,0 +1,665 @@
+//! A migration as the source sees it.
+//!
+//! [`migrate`] blocks until the session is over. The session machine decides; this
+//! file does what it says, in the order in which a migration goes: connect, propose,
+//! pause, send the state, commit, serve and push, release.
+
+use super::control::{self, ControlError};
+use super::push::{PushShared, lock};
+use super::serve::{LaneError, SourceFigures, SourceShared, answer_requests, send_page};
+use super::source_link::{self, Link, PushCommand};
+use super::{error_chain, source_report};
+use super::vm::{Captured, SourceVm, VmError};
+use crate::memory::ram::GuestRam;
+use crate::memory::scan::{self, ScanError, ZeroScan};
+use crate::proto::frame::{Origin, PageKind};
+use crate::proto::ledger::{LinkEpoch, SourceLedger};
+use crate::proto::message::{Hello, SessionId, ToDestination, ToSource};
+use crate::proto::pacing::{Pacer, PacerConfig};
+use crate::proto::page::PageRun;
+use crate::proto::prepaging::{PolicyConfig, PolicyKind};
+use crate::proto::source::{
+    Outcome, SessionLimits, SourceAction, SourceEvent, SourceSession, SourceState,
+};
+use crate::report::schema::Report;
+use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
+use quinn::RecvStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tracing::{debug, info, info_span, warn};
+
+/// How often the urgent lane is timed while pages are pushed.
+const PING_EVERY: Duration = Duration::from_millis(4);
+/// The most fault notes that wait for the policy.
+const NOTES_MAX: usize = 4096;
+/// The most runs of zero pages that wait to be sent.
+const ZERO_RUNS_MAX: usize = 1024;
+/// Pages that the zero scan looks at between two looks at its end.
+const SCAN_PAGES: u64 = 4096;
+/// How often the watcher is called at least.
+const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// QUIC error code of a close that the session machine asked for.
+const CLOSE_DONE: u32 = 0;
+/// How long the last message may take to be acknowledged.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// What a source needs to know.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Where to go, and with what right.
+    pub ticket: Ticket,
+    /// Socket and QUIC settings.
+    pub link: LinkOptions,
+    /// Time limits.
+    pub limits: SessionLimits,
+    /// The pre-paging policy.
+    pub policy: PolicyKind,
+    /// Pivots of the bubbling policy.
+    pub pivots: Option<usize>,
+    /// When to push everything that is left, whatever the policy says; counted from
+    /// the moment the guest runs at the destination.
+    pub drain_after: Option<Duration>,
+    /// The machine configuration, see [`Hello::machine`].
+    pub machine: String,
+    /// The VMM's description of the guest, see [`Hello::guest`].
+    pub guest: Vec<u8>,
+    /// The guest's vCPUs.
+    pub vcpus: u16,
+    /// The kind of guest, for the report.
+    pub guest_kind: String,
+    /// What the guest does, for the report.
+    pub workload: Option<String>,
+}
+
+/// Where a migration is, for whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// The session machine's state.
+    pub state: SourceState,
+    /// Pages that the destination has, as it said last.
+    pub settled: u64,
+    /// Pages of the guest.
+    pub pages: u64,
+    /// Network faults, as the destination said last.
+    pub network_faults: u64,
+    /// Since the session began.
+    pub elapsed: Duration,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct SourceEnd {
+    /// The session machine's word.
+    pub outcome: Outcome,
+    /// The report, the destination's part included if it came.
+    pub report: Report,
+}
+
+/// Asks a running migration to stop; only heard before the commit.
+#[derive(Clone, Debug)]
+pub struct Canceller(UnboundedSender<Input>);
+
+impl Canceller {
+    /// Cancels, for this reason.
+    pub fn cancel(&self, why: &str) {
+        let _ = self.0.send(Input::Event(SourceEvent::Cancel(why.into())));
+    }
+}
+
+/// A migration that is ready to begin.
+#[derive(Debug)]
+pub struct Migration {
+    config: SourceConfig,
+    ram: Arc<GuestRam>,
+    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+}
+
+impl Migration {
+    /// Prepares to move the guest whose memory is `ram`.
+    pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
+        Self { config, ram, inputs: unbounded_channel() }
+    }
+
+    /// A handle that cancels it.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.inputs.0.clone())
+    }
+
+    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
+    ///
+    /// # Errors
+    /// Only if no thread could be made: every other failure is an [`Outcome`].
+    pub fn run(
+        self,
+        vm: Box<dyn SourceVm>,
+        watch: impl FnMut(Progress) + Send + 'static,
+    ) -> Result<SourceEnd, TransportError> {
+        let Self { config, ram, inputs } = self;
+        LaneThread::spawn("urgent", move || {
+            let local = tokio::task::LocalSet::new();
+            let drive = async move {
+                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
+            };
+            async move { local.run_until(drive).await }
+        })?
+        .join()?
+    }
+}
+
+/// What the driver waits for.
+enum Input {
+    Event(SourceEvent),
+    Linked(Box<Link>),
+    Heard { epoch: u32, message: ToSource },
+    Captured(Captured),
+    LinkEnded { epoch: u32, error: LaneError },
+}
+
+/// What the guest thread is told.
+enum GuestCommand {
+    ResetInstruments,
+    Pause,
+    Commit,
+    Resume,
+    Release,
+}
+
+/// A push lane's thread and how it is told things.
+struct PushLane {
+    commands: UnboundedSender<PushCommand>,
+    thread: LaneThread<()>,
+}
+
+struct Driver {
+    config: SourceConfig,
+    machine: SourceSession,
+    shared: Arc<SourceShared>,
+    push: Arc<PushShared>,
+    zeros: Option<crossbeam_channel::Sender<(PageRun, PageKind)>>,
+    inputs: UnboundedReceiver<Input>,
+    input: UnboundedSender<Input>,
+    guest: crossbeam_channel::Sender<GuestCommand>,
+    guest_thread: Option<std::thread::JoinHandle<()>>,
+    push_lanes: Vec<PushLane>,
+    link: Option<Link>,
+    captured: Option<Captured>,
+    watch: Box<dyn FnMut(Progress) + Send>,
+    settled: u64,
+    network_faults: u64,
+    pinging: bool,
+    drain_at: Option<Duration>,
+    next_watch: Duration,
+    outcome: Option<Outcome>,
+    figures: source_report::Observed,
+}
+
+impl Driver {
+    fn new(
+        config: SourceConfig,
+        ram: Arc<GuestRam>,
+        vm: Box<dyn SourceVm>,
+        inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+        watch: Box<dyn FnMut(Progress) + Send>,
+    ) -> Result<Self, TransportError> {
+        let layout = ram.layout().clone();
+        let pages = layout.pages();
+        let session = SessionId(rand::random());
+        let push_ports = config.ticket.push_lanes();
+        let hello = Hello {
+            guest: config.guest.clone(),
+            vcpus: config.vcpus,
+            push_lanes: push_ports as u16,
+            ..Hello::new(session, layout, config.machine.clone())
+        };
+        let machine = SourceSession::new(hello, config.limits, Duration::ZERO);
+        let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
+        let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
+        let shared = Arc::new(SourceShared {
+            ledger: SourceLedger::new(pages),
+            ram,
+            figures: SourceFigures::default(),
+            notes: notes_tx,
+            push_wake: tokio::sync::Notify::new(),
+            began: Instant::now(),
+        });
+        let mut policy = PolicyConfig::new(pages);
+        if let Some(pivots) = config.pivots {
+            policy.pivots_max = pivots;
+        }
+        let push = Arc::new(PushShared {
+            source: shared.clone(),
+            policy: std::sync::Mutex::new(config.policy.build(policy)),
+            pacer: std::sync::Mutex::new(Pacer::new(PacerConfig::default())),
+            notes,
+            zeros,
+            lanes: push_ports.max(1) as u64,
+        });
+        let (input, inputs) = inputs;
+        let (guest, commands) = crossbeam_channel::unbounded();
+        let guest_thread = spawn_guest(vm, commands, input.clone())
+            .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
+        Ok(Self {
+            config,
+            machine,
+            shared,
+            push,
+            zeros: Some(zeros_tx),
+            inputs,
+            input,
+            guest,
+            guest_thread: Some(guest_thread),
+            push_lanes: Vec::new(),
+            link: None,
+            captured: None,
+            watch,
+            settled: 0,
+            network_faults: 0,
+            pinging: false,
+            drain_at: None,
+            next_watch: Duration::ZERO,
+            outcome: None,
+            figures: source_report::Observed::default(),
+        })
+    }
+
+    async fn run(mut self) -> SourceEnd {
+        let span = info_span!("migration", side = "source");
+        let _entered = span.enter();
+        self.spawn_push_lanes();
+        loop {
+            while let Some(action) = self.machine.poll_action() {
+                debug!(?action, state = ?self.machine.state());
+                self.perform(action).await;
+            }
+            self.report_progress();
+            if self.outcome.is_some() {
+                break;
+            }
+            let wake_at = self.wake_at();
+            let wake = tokio::time::Instant::from_std(self.shared.began + wake_at);
+            tokio::select! {
+                biased;
+                Some(input) = self.inputs.recv() => self.take(input),
+                _ = tokio::time::sleep_until(wake) => self.tick().await,
+            }
+        }
+        self.end().await
+    }
+
+    fn now(&self) -> Duration {
+        self.shared.began.elapsed()
+    }
+
+    /// When to look up at the latest: a time limit, a ping, the drain, the display.
+    fn wake_at(&self) -> Duration {
+        let ping = self.pinging.then(|| self.now() + PING_EVERY);
+        [self.machine.timeout(), ping, self.drain_at, Some(self.next_watch)]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(self.next_watch)
+    }
+
+    async fn tick(&mut self) {
+        let now = self.now();
+        if self.machine.timeout().is_some_and(|at| at <= now) {
+            self.machine.handle(now, SourceEvent::Timer);
+        }
+        if self.drain_at.is_some_and(|at| at <= now) {
+            self.drain("the time given by --drain-after is over");
+        }
+        if self.pinging && self.machine.linked() {
+            self.say(ToDestination::Ping(now.as_nanos() as u64)).await;
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.now();
+        match input {
+            Input::Event(event) => self.machine.handle(now, event),
+            Input::Linked(mut link) => {
+                if let Some(control) = link.control_in.take() {
+                    spawn_listener(control, link.epoch, self.input.clone());
+                }
+                self.link = Some(*link);
+                self.machine.handle(now, SourceEvent::LinkUp);
+            }
+            Input::Captured(captured) => {
+                self.captured = Some(captured);
+                self.machine.handle(now, SourceEvent::Paused);
+            }
+            Input::Heard { epoch, message } if epoch == self.machine.epoch() => {
+                self.heard(now, message);
+            }
+            Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
+                let event = match error {
+                    LaneError::Violation(why) => SourceEvent::Violation(why),
+                    error => SourceEvent::LinkLost(error.to_string()),
+                };
+                self.machine.handle(now, event);
+            }
+            // From a link that was replaced since.
+            Input::Heard { .. } | Input::LinkEnded { .. } => {}
+        }
+    }
+
+    fn heard(&mut self, now: Duration, message: ToSource) {
+        match &message {
+            ToSource::Pong(sent_ns) => {
+                let rtt = now.saturating_sub(Duration::from_nanos(*sent_ns));
+                lock(&self.push.pacer).on_urgent_rtt(now, rtt);
+            }
+            ToSource::Progress { settled, network_faults, pushed_bytes } => {
+                lock(&self.push.pacer).on_push_delivered(now, *pushed_bytes);
+                self.settled = (*settled).min(self.shared.ram.layout().pages());
+                self.network_faults = *network_faults;
+            }
+            ToSource::WorkloadEnded => self.drain("the workload ended"),
+            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
+                self.drain_at = self.config.drain_after.map(|after| now + after);
+            }
+            _ => {}
+        }
+        self.machine.handle(now, SourceEvent::Message(message));
+    }
+
+    fn drain(&mut self, why: &str) {
+        if self.drain_at.take().is_some() || self.machine.state() == SourceState::Brownout {
+            info!(why, "draining");
+            lock(&self.push.policy).drain();
+            self.shared.push_wake.notify_one();
+        }
+    }
+
+    async fn perform(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Connect { epoch, after } => self.connect(epoch, after),
+            SourceAction::DropLink(why) => self.drop_link(&why),
+            SourceAction::Say(message) => self.say(message).await,
+            SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
+            SourceAction::PauseGuest => {
+                self.command(GuestCommand::ResetInstruments);
+                self.command(GuestCommand::Pause);
+            }
+            SourceAction::SendState => self.send_state().await,
+            SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
+            SourceAction::ResumeGuest => {
+                self.drop_link("the migration was aborted");
+                let next = LinkEpoch::new(self.machine.epoch() + 1);
+                if let Err(error) = self.shared.ledger.void(next) {
+                    warn!(%error, "claims stay as they are");
+                }
+                self.command(GuestCommand::Resume);
+            }
+            SourceAction::ResumeLedger(placed) => {
+                let epoch = LinkEpoch::new(self.machine.epoch());
+                match self.shared.ledger.resume_from(&placed, epoch) {
+                    Ok(again) => {
+                        self.figures.resent += again;
+                        info!(pages = again, "sending again what the lost link did not deliver");
+                    }
+                    Err(error) => warn!(%error, "the ledger was not resumed"),
+                }
+            }
+            SourceAction::StartPush => self.start_push(),
+            SourceAction::ReleaseGuest => self.command(GuestCommand::Release),
+            SourceAction::Finish(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    fn connect(&mut self, epoch: u32, after: Duration) {
+        self.drop_link("a new link is made");
+        let (config, input) = (self.config.clone(), self.input.clone());
+        let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(after).await;
+            let input_of = match source_link::dial(&config, epoch, &lanes).await {
+                Ok(link) => Input::Linked(Box::new(link)),
+                Err(error) => Input::LinkEnded { epoch, error },
+            };
+            let _ = input.send(input_of);
+        });
+    }
+
+    fn drop_link(&mut self, why: &str) {
+        if let Some(link) = self.link.take() {
+            self.figures.unlinked(&link.transport.connection);
+            link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
+        }
+    }
+
+    async fn say(&mut self, message: ToDestination) {
+        let Some(link) = &mut self.link else { return };
+        if let Err(error) = control::say(&mut link.control, &message).await {
+            let (epoch, error) = (link.epoch, LaneError::Link(error.to_string()));
+            let _ = self.input.send(Input::LinkEnded { epoch, error });
+        }
+    }
+
+    /// Answers page requests from now on. Before the guest is paused nobody asks.
+    fn open_lanes(&mut self, epoch: u32) {
+        let Some(link) = &mut self.link else { return };
+        for (mut pages, mut requests) in link.demand.drain(..) {
+            let (shared, input) = (self.shared.clone(), self.input.clone());
+            tokio::task::spawn_local(async move {
+                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages).await;
+                if let Err(error) = ended {
+                    let _ = input.send(Input::LinkEnded { epoch, error });
+                }
+            });
+        }
+    }
+
+    async fn send_state(&mut self) {
+        let Some(captured) = &mut self.captured else { return };
+        let state = std::mem::take(&mut captured.state);
+        let seeds = captured.seeds.clone();
+        self.figures.switchover_bytes = state.len() as u64;
+        self.say(ToDestination::State(state)).await;
+        let epoch = self.machine.epoch();
+        if let Some(link) = &mut self.link {
+            for page in seeds {
+                let sent = send_page(&self.shared, epoch, &mut link.seeds, page, Origin::Seed);
+                if let Err(error) = sent.await {
+                    let _ = self.input.send(Input::LinkEnded { epoch, error });
+                    return;
+                }
+            }
+        }
+        self.machine.handle(self.now(), SourceEvent::StateSent);
+        self.spawn_zero_scan();
+    }
+
+    /// Looks for holes and zero pages while the guest is on its way: the set is only
+    /// right once nothing writes any more.
+    fn spawn_zero_scan(&mut self) {
+        let Some(zeros) = self.zeros.take() else { return };
+        let (ram, shared) = (self.shared.ram.clone(), self.shared.clone());
+        let scan = move || {
+            let scanned = scan_zeros(ram, |run, kind| {
+                let sent = zeros.send((run, kind)).is_ok();
+                shared.push_wake.notify_one();
+                sent
+            });
+            if let Err(error) = scanned {
+                // Pages that are not known to be zero are simply sent.
+                warn!(error = error_chain(&error), "the scan for zero pages ended early");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("zero-scan".into()).spawn(scan) {
+            warn!(%error, "no thread for the scan for zero pages");
+        }
+    }
+
+    fn start_push(&mut self) {
+        self.pinging = true;
+        for lane in &self.push_lanes {
+            let _ = lane.commands.send(PushCommand::Start { epoch: self.machine.epoch() });
+        }
+    }
+
+    fn spawn_push_lanes(&mut self) {
+        for index in 0..self.config.ticket.push_lanes() as u8 {
+            let (commands, receiver) = unbounded_channel();
+            let (push, input, config) =
+                (self.push.clone(), self.input.clone(), self.config.clone());
+            let ended = move |epoch, error| {
+                let _ = input.send(Input::LinkEnded { epoch, error });
+            };
+            let lane = LaneThread::spawn(format!("push-{index}"), move || {
+                source_link::push_lane(push, config, index, receiver, ended)
+            });
+            match lane {
+                Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),
+                Err(error) => {
+                    let why = format!("cannot start push lane {index}: {error}");
+                    self.machine.handle(self.now(), SourceEvent::Cancel(why));
+                }
+            }
+        }
+    }
+
+    fn command(&self, command: GuestCommand) {
+        // The guest thread ends only after this side of the channel.
+        let _ = self.guest.send(command);
+    }
+
+    fn report_progress(&mut self) {
+        let now = self.now();
+        if now < self.next_watch && self.outcome.is_none() {
+            return;
+        }
+        self.next_watch = now + WATCH_EVERY;
+        (self.watch)(Progress {
+            state: self.machine.state(),
+            settled: self.settled,
+            pages: self.shared.ram.layout().pages(),
+            network_faults: self.network_faults,
+            elapsed: now,
+        });
+    }
+
+    /// Lets every thread go and puts the report together.
+    async fn end(mut self) -> SourceEnd {
+        let outcome = self.outcome.take().expect("the loop ends with an outcome");
+        info!(?outcome, "the session is over");
+        if let Some(mut link) = self.link.take() {
+            self.figures.unlinked(&link.transport.connection);
+            // What was said last should still arrive; not everybody listens.
+            let _ = link.control.finish();
+            let _ = tokio::time::timeout(LAST_WORDS, link.control.stopped()).await;
+            link.transport.close(CLOSE_DONE, "done").await;
+        }
+        for lane in std::mem::take(&mut self.push_lanes) {
+            drop(lane.commands);
+            if let Err(error) = lane.thread.join() {
+                warn!(%error, "a push lane ended badly");
+            }
+        }
+        drop(self.guest);
+        if let Some(thread) = self.guest_thread.take() {
+            let _ = thread.join();
+        }
+        let report = source_report::report(&source_report::Facts {
+            config: &self.config,
+            machine: &self.machine,
+            shared: &self.shared,
+            pacer: &lock(&self.push.pacer),
+            captured: self.captured.as_ref(),
+            observed: &self.figures,
+            outcome: &outcome,
+        });
+        SourceEnd { outcome, report }
+    }
+}
+
+fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
+    tokio::task::spawn_local(async move {
+        let error = loop {
+            let heard = control::hear(&mut control).await;
+            let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
+            match decoded {
+                Ok(message) => {
+                    if input.send(Input::Heard { epoch, message }).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => break error,
+            }
+        };
+        let error = match error {
+            ControlError::Link(why) => LaneError::Link(why),
+            ControlError::Message(error) => LaneError::Violation(error.to_string()),
+        };
+        let _ = input.send(Input::LinkEnded { epoch, error });
+    });
+}
+
+/// Finds holes and zero pages and hands each run to `found`, until it says `false`.
+fn scan_zeros(
+    ram: Arc<GuestRam>,
+    mut found: impl FnMut(PageRun, PageKind) -> bool,
+) -> Result<(), ScanError> {
+    let mut scan = ZeroScan::new(ram)?;
+    while let Some(runs) = scan.next(SCAN_PAGES)? {
+        for (run, kind) in runs {
+            let kind = match kind {
+                scan::Kind::Zero => PageKind::Zero,
+                scan::Kind::Hole => PageKind::Hole,
+            };
+            if !found(run, kind) {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The thread on which the VMM is called: its calls may block.
+fn spawn_guest(
+    mut vm: Box<dyn SourceVm>,
+    commands: crossbeam_channel::Receiver<GuestCommand>,
+    input: UnboundedSender<Input>,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let said = |error: VmError| error_chain(error.as_ref());
+    let run = move || {
+        for command in commands {
+            let event = match command {
+                GuestCommand::ResetInstruments => {
+                    vm.reset_instruments();
+                    continue;
+                }
+                GuestCommand::Pause => match vm.pause() {
+                    Ok(captured) => Input::Captured(captured),
+                    Err(error) => Input::Event(SourceEvent::PauseFailed(said(error))),
+                },
+                GuestCommand::Commit => match vm.commit() {
+                    Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
+                    // The VMM cannot be asked any more: whoever holds the word decided.
+                    Err(error) => {
+                        warn!(error = said(error), "the commit word could not be written");
+                        Input::Event(SourceEvent::CommitWord(false))
+                    }
+                },
+                GuestCommand::Resume => match vm.resume() {
+                    Ok(()) => continue,
+                    Err(error) => {
+                        warn!(error = said(error), "the guest could not be resumed");
+                        continue;
+                    }
+                },
+                GuestCommand::Release => {
+                    if let Err(error) = vm.release() {
+                        warn!(error = said(error), "the VMM was not told that it may go");
+                    }
+                    continue;
+                }
+            };
+            if input.send(event).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("guest".into()).spawn(run)
+}

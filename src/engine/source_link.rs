@@ -1,0 +1,147 @@
+//! Making the source's links: the urgent connection with its streams, and the push
+//! lanes' own connections, each on its own thread.
+
+use super::push::PushShared;
+use super::serve::LaneError;
+use super::source::SourceConfig;
+use crate::transport::{self, Lane};
+use quinn::{RecvStream, SendStream};
+use std::sync::Arc;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::oneshot;
+
+/// Priority of the control stream below the demand streams (0).
+const CONTROL_PRIORITY: i32 = -1;
+
+/// The urgent connection and its streams.
+///
+/// The source opens all of them, in this order: control, seeds, then a demand stream
+/// for each vCPU and one for faults that no vCPU raised. The first bytes of each
+/// stream after control are its index, so that the destination sees them open.
+#[derive(Debug)]
+pub struct Link {
+    /// The link epoch it was made for.
+    pub epoch: u32,
+    /// The urgent connection.
+    pub transport: transport::Link,
+    /// Control messages out.
+    pub control: SendStream,
+    /// Control messages in, until the listener takes it.
+    pub control_in: Option<RecvStream>,
+    /// Seeds out: pages that were not asked for.
+    pub seeds: SendStream,
+    /// Pages out, requests in.
+    pub demand: Vec<(SendStream, RecvStream)>,
+}
+
+/// What a push lane is told.
+#[derive(Debug)]
+pub enum PushCommand {
+    /// Connect for this link epoch.
+    Connect {
+        /// The epoch.
+        epoch: u32,
+        /// Told when the connection stands, or why not.
+        done: oneshot::Sender<Result<(), LaneError>>,
+    },
+    /// Push pages.
+    Start {
+        /// The epoch to push in; ignored if the connection is of another.
+        epoch: u32,
+    },
+}
+
+/// Connects the urgent lane, opens its streams and has all push lanes connect.
+pub async fn dial(
+    config: &SourceConfig,
+    epoch: u32,
+    push_lanes: &[UnboundedSender<PushCommand>],
+) -> Result<Link, LaneError> {
+    let lost = |error: quinn::ConnectionError| LaneError::Link(error.to_string());
+    let transport = connect(config, Lane::Urgent).await?;
+    let connection = &transport.connection;
+    let (control, control_in) = connection.open_bi().await.map_err(lost)?;
+    // Without a right to it there is no stream's priority; the order is only a wish.
+    let _ = control.set_priority(CONTROL_PRIORITY);
+    let mut seeds = connection.open_uni().await.map_err(lost)?;
+    greet(&mut seeds, 0).await?;
+    let mut demand = Vec::new();
+    for index in 0..=config.vcpus {
+        let (mut pages, requests) = connection.open_bi().await.map_err(lost)?;
+        greet(&mut pages, index).await?;
+        demand.push((pages, requests));
+    }
+    for lane in push_lanes {
+        let (done, connected) = oneshot::channel();
+        let _ = lane.send(PushCommand::Connect { epoch, done });
+        connected.await.map_err(|_| LaneError::Local("a push lane has ended".into()))??;
+    }
+    let control_in = Some(control_in);
+    Ok(Link { epoch, transport, control, control_in, seeds, demand })
+}
+
+async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
+    stream.write_all(&index.to_le_bytes()).await.map_err(|e| LaneError::Link(e.to_string()))
+}
+
+/// A push lane's life: connect and push when told, until the commands end.
+pub async fn push_lane(
+    shared: Arc<PushShared>,
+    config: SourceConfig,
+    index: u8,
+    mut commands: UnboundedReceiver<PushCommand>,
+    ended: impl Fn(u32, LaneError),
+) {
+    let mut link: Option<(transport::Link, SendStream)> = None;
+    let mut linked_epoch = 0;
+    let mut pushing = false;
+    loop {
+        let push = async {
+            match &mut link {
+                Some((link, stream)) if pushing => {
+                    shared.push(&link.connection, stream, linked_epoch).await
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            command = commands.recv() => match command {
+                Some(PushCommand::Connect { epoch, done }) => {
+                    pushing = false;
+                    linked_epoch = epoch;
+                    let connected = connect_push(&config, index).await;
+                    let _ = done.send(connected.map(|made| link = Some(made)));
+                }
+                Some(PushCommand::Start { epoch }) => pushing = epoch == linked_epoch,
+                None => break,
+            },
+            result = push => {
+                pushing = false;
+                if let Err(error) = result {
+                    ended(linked_epoch, error);
+                }
+            }
+        }
+    }
+    if let Some((link, _)) = link {
+        link.close(0, "done").await;
+    }
+}
+
+async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, LaneError> {
+    transport::connect(&config.ticket, lane, &config.link)
+        .await
+        .map_err(|error| LaneError::Link(super::error_chain(&error)))
+}
+
+async fn connect_push(
+    config: &SourceConfig,
+    index: u8,
+) -> Result<(transport::Link, SendStream), LaneError> {
+    let link = connect(config, Lane::Push(index)).await?;
+    let opened = link.connection.open_uni().await;
+    let mut stream = opened.map_err(|e| LaneError::Link(e.to_string()))?;
+    greet(&mut stream, u16::from(index)).await?;
+    Ok((link, stream))
+}

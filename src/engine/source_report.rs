@@ -1,0 +1,134 @@
+//! The whole report, put together at the source.
+
+use super::process_figures::{cpu_us, peak_rss_bytes};
+use super::serve::SourceShared;
+use super::source::SourceConfig;
+use super::vm::Captured;
+use crate::proto::pacing::Pacer;
+use crate::proto::page::PAGE_SIZE;
+use crate::proto::source::{Outcome, SourceSession};
+use crate::proto::timeline::Stamp;
+use crate::report::merge::{DestinationPart, Heading, SourcePart};
+use crate::report::schema::{self, Guest, Link, Mode, Pages, Report};
+use quinn::Connection;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tracing::warn;
+
+/// Facts that are gone once they were used.
+#[derive(Debug, Default)]
+pub struct Observed {
+    /// Bytes of machine state sent.
+    pub switchover_bytes: u64,
+    /// Pages sent again in a later link epoch.
+    pub resent: u64,
+    mtu: Option<u16>,
+}
+
+impl Observed {
+    /// A connection is given up: what it knew of the path goes with it.
+    pub fn unlinked(&mut self, connection: &Connection) {
+        self.mtu = Some(connection.stats().path.current_mtu);
+    }
+}
+
+/// Where the figures are.
+pub struct Facts<'a> {
+    /// What was asked for.
+    pub config: &'a SourceConfig,
+    /// When what happened, and the destination's part.
+    pub machine: &'a SourceSession,
+    /// Counters and the ledger.
+    pub shared: &'a SourceShared,
+    /// The link as measured.
+    pub pacer: &'a Pacer,
+    /// The pause.
+    pub captured: Option<&'a Captured>,
+    /// See [`Observed`].
+    pub observed: &'a Observed,
+    /// How it ended.
+    pub outcome: &'a Outcome,
+}
+
+/// The report of the whole migration.
+pub fn report(facts: &Facts<'_>) -> Report {
+    let destination = facts.machine.destination_report().and_then(|json| {
+        DestinationPart::from_json(json)
+            .inspect_err(|error| warn!(%error, "no report from the destination"))
+            .ok()
+    });
+    let late_at_source = facts.shared.figures.late_hits.load(Ordering::Relaxed);
+    let destination = destination.map(|mut part| {
+        // A request that met a page on its way was no network fault after all, which
+        // only this side knows.
+        part.network_faults = part.network_faults.map(|n| n.saturating_sub(late_at_source));
+        part.late_hits = part.late_hits.map(|n| n.saturating_add(late_at_source));
+        part
+    });
+    Report::merge(heading(facts), source_part(facts), destination)
+}
+
+fn heading(facts: &Facts<'_>) -> Heading {
+    let (outcome, reason) = match facts.outcome {
+        Outcome::Completed if facts.machine.epoch() > 0 => (schema::Outcome::Recovered, None),
+        Outcome::Completed => (schema::Outcome::Completed, None),
+        Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
+        Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),
+    };
+    let config = facts.config;
+    let layout = facts.shared.ram.layout();
+    Heading {
+        outcome,
+        reason,
+        mode: Mode::PostCopy,
+        policy: Some(config.policy.name().into()),
+        guest: Guest {
+            kind: config.guest_kind.clone(),
+            memory_bytes: layout.bytes(),
+            page_size: PAGE_SIZE as u64,
+            vcpus: u32::from(config.vcpus),
+            backing: "memfd".into(),
+            workload: config.workload.clone(),
+        },
+        link: Link {
+            encrypted: true,
+            push_lanes: Some(config.ticket.push_lanes() as u32),
+            rtt_us: Some(facts.pacer.base_rtt().as_micros() as u64),
+            mtu: facts.observed.mtu.map(u64::from),
+            bandwidth_limit_bps: None,
+            epochs: Some(facts.machine.epoch() + 1),
+        },
+    }
+}
+
+fn source_part(facts: &Facts<'_>) -> SourcePart {
+    let timeline = facts.machine.timeline();
+    let micros = |from, to| Some(timeline.between(from, to)?.as_micros() as u64);
+    let get = |counter: &AtomicU64| Some(counter.load(Ordering::Relaxed));
+    let counts = facts.shared.ledger.counts();
+    let figures = &facts.shared.figures;
+    SourcePart {
+        handshake_us: micros(Stamp::Begin, Stamp::Agreed),
+        source_brownout_us: micros(Stamp::Agreed, Stamp::PauseAsked),
+        pause_us: facts.captured.map(|captured| captured.pause.as_micros() as u64),
+        capture_us: facts.captured.map(|captured| captured.capture.as_micros() as u64),
+        until_state_sent_us: micros(Stamp::PauseAsked, Stamp::StateSent),
+        switchover_bytes: Some(facts.observed.switchover_bytes),
+        total_us: micros(Stamp::Begin, Stamp::Drained),
+        pages: Pages {
+            total: Some(facts.shared.ram.layout().pages()),
+            zero: get(&figures.zero),
+            hole: get(&figures.hole),
+            seeded: get(&figures.seeded),
+            demanded: get(&figures.demanded),
+            pushed: get(&figures.pushed),
+            drained: get(&figures.drained),
+            precopied: None,
+            resent_after_link_loss: Some(facts.observed.resent),
+            sent_twice: Some(counts.sent_twice),
+            placed_twice: None,
+        },
+        cpu_us: cpu_us(),
+        peak_rss_bytes: peak_rss_bytes(),
+        ..SourcePart::default()
+    }
+}

@@ -1,0 +1,194 @@
+//! The destination's fault loop: traps in, page requests out.
+//!
+//! It runs on the urgent lane's thread, next to what places the answers, so that a
+//! fault costs no hand-over between threads.
+
+use super::install::Installer;
+use super::serve::LaneError;
+use crate::proto::frame::PageRequest;
+use crate::proto::ledger::FaultAnswer;
+use crate::proto::page::{PageIndex, PageRun};
+use crate::uffd::{Trap, TrapEvent};
+use nix::unistd::Pid;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Faults seen.
+#[derive(Debug, Default)]
+pub struct FaultCounts {
+    /// Asked the source.
+    pub requests: AtomicU64,
+    /// On a page that was asked for already, or in hand.
+    pub waits: AtomicU64,
+    /// Of all that had to wait for the network: raised by no vCPU thread.
+    pub unattributed: AtomicU64,
+    /// Answered without the source: zero pages and holes.
+    pub local: AtomicU64,
+    /// On a page that was placed by the time the fault was read.
+    pub crossed: AtomicU64,
+}
+
+/// Where requests go: written by the fault loop, sent by the demand streams' tasks.
+pub trait Requests {
+    /// Queues a request on the stream of its vCPU.
+    fn ask(&self, request: PageRequest);
+}
+
+/// Reads faults and decides with the ledger what each needs.
+pub struct TrapLoop<R> {
+    trap: AsyncFd<Trap>,
+    installer: Arc<Installer>,
+    counts: Arc<FaultCounts>,
+    vcpus: RefCell<HashMap<Pid, u16>>,
+    requests: R,
+    epoch: std::cell::Cell<u32>,
+    events: RefCell<Vec<TrapEvent>>,
+}
+
+impl<R: Requests> TrapLoop<R> {
+    /// A loop over this trap; must be made inside the urgent lane's runtime.
+    pub fn new(
+        trap: Trap,
+        installer: Arc<Installer>,
+        counts: Arc<FaultCounts>,
+        requests: R,
+    ) -> std::io::Result<Rc<Self>> {
+        // SAFETY: the trap's descriptor stays the same and open as long as the trap lives,
+        // which the `AsyncFd` owns.
+        let trap = unsafe { AsyncFd::register_with_interest(trap, Interest::READABLE) };
+        Ok(Rc::new(Self {
+            trap: trap?,
+            installer,
+            counts,
+            vcpus: RefCell::default(),
+            requests,
+            epoch: std::cell::Cell::new(0),
+            events: RefCell::default(),
+        }))
+    }
+
+    /// Says which kernel thread is which vCPU.
+    pub fn set_vcpus(&self, threads: &[Pid]) {
+        let numbered = threads.iter().zip(0u16..).map(|(thread, vcpu)| (*thread, vcpu));
+        *self.vcpus.borrow_mut() = numbered.collect();
+    }
+
+    /// Requests carry this link epoch from now on.
+    pub fn set_epoch(&self, epoch: u32) {
+        self.epoch.set(epoch);
+    }
+
+    /// Serves faults until the descriptor fails.
+    pub async fn run(&self) -> LaneError {
+        loop {
+            let mut ready = match self.trap.readable().await {
+                Ok(ready) => ready,
+                Err(error) => return LaneError::Local(format!("userfaultfd: {error}")),
+            };
+            match self.drain() {
+                // Less than a full batch: what comes now makes the descriptor readable anew.
+                Ok(0) => ready.clear_ready(),
+                Ok(_) => {}
+                Err(error) => return error,
+            }
+            // Arrived pages have their turn between two batches.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Reads one batch of events and acts on each; returns how many there were.
+    pub fn drain(&self) -> Result<usize, LaneError> {
+        // `again` below may come back here while a batch is being worked on.
+        let mut events = std::mem::take(&mut *self.events.borrow_mut());
+        events.clear();
+        let read = self
+            .trap
+            .get_ref()
+            .read(&mut events)
+            .map_err(|error| LaneError::Local(super::error_chain(&error)))?;
+        let now = Instant::now();
+        for event in &events {
+            self.event(event, now)?;
+        }
+        *self.events.borrow_mut() = events;
+        Ok(read)
+    }
+
+    fn event(&self, event: &TrapEvent, now: Instant) -> Result<(), LaneError> {
+        match *event {
+            TrapEvent::Fault { page, thread, .. } => self.fault(page, thread, now),
+            TrapEvent::Removed(run) => {
+                let landings = self.installer.ledger.removed(run).map_err(violation)?;
+                for landing in landings {
+                    self.installer.place_zero(landing, &mut || self.again())?;
+                }
+                self.installer.tell_if_full();
+                Ok(())
+            }
+            TrapEvent::Unexpected(what) => {
+                tracing::warn!(what, "an unexpected event from userfaultfd");
+                Ok(())
+            }
+        }
+    }
+
+    fn fault(&self, page: PageIndex, thread: Pid, now: Instant) -> Result<(), LaneError> {
+        let vcpu = self.vcpus.borrow().get(&thread).copied();
+        let waits = |counter: &AtomicU64| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            if vcpu.is_none() {
+                self.counts.unattributed.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        // First the book, then the ledger: see `FaultBook::enter`.
+        self.installer.book.enter(page, vcpu, now);
+        match self.installer.ledger.fault(page).map_err(violation)? {
+            FaultAnswer::Request => {
+                waits(&self.counts.requests);
+                self.ask(page, vcpu);
+            }
+            FaultAnswer::Wait => waits(&self.counts.waits),
+            FaultAnswer::Wake => {
+                self.counts.crossed.fetch_add(1, Ordering::Relaxed);
+                self.installer.book.strike(page);
+                self.installer.wake(PageRun::single(page))?;
+            }
+            FaultAnswer::Zero(landing) => {
+                self.counts.local.fetch_add(1, Ordering::Relaxed);
+                self.installer.book.strike(page);
+                self.installer.place_zero(landing, &mut || self.again())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the source for a page.
+    pub fn ask(&self, page: PageIndex, vcpu: Option<u16>) {
+        let (run, epoch) = (PageRun::single(page), self.epoch.get());
+        self.requests.ask(PageRequest { run, vcpu, epoch });
+    }
+
+    /// Asks again for everything whose answer the lost link swallowed.
+    pub fn ask_again(&self) {
+        for run in self.installer.ledger.requested_set().runs() {
+            run.pages().for_each(|page| self.ask(page, None));
+        }
+    }
+
+    /// Reads pending events while a placement waits for just that.
+    pub fn again(&self) {
+        if let Err(error) = self.drain() {
+            tracing::error!(%error, "reading pending events");
+        }
+    }
+}
+
+fn violation(error: impl std::fmt::Display) -> LaneError {
+    LaneError::Local(error.to_string())
+}

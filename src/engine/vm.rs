@@ -1,0 +1,79 @@
+//! What the engine asks of a VMM, on either side.
+
+use crate::memory::ram::GuestRam;
+use crate::proto::message::{Hello, Mismatch};
+use crate::proto::page::PageIndex;
+use crate::report::schema::Distribution;
+use nix::unistd::Pid;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A failure of the VMM, with its cause.
+pub type VmError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A paused guest as it travels.
+#[derive(Clone, Debug)]
+pub struct Captured {
+    /// The machine state, memory apart.
+    pub state: Vec<u8>,
+    /// Pages that the vCPUs need for their first instructions.
+    pub seeds: Vec<PageIndex>,
+    /// How long it took until every vCPU stood still.
+    pub pause: Duration,
+    /// How long it took to read the state out.
+    pub capture: Duration,
+}
+
+/// The source's VMM: it has a running guest whose memory the engine can read.
+///
+/// All calls come from one thread, and may block. `pause` begins the blackout.
+pub trait SourceVm: Send {
+    /// Asks the guest to start its own instruments anew, before the blackout.
+    fn reset_instruments(&mut self) {}
+    /// Stops every vCPU and takes the machine state out. After an error the guest
+    /// runs on.
+    fn pause(&mut self) -> Result<Captured, VmError>;
+    /// The point of no return. `Ok(false)`: the VMM has taken its guest back already.
+    fn commit(&mut self) -> Result<bool, VmError>;
+    /// Lets the guest run on here: the migration was aborted before the commit.
+    fn resume(&mut self) -> Result<(), VmError>;
+    /// The guest lives elsewhere and all its memory is there.
+    fn release(&mut self) -> Result<(), VmError>;
+}
+
+/// What the guest itself measured, for the report.
+#[derive(Clone, Debug, Default)]
+pub struct GuestFigures {
+    /// Largest gap between two steps.
+    pub max_gap: Option<Duration>,
+    /// Steps slower than a native fault, in nanoseconds.
+    pub stalls: Option<Distribution>,
+}
+
+/// The destination's VMM. All calls come from one thread, and may block; while
+/// `restore` and `resume` run, the engine serves faults on other threads.
+pub trait DestinationVm: Send {
+    /// Makes VM, vCPUs and memory slots for the proposed guest over `ram`, whose pages
+    /// are missing and trapped: nothing here may touch them. Returns the machine
+    /// configuration that came out, which must equal the source's.
+    fn prepare(&mut self, hello: &Hello, ram: Arc<GuestRam>) -> Result<String, Mismatch>;
+    /// The kernel thread of each vCPU.
+    fn vcpu_threads(&self) -> Vec<Pid>;
+    /// Puts the machine state in. May touch guest memory.
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError>;
+    /// Lets the vCPUs run; returns when the first one has entered the guest, and
+    /// when that was.
+    fn resume(&mut self) -> Result<Instant, VmError>;
+    /// Whether the guest has done what it was to do.
+    fn workload_ended(&mut self) -> bool {
+        false
+    }
+    /// Steps of work that the guest counted so far, once it runs.
+    fn steps(&mut self) -> Option<u64> {
+        None
+    }
+    /// The guest's own figures, once it runs; only pages that are placed may be read.
+    fn figures(&mut self) -> GuestFigures {
+        GuestFigures::default()
+    }
+}
