@@ -339,24 +339,28 @@ fn vcpu_threads_have_names_and_seeds() {
     assert_eq!(guest.seeds().iter().map(|page| page.get()).collect::<Vec<_>>(), [16, 17, 18, 19]);
 }
 
-/// A guest restored into trapped memory that has all pages but `missing`.
-fn trapped(source: &mut ProcessGuest, missing: PageIndex) -> (ProcessGuest, Uffd, Vec<u8>) {
+/// A userfaultfd for faults of this process's own threads, where that is allowed.
+fn userfaultfd(test: &str) -> Option<Uffd> {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).require_features(FeatureFlags::empty());
+    let uffd = builder.create();
+    uffd.inspect_err(|error| println!("{test}: skipped, userfaultfd cannot be used: {error}")).ok()
+}
+
+/// A guest restored into memory trapped by `uffd` that has all pages but `missing`, and
+/// the content of all.
+fn trapped(source: &mut ProcessGuest, uffd: &Uffd, missing: PageIndex) -> (ProcessGuest, Vec<u8>) {
     let state = source.capture().unwrap();
     let bytes = content(source);
     let ram = memory(Backing::Anonymous);
-    let uffd = UffdBuilder::new()
-        .close_on_exec(true)
-        .require_features(FeatureFlags::empty())
-        .create()
-        .unwrap();
     let start = ram.host_start().as_ptr();
     uffd.register_with_mode(start.cast(), ram.len(), RegisterMode::MISSING).unwrap();
     for page in all_pages().pages().filter(|&page| page != missing) {
-        place(&uffd, &ram, &bytes, page);
+        place(uffd, &ram, &bytes, page);
     }
     let mut guest = ProcessGuest::prepare(ram, source.workload.clone()).unwrap();
     guest.restore(&state).unwrap();
-    (guest, uffd, bytes)
+    (guest, bytes)
 }
 
 fn place(uffd: &Uffd, ram: &GuestRam, bytes: &[u8], page: PageIndex) {
@@ -371,13 +375,17 @@ fn place(uffd: &Uffd, ram: &GuestRam, bytes: &[u8], page: PageIndex) {
 #[test]
 fn a_vcpu_that_waits_for_a_page_is_named_and_the_guest_runs_on() {
     let _watchdog = Watchdog::start("a_vcpu_that_waits_for_a_page_is_named");
+    let Some(uffd) = userfaultfd("a_vcpu_that_waits_for_a_page_is_named_and_the_guest_runs_on")
+    else {
+        return;
+    };
     let mut workload = workload(Pattern::Sequential, 2);
     workload.step_limit = 50_000;
     let mut source = ProcessGuest::new(memory(Backing::Memfd), workload.clone()).unwrap();
     // The tenth page of vCPU 1.
     let slice = workload.slice(source.ram.layout(), 1);
     let missing = slice.first.checked_add(10).unwrap();
-    let (mut guest, uffd, bytes) = trapped(&mut source, missing);
+    let (mut guest, bytes) = trapped(&mut source, &uffd, missing);
     guest.resume().unwrap();
     let event = uffd.read_event().unwrap().unwrap();
     let userfaultfd::Event::Pagefault { addr, .. } = event else { panic!("{event:?}") };
@@ -406,10 +414,13 @@ fn a_vcpu_that_waits_for_a_page_is_named_and_the_guest_runs_on() {
 #[test]
 fn a_guest_can_be_dropped_while_a_vcpu_waits_for_a_page() {
     let _watchdog = Watchdog::start("a_guest_can_be_dropped_while_a_vcpu_waits_for_a_page");
+    let Some(uffd) = userfaultfd("a_guest_can_be_dropped_while_a_vcpu_waits_for_a_page") else {
+        return;
+    };
     let workload = workload(Pattern::Sequential, 1);
     let mut source = ProcessGuest::new(memory(Backing::Memfd), workload).unwrap();
     let missing = PageIndex::new(SYSTEM_PAGES);
-    let (mut guest, uffd, bytes) = trapped(&mut source, missing);
+    let (mut guest, bytes) = trapped(&mut source, &uffd, missing);
     guest.resume().unwrap();
     uffd.read_event().unwrap().unwrap();
     let ram = Arc::clone(&guest.ram);
