@@ -7,9 +7,9 @@
 //!
 //! The memory comes as a stream of pages in page order. The system pages come first;
 //! in them each vCPU tells how many steps it has made. From that follow the visits to
-//! every arena page ([`replay`]), and so every word of it, which are compared as the
-//! stream goes by ([`model`]). What is wrong with a wrong page is guessed by
-//! [`diagnosis`].
+//! every arena page (`replay`), and so every word of it, which are compared as the
+//! stream goes by (`model`). What is wrong with a wrong page is guessed by
+//! `diagnosis`.
 
 mod diagnosis;
 mod failure;

@@ -2,8 +2,8 @@
 //!
 //! The threads run the [`workload`](super::workload)'s steps in plain mapped memory,
 //! at full native speed and without KVM. What a processor keeps in its registers a
-//! vCPU here keeps in [`walker`]'s `Registers`, outside of guest memory, so that
-//! this guest, too, has a state to carry over: see [`state`].
+//! vCPU here keeps in `walker`'s `Registers`, outside of guest memory, so that
+//! this guest, too, has a state to carry over: see `state`.
 
 mod board;
 mod state;
