@@ -7,6 +7,8 @@ pub mod checker;
 #[cfg(feature = "io")]
 pub mod engine;
 #[cfg(feature = "io")]
+pub mod host;
+#[cfg(feature = "io")]
 pub mod memory;
 pub mod proto;
 #[cfg(feature = "io")]

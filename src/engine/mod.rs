@@ -12,6 +12,7 @@
 //! | `guest` | pause, capture, resume (may block) | prepare, restore, resume (may block) |
 //! | `zero-scan` | holes and zero pages, after the pause | |
 
+pub mod attached;
 pub mod control;
 pub mod destination;
 mod destination_guest;

@@ -19,6 +19,16 @@ pub enum GuestKind {
     Process,
 }
 
+impl GuestKind {
+    /// Its name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Process => "process",
+        }
+    }
+}
+
 /// A failure of a guest: what was tried, and the cause.
 #[derive(Debug, thiserror::Error)]
 #[error("{kind:?} guest: cannot {action}")]
