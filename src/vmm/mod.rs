@@ -2,4 +2,5 @@
 
 pub mod content;
 pub mod guest;
+pub mod kvm;
 pub mod workload;
