@@ -12,10 +12,12 @@
 //! | `payload`, `payload_asm` | the guest's program |
 //! | `boot` | a vCPU's first registers |
 //! | `vcpu` | a vCPU's thread: run, kick, park |
+//! | `signals` | kicking a thread, losing memory |
 //! | `state` | capture and restore |
 //! | `envelope` | a state's format on its way |
 //!
-//! The process's SIGRTMIN belongs to this module once a guest was made.
+//! The process's SIGRTMIN belongs to this module once a guest was made, and SIGBUS
+//! passes through it.
 
 mod boot;
 pub mod envelope;
@@ -23,6 +25,7 @@ mod error;
 mod machine;
 mod payload;
 mod payload_asm;
+mod signals;
 pub mod state;
 mod tables;
 mod vcpu;

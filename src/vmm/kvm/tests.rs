@@ -11,6 +11,7 @@ use std::collections::HashSet;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use userfaultfd::{Event, Uffd, UffdBuilder};
 
 const G: u64 = 0x9E37_79B9_7F4A_7C15;
 const PAGES: u64 = 512 + 1000;
@@ -233,14 +234,17 @@ fn odd_regions_and_four_vcpus_work_too() {
     }
     let _watchdog = watchdog(60);
     let region = |start, pages| Region { start: GuestAddress(start), pages };
-    let regions =
+    let odd =
         vec![region(0, 600), region(0x40_3000, 700), region(4 << 30, 512), region(8 << 30, 100)];
-    let layout = MemoryLayout::new(regions).unwrap();
-    let workload = workload(Pattern::Random, 4, 20_000);
-    let mut guest = KvmGuest::new(memory(layout), workload.clone()).unwrap();
-    guest.resume().unwrap();
-    let steps = wait_finished(&guest);
-    compare(guest.ram(), &workload, &steps);
+    let with_large_pages_above_the_gap = vec![region(0, 1024), region(4 << 30, 700)];
+    for regions in [odd, with_large_pages_above_the_gap] {
+        let layout = MemoryLayout::new(regions).unwrap();
+        let workload = workload(Pattern::Random, 4, 20_000);
+        let mut guest = KvmGuest::new(memory(layout), workload.clone()).unwrap();
+        guest.resume().unwrap();
+        let steps = wait_finished(&guest);
+        compare(guest.ram(), &workload, &steps);
+    }
 }
 
 #[test]
@@ -412,6 +416,23 @@ fn calls_out_of_order_and_foreign_states_are_refused() {
     other.restore(&state).unwrap();
 }
 
+/// Whether there is a userfaultfd to test with that traps the kernel's accesses too.
+fn userfaultfd() -> bool {
+    let made = UffdBuilder::new().user_mode_only(false).create();
+    if let Err(error) = &made {
+        println!("skipped: no userfaultfd for kernel faults: {error}");
+    }
+    made.is_ok()
+}
+
+fn register(ram: &GuestRam) -> Uffd {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
+    let uffd = builder.create().unwrap();
+    uffd.register(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    uffd
+}
+
 /// Serves the faults of `ram` from `source`, on a thread, while the test runs. Pages are
 /// withheld while `open` is not set.
 struct Pager {
@@ -423,13 +444,7 @@ struct Pager {
 
 impl Pager {
     fn start(ram: Arc<GuestRam>, source: Arc<GuestRam>) -> Self {
-        let uffd = userfaultfd::UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            .user_mode_only(false)
-            .create()
-            .unwrap();
-        uffd.register(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+        let uffd = register(&ram);
         let served = Arc::new(AtomicU64::new(0));
         let (open, over) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
         let (count, is_open, is_over) = (Arc::clone(&served), Arc::clone(&open), Arc::clone(&over));
@@ -441,7 +456,7 @@ impl Pager {
                     continue;
                 }
                 match uffd.read_event().unwrap() {
-                    Some(userfaultfd::Event::Pagefault { addr, .. }) => {
+                    Some(Event::Pagefault { addr, .. }) => {
                         let page = ram.page_of_host(addr as usize).unwrap();
                         if pages.insert(page.get()) {
                             let from = source.page_ptr(page).as_ptr() as *const c_void;
@@ -484,8 +499,7 @@ fn a_guest_moves_with_its_pages_following_on_demand() {
     if !kvm() {
         return;
     }
-    if let Err(error) = userfaultfd::UffdBuilder::new().user_mode_only(false).create() {
-        println!("skipped: no userfaultfd for kernel faults: {error}");
+    if !userfaultfd() {
         return;
     }
     let _watchdog = watchdog(100);
@@ -528,5 +542,65 @@ fn a_guest_moves_with_its_pages_following_on_demand() {
             assert!(histogram || faulted.contains(&seed.get()), "{seed} was not needed");
         }
         assert!(faulted.len() >= 100);
+    }
+}
+
+/// `struct uffdio_poison`.
+#[repr(C)]
+struct Poison {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
+}
+
+nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, Poison);
+
+#[test]
+fn a_lost_page_ends_the_vcpu_and_not_the_process() {
+    if !kvm() || !userfaultfd() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let workload = workload(Pattern::Sequential, 1, 0);
+    let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+    let state = source.capture().unwrap();
+    let ram = memory(flat());
+    // Once with a lost page that the program reads at CPL 3, once with one that KVM
+    // itself needs: the root of the page tables.
+    for lost in [512 + 50, source.seeds()[0].get()] {
+        let uffd = register(&ram);
+        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
+        target.restore(&state).unwrap();
+        target.resume().unwrap();
+        while target.failure().is_none() {
+            let Some(event) = uffd.read_event().unwrap() else {
+                std::thread::sleep(Duration::from_micros(100));
+                continue;
+            };
+            let Event::Pagefault { addr, .. } = event else { panic!("unexpected {event:?}") };
+            let page = ram.page_of_host(addr as usize).unwrap();
+            let to = ram.page_ptr(page).as_ptr();
+            if page.get() == lost {
+                let (start, len) = (to as u64, PAGE_SIZE as u64);
+                let mut poison = Poison { start, len, mode: 0, updated: 0 };
+                use std::os::fd::AsRawFd;
+                // SAFETY: the structure is the one that this ioctl reads and writes.
+                unsafe { uffdio_poison(uffd.as_raw_fd(), &mut poison) }.unwrap();
+            } else {
+                let from = source.ram().page_ptr(page).as_ptr();
+                // SAFETY: both are whole pages; `to` is registered and missing.
+                unsafe { uffd.copy(from.cast(), to.cast(), PAGE_SIZE, true) }.unwrap();
+            }
+        }
+        println!("{:?}", target.failure());
+        drop(target);
+        uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+        // SAFETY: nobody uses the memory now.
+        unsafe {
+            let start = ram.host_start().cast();
+            nix::sys::mman::madvise(start, ram.len(), nix::sys::mman::MmapAdvise::MADV_DONTNEED)
+        }
+        .unwrap();
     }
 }

@@ -9,6 +9,7 @@
 //! in the loop, outside KVM, until it is stopped; after `resume` the guest rings again.
 
 use super::error::{KvmError, call};
+use super::signals;
 use super::state::{VcpuShape, VcpuState};
 use super::tables::{DOORBELL_EXCEPTIONS, DOORBELL_PHYSICAL};
 use crate::memory::ram::GuestRam;
@@ -21,7 +22,6 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 /// How long a thread that is dropped is waited for.
 const DROP_WAIT: Duration = Duration::from_secs(2);
@@ -114,7 +114,7 @@ impl Vcpu {
         ram: Arc<GuestRam>,
         first_entry: Arc<FirstEntry>,
     ) -> Result<Self, KvmError> {
-        install_signal_handler()?;
+        signals::install()?;
         let immediate_exit = &raw mut fd.get_kvm_run().immediate_exit as usize;
         let shared = Arc::new(Shared {
             vcpu,
@@ -132,19 +132,15 @@ impl Vcpu {
         let (tid_sender, tid) = sync_channel(1);
         let thread_shared = Arc::clone(&shared);
         let body = move || {
-            // SAFETY: changes only this thread's own signal mask.
-            let unblocked = unblock_signal(SIGRTMIN()).is_ok();
-            let _ = tid_sender.send(unblocked.then(nix::unistd::gettid));
+            let _ = tid_sender.send(signals::unblock().map(|()| nix::unistd::gettid()));
             thread_shared.serve(&received);
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{vcpu}"))
             .spawn(body)
             .map_err(KvmError::Thread)?;
-        let tid = tid.recv().ok().flatten().ok_or_else(|| KvmError::Signal {
-            action: "unblock",
-            source: std::io::Error::other("the vCPU thread could not change its signal mask"),
-        })?;
+        let ended = || KvmError::Failed(format!("vCPU {vcpu}'s thread did not start"));
+        let tid = tid.recv().map_err(|_| ended())??;
         Ok(Self { shared, commands: Some(commands), thread: Some(thread), tid })
     }
 
@@ -184,15 +180,7 @@ impl Vcpu {
             self.shared.immediate_exit().store(1, Ordering::SeqCst);
             self.shared.changed.notify_all();
         }
-        // SAFETY: plain system call; the thread number was this process's thread's and
-        // the thread lives until `commands` is dropped, or has ended and gives ESRCH.
-        let sent = unsafe {
-            libc::syscall(libc::SYS_tgkill, libc::getpid(), self.tid.as_raw(), SIGRTMIN())
-        };
-        if sent == 0 {
-            return Ok(());
-        }
-        Err(KvmError::Signal { action: "send", source: std::io::Error::last_os_error() })
+        signals::kick(self.tid)
     }
 
     /// Waits until it is parked, after a kick.
@@ -279,7 +267,7 @@ impl Shared {
         }
         self.first_entry.set_if_first();
         while !self.stop.load(Ordering::SeqCst) {
-            match fd.run() {
+            match self.enter(fd)? {
                 Ok(VcpuExit::MmioWrite(DOORBELL_PHYSICAL, _)) => self.wait_for_stop(),
                 Ok(VcpuExit::Intr) => {}
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
@@ -302,7 +290,7 @@ impl Shared {
     /// consistent, only when KVM has been entered again.
     fn complete_access(&self, fd: &mut VcpuFd) -> Result<(), String> {
         for _ in 0..COMPLETION_EXITS_MAX {
-            match fd.run() {
+            match self.enter(fd)? {
                 Err(error) if error.errno() == libc::EINTR => return Ok(()),
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Ok(VcpuExit::MmioWrite(DOORBELL_PHYSICAL, _) | VcpuExit::Intr) => {}
@@ -313,6 +301,20 @@ impl Shared {
             }
         }
         Err(format!("vCPU {}: an access to a device does not end", self.vcpu))
+    }
+
+    fn enter<'a>(
+        &self,
+        fd: &'a mut VcpuFd,
+    ) -> Result<Result<VcpuExit<'a>, kvm_ioctls::Error>, String> {
+        let (exit, lost) = signals::in_guest(move || fd.run());
+        let Some(address) = lost else {
+            return Ok(exit);
+        };
+        Err(match self.ram.page_of_host(address) {
+            Some(page) => format!("vCPU {}: memory error at {page}", self.vcpu),
+            None => format!("vCPU {}: memory error at host address {address:#x}", self.vcpu),
+        })
     }
 
     fn name(&self, exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> String {
@@ -349,13 +351,4 @@ fn whereabouts(fd: &VcpuFd) -> String {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// SIGRTMIN only has to interrupt `KVM_RUN`; what it means is in `stop`.
-fn install_signal_handler() -> Result<(), KvmError> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), nothing).map_err(|error| KvmError::Signal {
-        action: "handle",
-        source: std::io::Error::from_raw_os_error(error.errno()),
-    })
 }
