@@ -16,6 +16,8 @@ use userfaultfd::{Event, Uffd, UffdBuilder};
 const G: u64 = 0x9E37_79B9_7F4A_7C15;
 const PAGES: u64 = 512 + 1000;
 const ZERO: u64 = 100;
+/// One of the machine's pages that nothing lies in.
+const CLOCK_PAGE: u64 = 400;
 
 fn mix(mut x: u64) -> u64 {
     x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -28,7 +30,7 @@ fn stream(seed: u64, i: u64) -> u64 {
 }
 
 fn mulhi(a: u64, b: u64) -> u64 {
-    (u128::from(a) * u128::from(b) >> 64) as u64
+    ((u128::from(a) * u128::from(b)) >> 64) as u64
 }
 
 /// All words of a guest, by page.
@@ -43,10 +45,8 @@ fn model(workload: &Workload, pages: u64, steps: &[u64]) -> Memory {
     for page in 0..pages - workload.zero_pages {
         let tag = stream(workload.seed, page) | 1;
         let words = &mut memory[page as usize];
-        for i in 3..512 {
-            words[i] = stream(tag, i as u64);
-        }
-        words[0] = tag;
+        *words = std::array::from_fn(|i| stream(tag, i as u64));
+        [words[0], words[1], words[2]] = [tag, 0, 0];
         let (owner, k) = (page.wrapping_sub(512) / n, page.wrapping_sub(512) % n);
         if page >= 512 && owner < vcpus {
             let increment = stream(workload.seed, owner + 1) | 1;
@@ -85,9 +85,9 @@ fn model(workload: &Workload, pages: u64, steps: &[u64]) -> Memory {
                 Pattern::Random | Pattern::ReadModifyWrite => mulhi(h, n),
                 Pattern::Zipf => {
                     let u = h >> 32;
-                    let u = u * u >> 32;
-                    let u = u * u >> 32;
-                    mulhi(stream(vseed, u * n >> 32), n)
+                    let u = (u * u) >> 32;
+                    let u = (u * u) >> 32;
+                    mulhi(stream(vseed, (u * n) >> 32), n)
                 }
                 Pattern::HotSetWithScan if s % 8 == 7 => scan(&mut cursor),
                 Pattern::HotSetWithScan => mulhi(h, (n / 16).max(1)),
@@ -514,7 +514,15 @@ fn a_guest_moves_with_its_pages_following_on_demand() {
         source.pause().unwrap();
         let state = source.capture().unwrap();
         assert_eq!(pager.served.load(Ordering::SeqCst), 0, "prepare touched guest memory");
-        target.restore(&state).unwrap();
+        // As if the guest had a kvmclock: restoring its MSR touches memory.
+        let mut with_clock = envelope::open(&state, vcpus as usize).unwrap();
+        for msr in &mut with_clock.vcpus[0].msrs {
+            if msr.index == 0x4B56_4D01 {
+                msr.data = (CLOCK_PAGE * PAGE_SIZE as u64) | 1;
+            }
+        }
+        target.restore(&envelope::seal(&with_clock).unwrap()).unwrap();
+        assert_eq!(pager.served.load(Ordering::SeqCst), 1, "no fault during restore");
         target.resume().unwrap();
         while pager.served.load(Ordering::SeqCst) < 100 {
             std::thread::sleep(Duration::from_micros(100));
@@ -566,9 +574,14 @@ fn a_lost_page_ends_the_vcpu_and_not_the_process() {
     let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
     let state = source.capture().unwrap();
     let ram = memory(flat());
-    // Once with a lost page that the program reads at CPL 3, once with one that KVM
-    // itself needs: the root of the page tables.
-    for lost in [512 + 50, source.seeds()[0].get()] {
+    // A page that the program reads at CPL 3; the one with the stack that an interrupt
+    // is delivered to, which KVM writes itself; the root of the page tables.
+    let ends = [
+        (512 + 50, ["vCPU 0: memory error at page 562"; 2]),
+        (tables::processor_page(0).get(), ["memory error at", "the guest shut down"]),
+        (source.seeds()[0].get(), ["memory error at", "the guest shut down"]),
+    ];
+    for (lost, ends) in ends {
         let uffd = register(&ram);
         let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
         target.restore(&state).unwrap();
@@ -593,7 +606,8 @@ fn a_lost_page_ends_the_vcpu_and_not_the_process() {
                 unsafe { uffd.copy(from.cast(), to.cast(), PAGE_SIZE, true) }.unwrap();
             }
         }
-        println!("{:?}", target.failure());
+        let failure = target.failure().unwrap();
+        assert!(ends.iter().any(|end| failure.contains(end)), "{failure}");
         drop(target);
         uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
         // SAFETY: nobody uses the memory now.
