@@ -1,2 +1,10 @@
-//! The `postcopy` command.
-fn main() {}
+//! The `postcopy` command: parse, call, print.
+
+mod cli;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run(cli::Arguments::parse())
+}

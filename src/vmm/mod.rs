@@ -5,4 +5,5 @@ pub mod content;
 pub mod guest;
 pub mod process;
 pub mod stalls;
+pub mod kvm;
 pub mod workload;

@@ -1,0 +1,84 @@
+//! Exit codes, and the one line that says why.
+
+use postcopy::proto::source::Outcome;
+use std::process::ExitCode;
+
+/// A failure with an exit code of its own.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The guest runs on at the source.
+    #[error("the migration was aborted: {why}{}", guest(*.side))]
+    Aborted {
+        /// Why.
+        why: String,
+        /// Which side says so.
+        side: Side,
+    },
+    /// After the commit, and the link did not come back.
+    #[error("the migration was lost after the commit: {0}")]
+    Lost(String),
+    /// A page is not what it should be.
+    #[error("verification failed: {0}")]
+    Wrong(String),
+}
+
+/// Which side a failure is told on.
+#[derive(Clone, Copy, Debug)]
+pub enum Side {
+    /// Where the guest is.
+    Source,
+    /// Where it was to go.
+    Destination,
+}
+
+fn guest(side: Side) -> &'static str {
+    match side {
+        Side::Source => "; the guest runs on here",
+        Side::Destination => "; no guest is here",
+    }
+}
+
+impl Failure {
+    /// The failure that an outcome is, unless it is none.
+    pub fn of(outcome: &Outcome, side: Side) -> Result<(), Failure> {
+        match outcome.clone() {
+            Outcome::Completed => Ok(()),
+            Outcome::Aborted(why) => Err(Failure::Aborted { why, side }),
+            Outcome::Lost(why) => Err(Failure::Lost(why)),
+        }
+    }
+
+    fn code(&self) -> u8 {
+        match self {
+            Failure::Aborted { .. } => 3,
+            Failure::Lost(_) => 4,
+            Failure::Wrong(_) => 5,
+        }
+    }
+
+    /// The failure that a child process reported by its exit code.
+    pub fn of_child(code: Option<i32>, name: &str) -> anyhow::Error {
+        let why = format!("{name} said so above");
+        match code {
+            Some(3) => Failure::Aborted { why, side: Side::Source }.into(),
+            Some(4) => Failure::Lost(why).into(),
+            Some(5) => Failure::Wrong(why).into(),
+            Some(code) => anyhow::anyhow!("{name} ended with exit code {code}"),
+            None => anyhow::anyhow!("{name} was killed"),
+        }
+    }
+}
+
+/// Prints the error in one line and returns its exit code.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        // Some errors already say what their cause says.
+        if !line.ends_with(&cause) {
+            line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
+        }
+    }
+    eprintln!("postcopy: {line}");
+    let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    ExitCode::from(code.map_or(1, Failure::code))
+}

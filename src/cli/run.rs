@@ -1,0 +1,45 @@
+//! `postcopy run`: a guest with a control socket.
+
+use super::guest_args::GuestArgs;
+use anyhow::Context;
+use clap::Args;
+use postcopy::attach::server::{ServeEnd, Server};
+use postcopy::host::departure::Departure;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Starts a reference guest and serves its control socket, until the guest has left
+/// or was stopped.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Where to make the control socket (mode 0600).
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+    #[command(flatten)]
+    guest: GuestArgs,
+}
+
+impl Run {
+    /// Runs the guest.
+    pub fn run(self) -> anyhow::Result<()> {
+        let server = Server::bind(&self.control)
+            .with_context(|| format!("cannot make the control socket {}", self.control.display()))?;
+        let mut guest = self.guest.create()?;
+        guest.resume()?;
+        println!(
+            "{} guest of {} MiB runs as process {}; control socket {}",
+            guest.kind().name(),
+            self.guest.memory >> 20,
+            std::process::id(),
+            self.control.display()
+        );
+        std::io::stdout().flush()?;
+        let mut departure = Departure::new(guest)?;
+        let end = server.serve(&mut departure)?;
+        match end {
+            ServeEnd::Released => println!("the guest has left"),
+            ServeEnd::Stopped => println!("the guest was stopped"),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! [`Machine`]: the virtual machine as KVM sees it, without its threads: memory slots,
+//! interrupt controllers, the processors' features, and the first content of the pages
+//! that belong to the machine.
+
+use super::error::{KvmError, call};
+use super::state::{VcpuShape, usable_msrs};
+use super::{boot, payload, tables};
+use crate::memory::ram::GuestRam;
+use crate::vmm::workload::Workload;
+use kvm_bindings::*;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
+
+/// Where KVM may put three pages of its own on Intel processors.
+const TSS_ADDRESS: usize = 0xFFFB_D000;
+const MSR_TSC_DEADLINE: u32 = 0x6E0;
+/// MSRs that are state, but missing in some kernels' list: SPEC_CTRL and TSC_AUX.
+const UNLISTED_MSRS: [u32; 2] = [0x48, 0xC000_0103];
+/// Hyper-V's MSRs: the guest is not offered them.
+const HYPERV_MSRS: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_0FFF;
+
+/// What a KVM guest needs, and what for.
+const NEEDED: [(Cap, &str); 14] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::PitState2, "KVM_CAP_PIT_STATE2"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// A virtual machine with its memory and interrupt controllers.
+pub struct Machine {
+    vm: VmFd,
+    memory: GuestMemoryMmap,
+    ram: Arc<GuestRam>,
+    vcpus: u32,
+    msrs: Vec<u32>,
+    cpuid: CpuId,
+    xcr0: u64,
+    tsc_khz: u32,
+}
+
+/// Opens KVM, or says in one line why it is of no use.
+pub fn open() -> Result<Kvm, KvmError> {
+    let unavailable = |reason: String| KvmError::Unavailable(reason);
+    let kvm = Kvm::new().map_err(|error| unavailable(format!("cannot open /dev/kvm: {error}")))?;
+    if kvm.get_api_version() != KVM_API_VERSION as i32 {
+        return Err(unavailable(format!("its API has version {}", kvm.get_api_version())));
+    }
+    match NEEDED.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
+        Some((_, name)) => Err(unavailable(format!("it lacks {name}"))),
+        None => Ok(kvm),
+    }
+}
+
+impl Machine {
+    /// Makes a machine over `ram` and its vCPUs, which are not set up yet. Neither reads
+    /// nor writes guest memory.
+    pub fn create(
+        ram: Arc<GuestRam>,
+        workload: &Workload,
+    ) -> Result<(Self, Vec<VcpuFd>), KvmError> {
+        workload.check(ram.layout())?;
+        tables::page_tables(ram.layout())?;
+        let kvm = open()?;
+        let vm = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        // A guest's state has room for the area that is saved without opting in to more.
+        let area = vm.check_extension_int(Cap::Xsave2);
+        if area > size_of::<kvm_xsave>() as i32 {
+            return Err(KvmError::Unavailable(format!("its XSAVE area has {area} bytes")));
+        }
+        vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        vm.create_pit2(kvm_pit_config::default()).map_err(call("KVM_CREATE_PIT2"))?;
+        let memory = describe(&ram)?;
+        set_slots(&vm, &memory)?;
+
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut vcpus = Vec::new();
+        for vcpu in 0..workload.vcpus {
+            let fd = vm.create_vcpu(vcpu.into()).map_err(call("KVM_CREATE_VCPU"))?;
+            fd.set_cpuid2(&cpuid_of(&cpuid, vcpu)).map_err(call("KVM_SET_CPUID2"))?;
+            vcpus.push(fd);
+        }
+        let Some(first) = vcpus.first() else {
+            return Err(KvmError::Unavailable("a guest has at least one vCPU".into()));
+        };
+        let listed = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        let msrs = usable_msrs(first, msrs_wanted(listed.as_slice()));
+        let tsc_khz = first.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
+        let xcr0 = boot::xcr0(&cpuid);
+        let vcpu_count = workload.vcpus;
+        let machine = Self { vm, memory, ram, vcpus: vcpu_count, msrs, cpuid, xcr0, tsc_khz };
+        Ok((machine, vcpus))
+    }
+
+    /// KVM's handle of the machine.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// The memory it runs in.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The time-stamp counter's rate in Hz.
+    pub fn tsc_hz(&self) -> u64 {
+        u64::from(self.tsc_khz) * 1000
+    }
+
+    /// The extended control register 0 that its vCPUs start with.
+    pub fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    /// What `vcpu`'s thread must know to take its state.
+    pub fn shape(&self, vcpu: u32) -> VcpuShape {
+        VcpuShape { cpuid: cpuid_of(&self.cpuid, vcpu), msrs: self.msrs.clone() }
+    }
+
+    /// The configuration that both sides of a migration must agree on.
+    pub fn describe(&self) -> String {
+        let cpuid = cpuid_of(&self.cpuid, 0);
+        let cpuid = cpuid.as_slice().iter().flat_map(cpuid_bytes).collect::<Vec<u8>>();
+        let msrs = self.msrs.iter().flat_map(|index| index.to_le_bytes()).collect::<Vec<u8>>();
+        format!(
+            "x86_64 kvm vcpus={} irqchip pit2 xcr0={:#x} cpuid-crc={:08x} msrs={} msrs-crc={:08x}",
+            self.vcpus,
+            self.xcr0,
+            crc32fast::hash(&cpuid),
+            self.msrs.len(),
+            crc32fast::hash(&msrs),
+        )
+    }
+
+    /// Writes the machine's own pages: tables, program, stacks.
+    pub fn write_pages(&self) -> Result<(), KvmError> {
+        for (page, table) in tables::page_tables(self.ram.layout())? {
+            self.write(page.get(), &table_bytes(&table))?;
+        }
+        let interrupts = tables::interrupt_table(payload::handlers());
+        self.write(tables::IDT.get(), &table_bytes(&interrupts))?;
+        for (page, part) in (tables::CODE.get()..).zip(payload::program().chunks(4096)) {
+            self.write(page, part)?;
+        }
+        for vcpu in 0..self.vcpus {
+            let page = tables::processor_page(vcpu).get();
+            self.write(page, &[0; 4096])?;
+            self.write(page, &tables::processor_tables(vcpu))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, page: u64, bytes: &[u8]) -> Result<(), KvmError> {
+        let page = crate::proto::page::PageIndex::new(page);
+        let address = self.ram.layout().address_of(page).map_or(u64::MAX, |address| address.0);
+        let written = self.memory.write_slice(bytes, GuestAddress(address));
+        written.map_err(|error| KvmError::Memory(error.into()))
+    }
+}
+
+/// Guest memory as vm-memory sees it, over the mapping that `ram` owns.
+fn describe(ram: &GuestRam) -> Result<GuestMemoryMmap, KvmError> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_NORESERVE
+        | if ram.memfd().is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let mut regions = Vec::new();
+    for (region, run) in ram.layout().region_runs() {
+        let start = ram.page_ptr(run.first()).as_ptr();
+        // SAFETY: the run lies inside ram's mapping, which the machine keeps alive for
+        // as long as this view of it.
+        let mapping = unsafe { MmapRegion::build_raw(start, run.bytes(), protection, flags) };
+        let mapping = mapping.map_err(|error| KvmError::Memory(error.into()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(region.start.0));
+        regions.push(region.ok_or_else(|| KvmError::Memory("a region overflows".into()))?);
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|error| KvmError::Memory(error.into()))
+}
+
+fn set_slots(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the regions do not overlap (MemoryLayout's invariant), and the mapping
+        // lives as long as the machine and its vCPUs' threads.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// The MSRs to save, the deadline timer last: it counts on the time-stamp counter.
+fn msrs_wanted(listed: &[u32]) -> Vec<u32> {
+    let mut wanted: Vec<u32> = listed.iter().chain(&UNLISTED_MSRS).copied().collect();
+    wanted.retain(|index| !HYPERV_MSRS.contains(index));
+    wanted.sort_by_key(|&index| (index == MSR_TSC_DEADLINE, index));
+    wanted.dedup();
+    wanted
+}
+
+/// The CPUID values of `vcpu`: the host's, apart from the number of the processor.
+/// KVM reports the number of whichever processor it was asked on.
+fn cpuid_of(supported: &CpuId, vcpu: u32) -> CpuId {
+    let mut cpuid = supported.clone();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ebx = entry.ebx & 0x00FF_FFFF | vcpu << 24,
+            0xB | 0x1F => entry.edx = vcpu,
+            0x8000_001E => entry.eax = vcpu,
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+fn cpuid_bytes(entry: &kvm_cpuid_entry2) -> impl Iterator<Item = u8> {
+    let words =
+        [entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx];
+    words.into_iter().flat_map(u32::to_le_bytes)
+}
+
+fn table_bytes(table: &tables::TablePage) -> Vec<u8> {
+    table.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+}

@@ -1,0 +1,234 @@
+//! The KVM reference guest: a virtual machine whose program works through its memory by
+//! the specification in [`workload`](super::workload).
+//!
+//! It is no machine for operating systems: no firmware, no kernel, no devices but the
+//! in-kernel interrupt controllers and timers. Its program runs in long mode at CPL 3;
+//! ring 0 has a few stubs of two or three instructions.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `machine` | the VM: memory slots, interrupt controllers, processor features |
+//! | `tables` | the guest's address space, page and descriptor tables |
+//! | `payload`, `payload_asm` | the guest's program |
+//! | `boot` | a vCPU's first registers |
+//! | `vcpu` | a vCPU's thread: run, kick, park |
+//! | `signals` | kicking a thread, losing memory |
+//! | `state` | capture and restore |
+//! | `envelope` | a state's format on its way |
+//!
+//! The process's SIGRTMIN belongs to this module once a guest was made, and SIGBUS
+//! passes through it.
+
+mod boot;
+pub mod envelope;
+mod error;
+mod machine;
+mod payload;
+mod payload_asm;
+mod signals;
+pub mod state;
+mod tables;
+mod vcpu;
+
+pub use error::KvmError;
+pub use tables::LayoutUnsupported;
+
+use super::content::fill_memory;
+use super::guest::{Guest, GuestError, GuestKind};
+use super::workload::Workload;
+use crate::memory::ram::GuestRam;
+use crate::proto::page::PageIndex;
+use machine::Machine;
+use nix::unistd::Pid;
+use state::{GuestState, VmState};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vcpu::{FirstEntry, Vcpu};
+
+/// How long `pause` waits for a vCPU that does not stop.
+pub const PAUSE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long `capture` and `restore` wait for a vCPU's thread.
+pub const STATE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The most seed pages that a guest names.
+const SEEDS_MAX: usize = 32;
+
+/// Says in one line why there can be no KVM guest here, if so.
+pub fn kvm_available() -> Result<(), String> {
+    machine::open().map(drop).map_err(|error| error.to_string())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Made for a destination: there is nothing to run yet.
+    Prepared,
+    /// Its state is complete, and it does not run.
+    Paused,
+    /// It runs, or was told to stop and has not done so in time.
+    Running,
+    /// A restore failed half-way.
+    Broken,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Phase::Prepared => "prepared",
+            Phase::Paused => "paused",
+            Phase::Running => "running",
+            Phase::Broken => "half restored",
+        }
+    }
+}
+
+/// A virtual machine under KVM. Dropping it ends its threads.
+pub struct KvmGuest {
+    /// Before `machine`: the threads end while the memory slots stand.
+    vcpus: Vec<Vcpu>,
+    machine: Machine,
+    workload: Workload,
+    first_entry: Arc<FirstEntry>,
+    phase: Phase,
+}
+
+impl KvmGuest {
+    /// A guest at its beginning: memory filled, vCPUs set up, to be started by `resume`.
+    pub fn new(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
+        Self::make(ram, workload, Phase::Paused).map_err(failed("create the machine"))
+    }
+
+    /// A guest to put a state into: everything exists, and neither this nor anything
+    /// before `restore` touches guest memory.
+    pub fn prepare(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
+        Self::make(ram, workload, Phase::Prepared).map_err(failed("prepare the machine"))
+    }
+
+    fn make(ram: Arc<GuestRam>, workload: Workload, phase: Phase) -> Result<Self, KvmError> {
+        let (machine, fds) = Machine::create(Arc::clone(&ram), &workload)?;
+        if phase == Phase::Paused {
+            fill_memory(&ram, &workload, machine.tsc_hz());
+            machine.write_pages()?;
+            for (vcpu, fd) in (0..).zip(&fds) {
+                boot::set_up(fd, vcpu, ram.layout(), machine.xcr0())?;
+            }
+        }
+        let first_entry = Arc::new(FirstEntry::new());
+        let start = |(vcpu, fd)| {
+            let (ram, first_entry) = (Arc::clone(&ram), Arc::clone(&first_entry));
+            Vcpu::start(vcpu, fd, machine.shape(vcpu), ram, first_entry)
+        };
+        let vcpus = (0..).zip(fds).map(start).collect::<Result<_, _>>()?;
+        Ok(Self { vcpus, machine, workload, first_entry, phase })
+    }
+
+    fn require(&self, phases: &[Phase], needed: &'static str) -> Result<(), KvmError> {
+        if let Some(reason) = self.failure() {
+            return Err(KvmError::Failed(reason));
+        }
+        if phases.contains(&self.phase) {
+            return Ok(());
+        }
+        Err(KvmError::Phase { is: self.phase.name(), needed })
+    }
+
+    fn stop_vcpus(&self) -> Result<(), KvmError> {
+        self.vcpus.iter().try_for_each(Vcpu::kick)?;
+        let deadline = Instant::now() + PAUSE_WAIT_MAX;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()))
+    }
+
+    fn take_state(&self) -> Result<Vec<u8>, KvmError> {
+        self.require(&[Phase::Paused], "paused")?;
+        let answers = self.vcpus.iter().map(Vcpu::capture).collect::<Result<Vec<_>, _>>()?;
+        let vm = VmState::capture(self.machine.vm())?;
+        let vcpus = answers.into_iter().map(|answer| answer.wait(STATE_WAIT_MAX));
+        let state = GuestState { vm, vcpus: vcpus.collect::<Result<_, _>>()? };
+        Ok(envelope::seal(&state)?)
+    }
+
+    fn put_state(&mut self, bytes: &[u8]) -> Result<(), KvmError> {
+        self.require(&[Phase::Prepared], "prepared and not restored yet")?;
+        let state = envelope::open(bytes, self.vcpus.len())?;
+        for (vcpu, state) in state.vcpus.iter().enumerate() {
+            if state.cpuid != self.machine.shape(vcpu as u32).cpuid.as_slice() {
+                return Err(envelope::EnvelopeError::Cpuid(vcpu).into());
+            }
+        }
+        self.phase = Phase::Broken;
+        state.vm.restore(self.machine.vm())?;
+        let pairs = self.vcpus.iter().zip(state.vcpus);
+        let answers: Vec<_> = pairs.map(|(vcpu, state)| vcpu.restore(state)).collect();
+        for answer in answers {
+            answer?.wait(STATE_WAIT_MAX)?;
+        }
+        self.phase = Phase::Paused;
+        Ok(())
+    }
+}
+
+impl Guest for KvmGuest {
+    fn kind(&self) -> GuestKind {
+        GuestKind::Kvm
+    }
+
+    fn workload(&self) -> &Workload {
+        &self.workload
+    }
+
+    fn ram(&self) -> &Arc<GuestRam> {
+        self.machine.ram()
+    }
+
+    fn machine(&self) -> String {
+        self.machine.describe()
+    }
+
+    fn vcpu_threads(&self) -> Vec<Pid> {
+        self.vcpus.iter().map(Vcpu::tid).collect()
+    }
+
+    fn seeds(&self) -> Vec<PageIndex> {
+        let layout = self.machine.ram().layout();
+        let mut seeds = tables::seed_pages(layout, self.workload.vcpus, payload::code_pages());
+        seeds.truncate(SEEDS_MAX);
+        seeds
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        if self.phase == Phase::Running {
+            self.stop_vcpus().map_err(failed("pause its vCPUs"))?;
+            self.phase = Phase::Paused;
+        }
+        self.require(&[Phase::Paused], "running or paused").map_err(failed("pause"))
+    }
+
+    fn capture(&mut self) -> Result<Vec<u8>, GuestError> {
+        self.take_state().map_err(failed("capture its state"))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        self.put_state(state).map_err(failed("restore its state"))
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.require(&[Phase::Paused], "paused").map_err(failed("resume"))?;
+        self.first_entry.clear();
+        self.phase = Phase::Running;
+        self.vcpus.iter().try_for_each(Vcpu::resume).map_err(failed("resume its vCPUs"))
+    }
+
+    fn first_entry(&self) -> Option<Instant> {
+        self.first_entry.get()
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.vcpus.iter().find_map(Vcpu::failure)
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(KvmError) -> GuestError {
+    move |error| GuestError { kind: GuestKind::Kvm, action: action.into(), source: error.into() }
+}
+
+#[cfg(test)]
+mod tests;
