@@ -71,3 +71,19 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Err(error) => exit::report(&error),
     }
 }
+
+/// Calls `stop` on the first SIGINT or SIGTERM; a second one ends the process at once.
+fn on_interrupt(stop: impl Fn() + Send + 'static) {
+    let mut asked = false;
+    let handler = move || {
+        if std::mem::replace(&mut asked, true) {
+            eprintln!("postcopy: interrupted twice");
+            std::process::exit(130);
+        }
+        eprintln!("postcopy: interrupted; a migration is only stopped before its commit");
+        stop();
+    };
+    if let Err(error) = ctrlc::set_handler(handler) {
+        tracing::warn!(%error, "interrupts are not handled");
+    }
+}

@@ -16,7 +16,7 @@ use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
 use crate::proto::message::{Hello, SessionId, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
-use crate::proto::page::PageRun;
+use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::{PolicyConfig, PolicyKind};
 use crate::proto::source::{
     Outcome, SessionLimits, SourceAction, SourceEvent, SourceSession, SourceState,
@@ -25,6 +25,7 @@ use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
 use quinn::RecvStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::{debug, info, info_span, warn};
@@ -83,6 +84,8 @@ pub struct Progress {
     pub pages: u64,
     /// Network faults, as the destination said last.
     pub network_faults: u64,
+    /// Bytes of pages that the destination has received, as it said last.
+    pub wire_bytes: u64,
     /// Since the session began.
     pub elapsed: Duration,
 }
@@ -187,6 +190,7 @@ struct Driver {
     watch: Box<dyn FnMut(Progress) + Send>,
     settled: u64,
     network_faults: u64,
+    wire_bytes: u64,
     pinging: bool,
     drain_at: Option<Duration>,
     next_watch: Duration,
@@ -255,6 +259,7 @@ impl Driver {
             watch,
             settled: 0,
             network_faults: 0,
+            wire_bytes: 0,
             pinging: false,
             drain_at: None,
             next_watch: Duration::ZERO,
@@ -354,6 +359,8 @@ impl Driver {
                 lock(&self.push.pacer).on_push_delivered(now, *pushed_bytes);
                 self.settled = (*settled).min(self.shared.ram.layout().pages());
                 self.network_faults = *network_faults;
+                let demanded = self.shared.figures.demanded.load(Ordering::Relaxed);
+                self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
             ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
@@ -536,6 +543,7 @@ impl Driver {
             settled: self.settled,
             pages: self.shared.ram.layout().pages(),
             network_faults: self.network_faults,
+            wire_bytes: self.wire_bytes,
             elapsed: now,
         });
     }

@@ -1,0 +1,69 @@
+//! `postcopy check`: the independent checker as a program of its own.
+
+use super::exit::Failure;
+use anyhow::Context;
+use clap::Args;
+use postcopy::checker::{CheckParams, CheckPattern, check};
+use std::fs::File;
+use std::io::Read;
+use std::path::PathBuf;
+
+/// Recomputes what a reference guest's memory must hold, from its seed, its pattern and
+/// its step counters, and compares every page. It shares no code with the guests or
+/// with the migration.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Pages of the guest.
+    #[arg(long)]
+    pages: u64,
+    /// Its vCPUs.
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// Its seed.
+    #[arg(long)]
+    seed: u64,
+    /// Its workload.
+    #[arg(long, value_name = "PATTERN")]
+    workload: CheckPattern,
+    /// Pages of its zero tail.
+    #[arg(long, default_value_t = 0)]
+    zero_pages: u64,
+    /// It ran under KVM: its own tables, stacks and code are not compared.
+    #[arg(long)]
+    kvm: bool,
+    /// The steps that each vCPU made, if they are known from elsewhere.
+    #[arg(long, value_delimiter = ',', value_name = "STEPS")]
+    expect_steps: Option<Vec<u64>>,
+    /// The memory in page order; standard input if absent.
+    file: Option<PathBuf>,
+}
+
+impl Check {
+    /// Checks.
+    pub fn run(self) -> anyhow::Result<()> {
+        let params = CheckParams {
+            pages: self.pages,
+            vcpus: self.vcpus,
+            seed: self.seed,
+            pattern: self.workload,
+            zero_pages: self.zero_pages,
+            kvm: self.kvm,
+            expect_steps: self.expect_steps,
+        };
+        let memory: Box<dyn Read> = match &self.file {
+            Some(path) => {
+                Box::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?)
+            }
+            None => Box::new(std::io::stdin().lock()),
+        };
+        let summary = check(&params, memory).map_err(|error| Failure::Wrong(error.to_string()))?;
+        println!(
+            "verified: {} pages compared, {} unmodelled; {} steps, {} visits that wrote",
+            summary.pages_compared,
+            summary.pages_unmodelled,
+            summary.steps.iter().sum::<u64>(),
+            summary.visits,
+        );
+        Ok(())
+    }
+}

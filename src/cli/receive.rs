@@ -1,0 +1,217 @@
+//! `postcopy receive`: take a guest in.
+
+use super::exit::{Failure, Side};
+use super::units::parse_time;
+use anyhow::{Context, anyhow};
+use clap::Args;
+use postcopy::engine::destination::{DestinationConfig, Receiver};
+use postcopy::host::arrival::{self, Arrival};
+use postcopy::memory::ram::GuestRam;
+use postcopy::proto::page::{PageIndex, PageRun};
+use postcopy::proto::source::{Outcome, SessionLimits};
+use postcopy::report::human::render;
+use postcopy::report::merge::Heading;
+use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
+use postcopy::transport::{LinkOptions, ticket::Host};
+use postcopy::uffd::DestinationBacking;
+use postcopy::vmm::guest::{Guest, GuestKind};
+use std::io::Write;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Prints a ticket, waits for a guest, takes it in and goes on running it.
+#[derive(Debug, Args)]
+pub struct Receive {
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    listen: IpAddr,
+    /// UDP port of the urgent lane; push lanes take those after it. 0: any free ones.
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+    /// Name or address that goes into the ticket, if it is not the one listened on.
+    #[arg(long, value_name = "HOST")]
+    public_host: Option<Host>,
+    /// Push connections, each with a thread of its own on both sides.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    push_lanes: u8,
+    /// What the guest's memory is made of here.
+    #[arg(long, value_enum, default_value = "memfd-continue")]
+    backing: DestinationBacking,
+    /// How long the ticket is good.
+    #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
+    ticket_life: Duration,
+    /// Stop the guest so long after all its memory came, and compare every page with
+    /// what it must hold; without it the guest runs until it is interrupted.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    verify_after: Option<Duration>,
+    /// Write this side's report as JSON.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Only the ticket and errors.
+    #[arg(long)]
+    quiet: bool,
+}
+
+impl Receive {
+    /// Receives a guest.
+    pub fn run(self) -> anyhow::Result<()> {
+        let receiver = Receiver::bind(DestinationConfig {
+            listen: self.listen,
+            port: self.port,
+            public_host: self.public_host.clone(),
+            push_lanes: usize::from(self.push_lanes),
+            link: LinkOptions::default(),
+            limits: SessionLimits::default(),
+            ticket_life: self.ticket_life,
+            backing: self.backing,
+            is_kvm: |hello| {
+                arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
+            },
+        })?;
+        println!("{}", receiver.ticket());
+        std::io::stdout().flush()?;
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let canceller = receiver.canceller();
+        let seen = interrupted.clone();
+        super::on_interrupt(move || {
+            seen.store(true, Ordering::SeqCst);
+            canceller.cancel("interrupted by the user");
+        });
+        let arrival = Arrival::default();
+        let end = receiver.run(Box::new(arrival.clone()))?;
+        let guest = arrival.take();
+        let mut report = end.report;
+        if let Err(failure) = Failure::of(&end.outcome, Side::Destination) {
+            let report = whole_report(report, &end.outcome, None, self.backing);
+            self.write(&report)?;
+            return Err(failure.into());
+        }
+        let mut guest = guest.ok_or_else(|| anyhow!("the engine lost the guest"))?;
+        self.say("the guest runs here with all its memory");
+        let verified = match self.verify_after {
+            Some(after) => {
+                sleep_unless(&interrupted, after);
+                Some(self.verify(guest.as_mut()))
+            }
+            None => {
+                self.run_on(guest.as_ref(), &interrupted);
+                None
+            }
+        };
+        report.verified = verified.as_ref().map(Result::is_ok);
+        let report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
+        self.write(&report)?;
+        if !self.quiet {
+            println!("{}", render(&report));
+        }
+        verified.unwrap_or(Ok(()))
+    }
+
+    fn say(&self, line: &str) {
+        if !self.quiet {
+            println!("{line}");
+        }
+    }
+
+    fn run_on(&self, guest: &dyn Guest, interrupted: &AtomicBool) {
+        self.say("interrupt (ctrl-c) to end it");
+        while !interrupted.load(Ordering::SeqCst) && guest.failure().is_none() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if let Some(why) = guest.failure() {
+            eprintln!("postcopy: the guest stopped: {why}");
+        }
+    }
+
+    /// Stops the guest between two steps and has the checker compare its memory.
+    fn verify(&self, guest: &mut dyn Guest) -> anyhow::Result<()> {
+        let steps = arrival::finish(guest)
+            .map_err(|error| Failure::Wrong(format!("the guest's own checks: {error}")))?;
+        let workload = guest.workload().clone();
+        let pattern = serde_json::to_value(workload.pattern)?;
+        let steps: Vec<String> = steps.iter().map(u64::to_string).collect();
+        let mut checker = Command::new(std::env::current_exe()?);
+        checker
+            .args(["--die-with-parent", "check"])
+            .args(["--pages", &guest.ram().layout().pages().to_string()])
+            .args(["--vcpus", &workload.vcpus.to_string()])
+            .args(["--seed", &workload.seed.to_string()])
+            .args(["--workload", pattern.as_str().unwrap_or_default()])
+            .args(["--zero-pages", &workload.zero_pages.to_string()])
+            .args(["--expect-steps", &steps.join(",")]);
+        if guest.kind() == GuestKind::Kvm {
+            checker.arg("--kvm");
+        }
+        checker.stdin(Stdio::piped());
+        if self.quiet {
+            checker.stdout(Stdio::null());
+        }
+        let mut child = checker.spawn().context("cannot start the checker")?;
+        let stdin = child.stdin.take().ok_or_else(|| anyhow!("the checker has no input"))?;
+        let poured = pour(guest.ram(), stdin);
+        let status = child.wait()?;
+        match (status.code(), poured) {
+            (Some(0), poured) => Ok(poured?),
+            // It has said what is wrong; that it then stopped reading is no news.
+            (Some(5), _) => Err(Failure::Wrong("see above".into()).into()),
+            (_, Err(error)) => Err(error).context("cannot pass memory to the checker"),
+            (code, Ok(())) => Err(anyhow!("the checker ended with {code:?}")),
+        }
+    }
+
+    fn write(&self, report: &Report) -> anyhow::Result<()> {
+        let Some(path) = &self.report else { return Ok(()) };
+        report.write(path).with_context(|| format!("cannot write the report {}", path.display()))
+    }
+}
+
+/// Writes all of a stopped guest's memory, in page order.
+fn pour(ram: &GuestRam, mut into: impl Write) -> std::io::Result<()> {
+    const PAGES: u64 = 256;
+    let pages = ram.layout().pages();
+    let mut first = 0;
+    let mut buffer = Vec::new();
+    while let Some(run) = PageRun::new(PageIndex::new(first), PAGES.min(pages - first)) {
+        buffer.resize(run.bytes(), 0);
+        ram.read_run(run, &mut buffer);
+        into.write_all(&buffer)?;
+        first = run.end();
+    }
+    Ok(())
+}
+
+fn sleep_unless(interrupted: &AtomicBool, time: Duration) {
+    let until = std::time::Instant::now() + time;
+    while std::time::Instant::now() < until && !interrupted.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(10).min(time));
+    }
+}
+
+fn whole_report(
+    part: postcopy::report::merge::DestinationPart,
+    outcome: &Outcome,
+    guest: Option<&dyn Guest>,
+    backing: DestinationBacking,
+) -> Report {
+    let (outcome, reason) = match outcome {
+        Outcome::Completed => (schema::Outcome::Completed, None),
+        Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
+        Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),
+    };
+    let guest = GuestSection {
+        kind: guest.map_or("none", |guest| guest.kind().name()).into(),
+        memory_bytes: guest.map_or(0, |guest| guest.ram().layout().bytes()),
+        page_size: 4096,
+        vcpus: guest.map_or(0, |guest| guest.workload().vcpus),
+        backing: backing.to_string(),
+        workload: None,
+    };
+    let link = Link { encrypted: true, ..Link::default() };
+    let heading =
+        Heading { outcome, reason, mode: Mode::PostCopy, policy: None, guest, link };
+    Report::of_destination(heading, part)
+}
