@@ -20,6 +20,9 @@ pub const UDP_PAYLOAD_MAX: u16 = 65_400;
 /// The least that QUIC allows a path to carry, and what connections begin with.
 pub const UDP_PAYLOAD_MIN: u16 = 1200;
 
+/// The congestion window to begin with, in bytes, where datagrams are small (RFC 9002).
+const INITIAL_WINDOW_MIN: u64 = 14_720;
+
 /// A lane of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
@@ -137,7 +140,12 @@ impl LinkOptions {
 
         // Until a round trip is measured; decides when a lost hello is sent again.
         config.initial_rtt(Duration::from_millis(100));
-        config.congestion_controller_factory(Arc::new(CubicConfig::default()));
+
+        // An MTU probe counts against the congestion window. If one alone fills it, all else
+        // waits for a round trip, or for the loss timer if the probe is lost, and a close goes unheard.
+        let mut cubic = CubicConfig::default();
+        cubic.initial_window((4 * u64::from(payload_max)).max(INITIAL_WINDOW_MIN));
+        config.congestion_controller_factory(Arc::new(cubic));
 
         let idle = IdleTimeout::try_from(self.idle_timeout).map_err(setup("the idle timeout"))?;
         config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(self.keep_alive));
