@@ -121,12 +121,10 @@ impl LinkOptions {
         let mut config = TransportConfig::default();
 
         // Discovery goes up from 1,200: an initial size at or above the congestion
-        // controller's initial window would hang the handshake. A coarse last step
-        // finds a large size in seven round trips.
+        // controller's initial window would hang the handshake.
         let mut discovery = MtuDiscoveryConfig::default();
         discovery
             .upper_bound(payload_max)
-            .minimum_change((payload_max / 128).max(20))
             // Congestion can be mistaken for a black hole; do not stay small for a minute then.
             .black_hole_cooldown(Duration::from_secs(2));
         config.initial_mtu(UDP_PAYLOAD_MIN).mtu_discovery_config(Some(discovery));

@@ -142,25 +142,33 @@ impl Forwarder {
         let _ = set_timerslack(1);
         let mut arrivals = Vec::new();
         while !self.shared.stop.load(Ordering::Relaxed) {
-            let ready = self.wait();
+            let ready = self.wait(!arrivals.is_empty());
+            // Sockets are read one after the other, yet the link takes datagrams as they
+            // came: up to the moment for which every socket is known to be read.
+            let mut horizon_ns = self.now_ns();
             for source in ready {
-                self.receive(source, &mut arrivals);
+                if self.receive(source, &mut arrivals) == BATCH {
+                    let last_ns = arrivals.last().map_or(0, |arrival| arrival.at_ns);
+                    horizon_ns = horizon_ns.min(last_ns);
+                }
             }
-            // Sockets are read one after the other; the link takes datagrams as they came.
             arrivals.sort_by_key(|arrival| arrival.at_ns);
-            for arrival in arrivals.drain(..) {
+            let later = arrivals.partition_point(|arrival| arrival.at_ns <= horizon_ns);
+            for arrival in arrivals.drain(..later) {
                 self.judge(arrival);
             }
             self.deliver();
         }
     }
 
-    /// Sleeps until a socket is readable or a datagram is due.
-    fn wait(&self) -> Vec<Source> {
+    /// Sleeps until a socket is readable or a datagram is due, or not at all if
+    /// there is something to do `at_once`.
+    fn wait(&self, at_once: bool) -> Vec<Source> {
         let due = [&self.to_target, &self.to_client]
             .into_iter()
             .filter_map(|direction| direction.in_flight.front())
             .map(|next| next.due_ns)
+            .chain(at_once.then_some(0))
             .min();
         let timeout = due.map(|due| {
             let ns = due.saturating_sub(self.now_ns() + EARLY_NS);
@@ -186,8 +194,8 @@ impl Forwarder {
         sources.into_iter().zip(&fds[1..]).filter(|(_, fd)| any(fd)).map(|(s, _)| s).collect()
     }
 
-    /// Takes a batch from a socket.
-    fn receive(&mut self, from: Source, arrivals: &mut Vec<Arrival>) {
+    /// Takes a batch from a socket, and says how many datagrams there were.
+    fn receive(&mut self, from: Source, arrivals: &mut Vec<Arrival>) -> usize {
         while self.spare.len() < BATCH {
             self.spare.push(vec![0; self.payload_max].into_boxed_slice());
         }
@@ -195,7 +203,7 @@ impl Forwarder {
             Source::Port(index) => self.ports[index].socket.as_raw_fd(),
             Source::Upstream(id) => match self.flows.get(&id) {
                 Some(flow) => flow.upstream.as_raw_fd(),
-                None => return,
+                None => return 0,
             },
         };
 
@@ -209,10 +217,10 @@ impl Forwarder {
         let results = match recvmmsg(fd, &mut headers, slices.iter_mut(), flags, None) {
             Ok(results) => results,
             // The target's port is closed, or another reader was faster: nothing came.
-            Err(Errno::ECONNREFUSED | Errno::EAGAIN | Errno::EINTR) => return,
+            Err(Errno::ECONNREFUSED | Errno::EAGAIN | Errno::EINTR) => return 0,
             Err(error) => {
                 tracing::warn!("the relay cannot receive: {error}");
-                return;
+                return 0;
             }
         };
         let received: Vec<_> = results
@@ -229,9 +237,10 @@ impl Forwarder {
             })
             .collect();
 
+        let count = received.len();
         let now_ns = self.now_ns();
         let wall_clock = clock_gettime(ClockId::CLOCK_REALTIME).ok().map(Duration::from);
-        let buffers = self.spare.drain(first_buffer..first_buffer + received.len());
+        let buffers = self.spare.drain(first_buffer..first_buffer + count);
         for (buffer, (length, sender, too_large, stamp)) in buffers.zip(received) {
             let age_ns = wall_clock
                 .zip(stamp)
@@ -241,6 +250,7 @@ impl Forwarder {
             let datagram = Datagram { buffer, length };
             arrivals.push(Arrival { from, sender, at_ns, too_large, datagram });
         }
+        count
     }
 
     /// Puts a datagram on its way, or drops it.
