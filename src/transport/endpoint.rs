@@ -64,6 +64,9 @@ impl Link {
     /// Closes the connection with an application's `code` and `reason` (cut to 256
     /// bytes) and gives the peer half a second to hear of it. What was written and not yet
     /// acknowledged may be lost: agree on the end first.
+    ///
+    /// With bulk data under way the congestion window also holds the close back, for
+    /// good: the peer then learns of it by a reset or the idle timeout. Give reasons on the urgent lane, and close it last.
     pub async fn close(&self, code: u32, reason: &str) {
         let reason = &reason.as_bytes()[..reason.len().min(REASON_BYTES_MAX)];
         self.connection.close(VarInt::from_u32(code), reason);

@@ -20,6 +20,9 @@ pub const UDP_PAYLOAD_MAX: u16 = 65_400;
 /// The least that QUIC allows a path to carry, and what connections begin with.
 pub const UDP_PAYLOAD_MIN: u16 = 1200;
 
+/// The congestion window to begin with, in bytes, where datagrams are small (RFC 9002).
+const INITIAL_WINDOW_MIN: u64 = 14_720;
+
 /// A lane of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
@@ -118,12 +121,10 @@ impl LinkOptions {
         let mut config = TransportConfig::default();
 
         // Discovery goes up from 1,200: an initial size at or above the congestion
-        // controller's initial window would hang the handshake. A coarse last step
-        // finds a large size in seven round trips.
+        // controller's initial window would hang the handshake.
         let mut discovery = MtuDiscoveryConfig::default();
         discovery
             .upper_bound(payload_max)
-            .minimum_change((payload_max / 128).max(20))
             // Congestion can be mistaken for a black hole; do not stay small for a minute then.
             .black_hole_cooldown(Duration::from_secs(2));
         config.initial_mtu(UDP_PAYLOAD_MIN).mtu_discovery_config(Some(discovery));
@@ -137,7 +138,12 @@ impl LinkOptions {
 
         // Until a round trip is measured; decides when a lost hello is sent again.
         config.initial_rtt(Duration::from_millis(100));
-        config.congestion_controller_factory(Arc::new(CubicConfig::default()));
+
+        // An MTU probe counts against the congestion window. If one alone fills it, all else
+        // waits for a round trip, or for the loss timer if the probe is lost, and a close goes unheard.
+        let mut cubic = CubicConfig::default();
+        cubic.initial_window((4 * u64::from(payload_max)).max(INITIAL_WINDOW_MIN));
+        config.congestion_controller_factory(Arc::new(cubic));
 
         let idle = IdleTimeout::try_from(self.idle_timeout).map_err(setup("the idle timeout"))?;
         config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(self.keep_alive));

@@ -28,6 +28,9 @@ pub mod ticket;
 pub mod tls;
 pub mod wire_io;
 
+#[cfg(test)]
+mod tests;
+
 pub use endpoint::{LaneServer, LaneSocket, Link, bind_ports, bind_server, connect};
 pub use error::TransportError;
 pub use lanes::{Lane, LinkOptions, PUSH_LANES_MAX};
