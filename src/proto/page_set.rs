@@ -293,3 +293,160 @@ fn take_number(rest: &mut &[u8]) -> Result<u64, PageSetError> {
     }
     Err(PageSetError::BadNumber)
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn run(first: u64, count: u64) -> PageRun {
+        PageRun::new(PageIndex::new(first), count).unwrap()
+    }
+
+    fn set(runs: &[(u64, u64)]) -> PageSet {
+        runs.iter().map(|(first, count)| run(*first, *count)).collect()
+    }
+
+    fn encoded(set: &PageSet) -> Vec<u8> {
+        let mut out = vec![];
+        set.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn runs_that_touch_become_one() {
+        assert_eq!(set(&[(5, 2), (0, 3), (3, 2)]), set(&[(0, 7)]));
+        assert_eq!(set(&[(0, 1), (2, 1), (4, 1), (1, 4)]).runs().count(), 1);
+        assert_eq!(set(&[(0, 1), (2, 1)]).runs().count(), 2);
+        assert_eq!(set(&[(10, 5), (0, 100)]).count(), 100);
+    }
+
+    #[test]
+    fn these_are_its_bytes() {
+        assert_eq!(encoded(&PageSet::new()), [0]);
+        assert_eq!(encoded(&set(&[(0, 1)])), [1, 0, 0]);
+        let bytes = [
+            3, // runs
+            0, 0, // page 0
+            2, 63, // pages 4 to 67
+            0xbb, 0xff, 0x3f, 0xff, 0xff, 0x03, // 65,536 pages from 1,048,512
+        ];
+        let runs = set(&[(0, 1), (4, 64), (68 + 1 + 0xf_ffbb, 65_536)]);
+        assert_eq!(encoded(&runs), bytes);
+        assert_eq!(PageSet::decode(&bytes, 1 << 32, 3), Ok(runs));
+    }
+
+    #[test]
+    fn hostile_bytes_are_refused_by_name() {
+        use PageSetError::*;
+        let decode = |bytes: &[u8]| PageSet::decode(bytes, 100, 4);
+        let full = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01];
+        for (bytes, error) in [
+            (&[][..], Truncated),
+            (&[1], Truncated),
+            (&[1, 0], Truncated),
+            (&[2, 0, 0, 0], Truncated),
+            (&[1, 0x80, 0x80], Truncated),
+            (&[0, 0], Trailing(1)),
+            (&[1, 0, 0, 7, 7], Trailing(2)),
+            (&[0x80, 0], BadNumber),
+            (&[1, 0x80, 0x00, 0], BadNumber),
+            (&[1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02], BadNumber),
+            (&[1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x81, 0], BadNumber),
+            (&[5, 0, 0], TooManyRuns { runs: 5, runs_max: 4 }),
+            (&full, TooManyRuns { runs: u64::MAX, runs_max: 4 }),
+            (&[1, 100, 0], PastTheEnd { pages: 100 }),
+            (&[1, 0, 100], PastTheEnd { pages: 100 }),
+            (&[2, 0, 98, 0, 0], PastTheEnd { pages: 100 }),
+            (&[&[1, 0][..], &full].concat(), PastTheEnd { pages: 100 }),
+            (&[&[1][..], &full, &[0]].concat(), PastTheEnd { pages: 100 }),
+            (&[&[2, 9, 9][..], &full, &[0]].concat(), PastTheEnd { pages: 100 }),
+        ] {
+            assert_eq!(decode(bytes), Err(error), "{bytes:?}");
+        }
+        assert_eq!(decode(&[1, 99, 0]), Ok(set(&[(99, 1)])));
+        assert_eq!(decode(&[1, 0, 99]), Ok(PageSet::all(100)));
+        // A large number of runs allocates nothing that was not paid for.
+        assert_eq!(PageSet::decode(&full, 100, usize::MAX), Err(Truncated));
+        // The very end of the number space.
+        let last = set(&[(0, 1), (u64::MAX - 1, 1)]);
+        assert_eq!(PageSet::decode(&encoded(&last), u64::MAX, 2), Ok(last));
+    }
+
+    #[test]
+    fn parts_must_come_in_order() {
+        let mut whole = set(&[(5, 2)]);
+        for wrong in [set(&[(0, 1)]), set(&[(6, 9)]), set(&[(7, 1)])] {
+            let error = whole.append(&wrong);
+            assert!(matches!(error, Err(PageSetError::NotAfter { .. })));
+        }
+        assert_eq!(whole.append(&PageSet::new()), Ok(()));
+        assert_eq!(whole.append(&set(&[(8, 1)])), Ok(()));
+        assert_eq!(whole, set(&[(5, 2), (8, 1)]));
+    }
+
+    fn pages() -> impl Strategy<Value = BTreeSet<u64>> {
+        let runs = prop::collection::vec((0u64..400, 1u64..20), 0..40);
+        runs.prop_map(|runs| {
+            runs.into_iter().flat_map(|(first, count)| first..first + count).collect()
+        })
+    }
+
+    fn of(pages: &BTreeSet<u64>) -> PageSet {
+        pages.iter().map(|page| run(*page, 1)).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn it_behaves_as_a_set_of_numbers(
+            runs in prop::collection::vec((0u64..400, 1u64..40), 0..60),
+            other in pages(),
+        ) {
+            let mut model = BTreeSet::new();
+            let mut built = PageSet::new();
+            for (first, count) in runs {
+                built.insert(run(first, count));
+                model.extend(first..first + count);
+                prop_assert_eq!(&built, &of(&model));
+                prop_assert_eq!(built.count(), model.len() as u64);
+            }
+            for page in 0..450 {
+                prop_assert_eq!(built.contains(PageIndex::new(page)), model.contains(&page));
+            }
+            prop_assert_eq!(built.union(&of(&other)), of(&model.union(&other).copied().collect()));
+            for pages in [0, 1, 200, 500] {
+                let rest: BTreeSet<u64> = (0..pages).filter(|it| !model.contains(it)).collect();
+                prop_assert_eq!(built.complement(pages), of(&rest));
+            }
+        }
+
+        #[test]
+        fn what_is_encoded_is_decoded(pages in pages(), runs_max in 1usize..8) {
+            let whole = of(&pages);
+            let bytes = encoded(&whole);
+            let runs = whole.runs().len();
+            prop_assert_eq!(PageSet::decode(&bytes, whole.end(), runs), Ok(whole.clone()));
+            for end in 0..bytes.len() {
+                prop_assert!(PageSet::decode(&bytes[..end], whole.end(), runs).is_err());
+            }
+            let mut joined = PageSet::new();
+            for part in whole.chunks(runs_max) {
+                let part = PageSet::decode(&encoded(&part), whole.end(), runs_max);
+                prop_assert_eq!(joined.append(&part.unwrap()), Ok(()));
+            }
+            prop_assert_eq!(joined, whole);
+        }
+
+        #[test]
+        fn what_is_decoded_has_no_other_encoding(
+            bytes in prop::collection::vec(prop_oneof![0u8..6, any::<u8>()], 0..24),
+        ) {
+            if let Ok(set) = PageSet::decode(&bytes, 1 << 32, 10) {
+                prop_assert_eq!(encoded(&set), bytes);
+                prop_assert!(set.end() <= 1 << 32);
+                prop_assert_eq!(&set.runs().collect::<PageSet>(), &set);
+            }
+        }
+    }
+}

@@ -14,8 +14,12 @@
 
 mod destination;
 mod landing;
+#[cfg(all(test, loom))]
+mod loom_models;
 mod page_state;
 mod source;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 pub use destination::{
     DestinationCounts, DestinationLedger, DiscardError, Drained, FaultAnswer, OutOfRange,

@@ -169,3 +169,71 @@ impl PageState {
         matches!(self.kind, Stale | StaleRequested | StaleZero | Removed)
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::fmt::Write;
+
+    fn all() -> impl Iterator<Item = PageState> {
+        (0..16).map(PageState::from_bits)
+    }
+
+    fn name(state: PageState) -> String {
+        format!("{:?}{}", state.kind, if state.placing { "*" } else { "" })
+    }
+
+    #[test]
+    fn every_state_has_its_own_four_bits() {
+        for (bits, state) in (0..).zip(all()) {
+            assert_eq!(state.bits(), bits);
+        }
+        assert_eq!(PageState::from_bits(0), PageState::at_rest(Missing), "a new ledger's words");
+    }
+
+    /// Every state and event; `*` is a page in hand, `Placed*` never comes up.
+    #[test]
+    fn the_table_of_states_is_this() {
+        let mut table = String::new();
+        let mut line = |cells: [String; 8]| {
+            let cells = cells.map(|cell| format!("{cell:<16}")).concat();
+            writeln!(table, "{}", cells.trim_end()).unwrap();
+        };
+        line(
+            ["state", "fault", "", "land", "mark_zero", "land_zero", "remove", "discard"]
+                .map(String::from),
+        );
+        for state in all().filter(|state| *state != PageState::in_hand(Placed)) {
+            let refused = |refusal: Refusal| format!("{refusal:?}!");
+            let (next, answer) = state.fault();
+            line([
+                name(state),
+                name(next),
+                format!("{answer:?}"),
+                state.land().map_or_else(refused, name),
+                state.mark_zero().map_or_else(refused, name),
+                state.land_zero().map_or("-".into(), name),
+                name(state.remove()),
+                state.discard().map_or("InHand!".into(), name),
+            ]);
+        }
+        insta::assert_snapshot!(table, @r"
+        state           fault                           land            mark_zero       land_zero       remove          discard
+        Missing         Requested       Request         Missing*        Zero            -               Removed         Missing
+        Requested       Requested       Wait            Requested*      Zero*           -               Removed*        Requested
+        Stale           StaleRequested  Request         Stale*          StaleZero       -               Removed         Stale
+        StaleRequested  StaleRequested  Wait            StaleRequested* StaleZero*      -               Removed*        StaleRequested
+        Zero            Zero*           Zero            Duplicate!      Duplicate!      Zero*           Removed         Missing
+        StaleZero       StaleZero*      Zero            Duplicate!      Duplicate!      StaleZero*      Removed         Stale
+        Placed          Placed          Wake            Duplicate!      Duplicate!      -               Removed         Stale
+        Removed         Removed*        Zero            Unwanted!       Unwanted!       -               Removed         Removed
+        Missing*        Requested*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        Requested*      Requested*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        Stale*          StaleRequested* Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        StaleRequested* StaleRequested* Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        Zero*           Zero*           Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        StaleZero*      StaleZero*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        Removed*        Removed*        Wait            Unwanted!       Unwanted!       -               Removed*        InHand!
+        ");
+    }
+}

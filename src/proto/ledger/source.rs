@@ -197,8 +197,8 @@ impl SourceLedger {
             return Err(PageSetError::PastTheEnd { pages: self.pages }.into());
         }
         let old = self.begin(epoch, placed)?;
-        let arrived: u64 = placed.runs().map(|run| old.sent.count_set_in(run)).sum();
-        Ok(old.sent.count_set() - arrived)
+        let lost = placed.complement(self.pages);
+        Ok(lost.runs().map(|run| old.sent.count_set_in(run)).sum())
     }
 
     /// Replaces the current epoch by one in which the pages of `sent` are sent;
