@@ -36,6 +36,7 @@ use std::time::Duration;
 const NEIGHBOUR_PAGES_UP: u32 = 32;
 /// And below it.
 const NEIGHBOUR_PAGES_DOWN: u32 = 16;
+fn env(name: &str, default: u64) -> u64 { std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default) }
 /// The most sent pages that a bubble's edge leaps over: 2 MiB.
 const LEAP_PAGES_MAX: u64 = 512;
 /// Events in a row on one side that make a bubble a stream.
@@ -81,6 +82,8 @@ struct Pivot {
     last: u64,
     /// When that was.
     last_at: Duration,
+    /// Who made it.
+    vcpu: Option<u32>,
     /// The number of that event.
     event: u64,
     /// Events in a row upward (positive) or downward (negative).
@@ -106,7 +109,7 @@ enum Direction {
 impl Bubbling {
     /// A policy without pivots: it begins linearly at page 0.
     pub fn new(config: PolicyConfig) -> Self {
-        let pivots_max = config.pivots_max.clamp(1, PIVOTS_MAX);
+        let pivots_max = env("K", config.pivots_max as u64).clamp(1, 64) as usize;
         Self {
             pages: config.pages,
             pivots_max,
@@ -138,30 +141,37 @@ impl Bubbling {
         }
         self.events += 1;
         let near = self.near_pages();
+        let newest = self.newest_of(fault.vcpu);
         match self.nearest(page) {
             Some(index) => {
                 let (pages, rtt) = (self.pages, self.rtt());
                 let pivot = &mut self.pivots[index];
-                pivot.hear(page, fault.at, self.events, near);
+                if newest == Some(index) {
+                    pivot.vote(page, fault.at, near);
+                }
                 if pivot.streams().is_some() {
+                    pivot.hear(fault, self.events);
                     pivot.follow(page, pages, rtt);
                     self.merge(index);
                 } else if pivot.contains(page) {
-                    pivot.credit = u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN);
+                    pivot.hear(fault, self.events);
+                    pivot.credit = env("CREDIT", 48);
                 } else {
                     // The bubble has not got there yet, and the page may be the edge of
                     // something else: a pivot of its own, that inherits the direction.
-                    let mut moved = Pivot::new(page, fault.at, self.events);
-                    (moved.lean, moved.pace) = (pivot.lean, pivot.pace);
+                    let mut moved = Pivot::new(fault, self.events);
+                    if newest == Some(index) {
+                        (moved.lean, moved.pace) = (pivot.lean, pivot.pace);
+                    }
                     (pivot.lean, pivot.credit) = (0, 0);
                     self.admit(moved);
                 }
             }
             None => {
-                let mut pivot = Pivot::new(page, fault.at, self.events);
+                let mut pivot = Pivot::new(fault, self.events);
                 if late {
                     // Its neighbours are likely to be on their way as well.
-                    pivot.credit = 0;
+                    pivot.credit = env("LATE", 0);
                 }
                 self.admit(pivot);
             }
@@ -179,6 +189,13 @@ impl Bubbling {
                 let pivot = &self.pivots[index];
                 (!pivot.contains(page), Reverse(pivot.event))
             })
+    }
+
+    /// The pivot where this vCPU's last event was.
+    fn newest_of(&self, vcpu: Option<u32>) -> Option<usize> {
+        (0..self.pivots.len())
+            .filter(|&index| self.pivots[index].vcpu == vcpu)
+            .max_by_key(|&index| self.pivots[index].event)
     }
 
     fn admit(&mut self, pivot: Pivot) {
@@ -225,7 +242,20 @@ impl Bubbling {
     fn whose_turn(&self) -> Option<usize> {
         (0..self.pivots.len()).filter(|&index| self.pivots[index].can_grow()).min_by_key(|&index| {
             let pivot = &self.pivots[index];
-            (pivot.credit == 0, pivot.turn, Reverse(pivot.event))
+            match std::env::var("ORDER").as_deref() {
+                Ok("newest") => (pivot.credit == 0, u64::MAX - pivot.event, Reverse(0)),
+                Ok("newestall") => (false, u64::MAX - pivot.event, Reverse(0)),
+                Ok("rrthennewest") => if pivot.credit > 0 { (false, pivot.turn, Reverse(pivot.event)) } else { (true, u64::MAX - pivot.event, Reverse(0)) },
+                Ok("sticky") => {
+                    let class = match (pivot.credit > 0, pivot.streams()) { (true, None) => 0, (true, Some(_)) => 1, _ => 2u64 };
+                    let second = if class == 0 { u64::MAX - pivot.event } else { u64::MAX - pivot.turn };
+                    (class > 0, class * (1 << 63) / 2 + second / 4, Reverse(0)) }
+                Ok("stickynew") => {
+                    let class = match (pivot.credit > 0, pivot.streams()) { (true, None) => 0, (true, Some(_)) => 1, _ => 2u64 };
+                    let second = if class != 1 { u64::MAX - pivot.event } else { u64::MAX - pivot.turn };
+                    (class > 0, class * (1 << 63) / 2 + second / 4, Reverse(0)) }
+                _ => (pivot.credit == 0, pivot.turn, Reverse(pivot.event)),
+            }
         })
     }
 
@@ -283,19 +313,21 @@ impl Policy for Bubbling {
 }
 
 impl Pivot {
-    fn new(page: u64, at: Duration, event: u64) -> Self {
+    fn new(fault: Fault, event: u64) -> Self {
+        let page = fault.page.get();
         Self {
             low: page,
             high: page + 1,
             low_done: page == 0,
             high_done: false,
             last: page,
-            last_at: at,
+            last_at: fault.at,
+            vcpu: fault.vcpu,
             event,
             lean: 0,
             pace: 0.0,
             ahead: 0,
-            credit: u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN),
+            credit: env("CREDIT",48),
             turn: 0,
             up_next: true,
         }
@@ -326,23 +358,36 @@ impl Pivot {
         !(self.low_done && self.high_done)
     }
 
-    /// Takes in an event in or near the bubble.
-    fn hear(&mut self, page: u64, at: Duration, event: u64, near: u64) {
+    /// Takes in where its reader is now, as a sign of where it goes.
+    fn vote(&mut self, page: u64, at: Duration, near: u64) {
         let distance = page.abs_diff(self.last);
-        let up = page > self.last;
-        let at_edge = if up { page + near >= self.high } else { page <= self.low + near };
-        if distance > 0 && (distance <= near || at_edge) {
-            let weight = if distance <= STEP_PAGES { 2 } else { 1 };
-            let vote = if up { weight } else { -weight };
-            let turned = self.lean * vote < 0;
-            self.lean = if turned { vote } else { (self.lean + vote).clamp(-LEAN_MAX, LEAN_MAX) };
-            let elapsed = at.saturating_sub(self.last_at).as_secs_f64().max(1e-6);
-            let pace = distance as f64 / elapsed;
-            self.pace = if self.pace == 0.0 || turned { pace } else { (self.pace + pace) / 2.0 };
-        } else if distance > 0 {
-            self.lean -= self.lean.signum();
+        if distance == 0 {
+            return;
         }
-        (self.last, self.last_at, self.event) = (page, at, event);
+        let up = page > self.last;
+        let on_track = match self.streams() {
+            Some(Direction::Up) => up && (distance <= near || page + near >= self.high),
+            Some(Direction::Down) => !up && (distance <= near || page <= self.low + near),
+            None => distance <= NEAR_PAGES,
+        };
+        if !on_track {
+            self.lean = 0;
+            self.ahead = 0;
+            return;
+        }
+        let weight = if distance <= STEP_PAGES { 2 } else { 1 };
+        let vote = if up { weight } else { -weight };
+        let turned = self.lean * vote < 0;
+        self.lean = if turned { vote } else { (self.lean + vote).clamp(-LEAN_MAX, LEAN_MAX) };
+        let elapsed = at.saturating_sub(self.last_at).as_secs_f64().max(1e-6);
+        let pace = distance as f64 / elapsed;
+        self.pace = if self.pace == 0.0 || turned { pace } else { (self.pace + pace) / 2.0 };
+    }
+
+    /// Takes in an event in or near the bubble.
+    fn hear(&mut self, fault: Fault, event: u64) {
+        (self.last, self.last_at) = (fault.page.get(), fault.at);
+        (self.vcpu, self.event) = (fault.vcpu, event);
         self.turn = 0;
     }
 
@@ -385,8 +430,8 @@ impl Pivot {
         let leap_max = if self.streams().is_some() { u64::MAX } else { LEAP_PAGES_MAX };
         let fresh = self.credit > 0 && self.streams().is_none();
         let pages_max = match direction {
-            Direction::Up if fresh => pages_max.min(NEIGHBOUR_PAGES_UP),
-            Direction::Down if fresh => pages_max.min(NEIGHBOUR_PAGES_DOWN),
+            Direction::Up if fresh => pages_max.min(env("UP",32) as u32),
+            Direction::Down if fresh => pages_max.min(env("DOWN",16) as u32),
             _ => pages_max,
         };
         let run = match direction {
