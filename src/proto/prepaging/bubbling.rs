@@ -65,6 +65,8 @@ pub struct Bubbling {
     /// Where the linear push goes on when no bubble can grow.
     cursor: u64,
     link: Option<LinkState>,
+    focus: Option<u32>,
+    focused_at: u64,
 }
 
 /// A bubble and what is known about the reader that it grows around.
@@ -118,6 +120,8 @@ impl Bubbling {
             turns: 0,
             cursor: 0,
             link: None,
+            focus: None,
+            focused_at: 0,
         }
     }
 
@@ -140,6 +144,14 @@ impl Bubbling {
             return;
         }
         self.events += 1;
+        if fault.vcpu == self.focus {
+            self.focused_at = self.events;
+        } else if self.events - self.focused_at > env("FEVENTS", 16) || self.focused_at == 0 {
+            self.focus = fault.vcpu;
+            self.focused_at = self.events;
+        }
+        let focused = fault.vcpu == self.focus || env("FOCUS", 1) == 0;
+        let credit = if focused { env("CREDIT", 48) } else { env("OCREDIT", 16) };
         let near = self.near_pages();
         let newest = self.newest_of(fault.vcpu);
         match self.nearest(page) {
@@ -149,17 +161,22 @@ impl Bubbling {
                 if newest == Some(index) {
                     pivot.vote(page, fault.at, near);
                 }
+                if !late && (pivot.contains(page) || pivot.streams().is_some()) {
+                    // An unsent page inside: the bubble has a hole here.
+                    pivot.centre(page, pages);
+                }
                 if pivot.streams().is_some() {
                     pivot.hear(fault, self.events);
                     pivot.follow(page, pages, rtt);
                     self.merge(index);
                 } else if pivot.contains(page) {
                     pivot.hear(fault, self.events);
-                    pivot.credit = env("CREDIT", 48);
+                    pivot.credit = credit;
                 } else {
                     // The bubble has not got there yet, and the page may be the edge of
                     // something else: a pivot of its own, that inherits the direction.
                     let mut moved = Pivot::new(fault, self.events);
+                    moved.credit = credit;
                     if newest == Some(index) {
                         (moved.lean, moved.pace) = (pivot.lean, pivot.pace);
                     }
@@ -169,6 +186,7 @@ impl Bubbling {
             }
             None => {
                 let mut pivot = Pivot::new(fault, self.events);
+                pivot.credit = credit;
                 if late {
                     // Its neighbours are likely to be on their way as well.
                     pivot.credit = env("LATE", 0);
@@ -242,20 +260,12 @@ impl Bubbling {
     fn whose_turn(&self) -> Option<usize> {
         (0..self.pivots.len()).filter(|&index| self.pivots[index].can_grow()).min_by_key(|&index| {
             let pivot = &self.pivots[index];
-            match std::env::var("ORDER").as_deref() {
-                Ok("newest") => (pivot.credit == 0, u64::MAX - pivot.event, Reverse(0)),
-                Ok("newestall") => (false, u64::MAX - pivot.event, Reverse(0)),
-                Ok("rrthennewest") => if pivot.credit > 0 { (false, pivot.turn, Reverse(pivot.event)) } else { (true, u64::MAX - pivot.event, Reverse(0)) },
-                Ok("sticky") => {
-                    let class = match (pivot.credit > 0, pivot.streams()) { (true, None) => 0, (true, Some(_)) => 1, _ => 2u64 };
-                    let second = if class == 0 { u64::MAX - pivot.event } else { u64::MAX - pivot.turn };
-                    (class > 0, class * (1 << 63) / 2 + second / 4, Reverse(0)) }
-                Ok("stickynew") => {
-                    let class = match (pivot.credit > 0, pivot.streams()) { (true, None) => 0, (true, Some(_)) => 1, _ => 2u64 };
-                    let second = if class != 1 { u64::MAX - pivot.event } else { u64::MAX - pivot.turn };
-                    (class > 0, class * (1 << 63) / 2 + second / 4, Reverse(0)) }
-                _ => (pivot.credit == 0, pivot.turn, Reverse(pivot.event)),
-            }
+            let focused = pivot.vcpu == self.focus || env("FOCUS", 1) == 0;
+            let fresh = pivot.credit > 0 && pivot.streams().is_none();
+            let class = match (fresh, focused, pivot.credit > 0) { (true, _, _) => 0, (_, true, true) => 1, (_, true, false) => 2, (_, false, true) => 3, _ => 4u64 };
+            let class = if env("FLAT", 0) == 1 { match class { 2 => 1, 4 => 3, c => c } } else { class };
+            let second = match env("SECOND", 0) { 0 => u64::MAX - pivot.event, 1 => u64::MAX - pivot.turn, _ => pivot.turn };
+            (class, second, Reverse(pivot.event))
         })
     }
 
@@ -384,6 +394,12 @@ impl Pivot {
         self.pace = if self.pace == 0.0 || turned { pace } else { (self.pace + pace) / 2.0 };
     }
 
+    /// Begins anew around `page`.
+    fn centre(&mut self, page: u64, pages: u64) {
+        (self.low, self.low_done) = (page, page == 0);
+        (self.high, self.high_done) = (page + 1, page + 1 >= pages);
+    }
+
     /// Takes in an event in or near the bubble.
     fn hear(&mut self, fault: Fault, event: u64) {
         (self.last, self.last_at) = (fault.page.get(), fault.at);
@@ -430,8 +446,8 @@ impl Pivot {
         let leap_max = if self.streams().is_some() { u64::MAX } else { LEAP_PAGES_MAX };
         let fresh = self.credit > 0 && self.streams().is_none();
         let pages_max = match direction {
-            Direction::Up if fresh => pages_max.min(env("UP",32) as u32),
-            Direction::Down if fresh => pages_max.min(env("DOWN",16) as u32),
+            Direction::Up if fresh => pages_max.min(env("UP",32).min(self.credit.max(8)) as u32),
+            Direction::Down if fresh => pages_max.min(env("DOWN",16).min(self.credit.max(8)) as u32),
             _ => pages_max,
         };
         let run = match direction {

@@ -372,3 +372,11 @@ fn tmp_average() {
         }
     }
 }
+#[test]
+fn tmp_hot() {
+    for seed in 100..108 {
+        let scene = gigabit(Pattern::HotSetWithScan, 2, seed, 5_000);
+        let o = outcomes(scene);
+        println!("HOT seed {seed} {:?} {:?}", o[1], o[2]);
+    }
+}
