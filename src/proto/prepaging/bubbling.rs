@@ -3,26 +3,31 @@
 //! After Hines and Gopalan, "Post-copy based live virtual machine migration using
 //! adaptive pre-paging and dynamic self-ballooning" (VEE 2009): each fault is a
 //! *pivot*, around which a *bubble* of sent pages grows in both directions. A few
-//! pivots are kept, the newest is served first, the oldest is retired, bubbles
-//! that meet become one, and when no bubble can grow the rest goes out linearly.
+//! pivots are kept, the oldest is retired, bubbles that meet become one, and when
+//! no bubble can grow the rest goes out linearly.
 //!
-//! Three things differ from the paper, each for a reason:
+//! What differs from the paper, and why (measured with the model in `model.rs` and with
+//! traces of real guests):
 //!
-//! * **A bubble may lean.** Faults and late hits that keep coming on one side of
-//!   a pivot's last event are a reader moving that way. Growing the other way
-//!   then halves the rate at which the reader is fed, so after
-//!   [`STREAM_LEAN`] such events in a row the bubble is a *stream*: it grows on
-//!   that side only and is kept two round trips of the reader's own pace ahead of it,
-//!   before anything else is pushed; a page asked for from further behind is late anyway.
-//! * **Late hits count.** A late hit brings no page closer, but it says where the
-//!   guest is. A reader that is fed just too slowly makes *only* late hits, so without them it would
-//!   look as if it had stopped.
-//! * **The first 64 KiB on each side go first.** First touches of guest physical
-//!   memory cluster at 64 KiB and 2 MiB. With one vCPU waiting, a gigabit link carries some 30
-//!   pages a fault; a longer first run would spend them all on one side.
+//! * **The newest pivot gets the whole link**, not a share of it, until the next
+//!   event. A guest that waits is near its last fault; on a gigabit link some 30
+//!   pages pass between two faults of one vCPU, too few to share. Older pivots are
+//!   where to go on once the newest bubble cannot grow.
+//! * **A bubble may lean.** Faults and late hits that follow each other upward (or
+//!   downward) are a reader moving that way; growing the other way would halve the
+//!   rate at which it is fed. Such a bubble becomes a *stream*: it grows on that side
+//!   only, over whatever is sent, to the end of memory. It has the whole link for
+//!   as long as its reader makes the last event, so it is ahead by all that the link carries.
+//! * **Late hits count.** They bring no page closer but say where the guest is. A
+//!   reader that is fed just too slowly makes late hits *only*.
+//! * **One vCPU at a time.** When several vCPUs wait, halving the link between them
+//!   lets all of them wait until the end; serving one first lets that one go early
+//!   and delays no other's end. So pivots of the vCPU in *focus* go first, and the
+//!   focus moves on when that vCPU has made none of the last [`FOCUS_EVENTS`]
+//!   events. Another vCPU's fault gets a few neighbours only.
 //!
-//! A bubble does not leap over more than [`LEAP_PAGES_MAX`] sent pages, for what
-//! lies behind is no neighbour of the fault any more.
+//! A bubble that does not stream leaps over [`LEAP_PAGES_MAX`] sent pages at most:
+//! what lies behind is no neighbour of the fault any more.
 
 use super::{
     Fault, LinkState, Origin, PIVOTS_MAX, Policy, PolicyConfig, Suggestion, Unsent, run_around,
@@ -30,26 +35,26 @@ use super::{
 };
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use std::cmp::Reverse;
-use std::time::Duration;
 
-/// What goes above a pivot before anything else.
-const NEIGHBOUR_PAGES_UP: u32 = 32;
-/// And below it.
-const NEIGHBOUR_PAGES_DOWN: u32 = 16;
+/// The first run above a pivot. First touches cluster at 64 KiB and 2 MiB, more often upward.
+const NEIGHBOURS_UP: u32 = 32;
+/// The first run below it, so that a long one above does not delay it.
+const NEIGHBOURS_DOWN: u32 = 16;
+/// The pages that go at once around a fault of a vCPU out of focus.
+const NEIGHBOURS_OTHER: u32 = 8;
+/// Events after which a vCPU that made none of them is out of focus.
+const FOCUS_EVENTS: u64 = 40;
 /// The most sent pages that a bubble's edge leaps over: 2 MiB.
 const LEAP_PAGES_MAX: u64 = 512;
-/// Events in a row on one side that make a bubble a stream.
-const STREAM_LEAN: i8 = 2;
-/// Where the count of such events stops.
-const LEAN_MAX: i8 = 4;
-/// How far outside a bubble a fault may lie and still tell of its direction.
+/// How far apart two events may be to show a direction, and how far outside a
+/// bubble an event still belongs to it.
 const NEAR_PAGES: u64 = 64;
-/// An event so close to the last one counts twice: 64 KiB.
+/// Two events so close count twice for the direction: 64 KiB.
 const STEP_PAGES: u64 = 16;
-/// The least that a stream is kept ahead of its reader.
-const AHEAD_PAGES_MIN: u64 = 128;
-/// The most (16 MiB): a pace is only an estimate.
-const AHEAD_PAGES_MAX: u64 = 4096;
+/// The lean from which a bubble is a stream.
+const STREAM_LEAN: i8 = 2;
+/// Where leaning ends.
+const LEAN_MAX: i8 = 4;
 
 /// Pushes around the last faults; see the module's text.
 #[derive(Clone, Debug)]
@@ -59,14 +64,17 @@ pub struct Bubbling {
     pivots: Vec<Pivot>,
     /// Events heard, which orders pivots by age.
     events: u64,
-    /// Turns given, which makes the round robin.
-    turns: u64,
+    /// The vCPU whose pivots go first; `None` is one too, of all unattributed faults.
+    focus: Option<u32>,
+    /// The last event of that vCPU.
+    focused_at: u64,
     /// Where the linear push goes on when no bubble can grow.
     cursor: u64,
-    link: Option<LinkState>,
+    /// How far apart two events of one stream may be.
+    stream_near: u64,
 }
 
-/// A bubble and what is known about the reader that it grows around.
+/// A bubble, and what is known about the reader that it grows around.
 #[derive(Clone, Debug)]
 struct Pivot {
     /// The bubble's first page.
@@ -79,21 +87,15 @@ struct Pivot {
     high_done: bool,
     /// The page of the last event.
     last: u64,
-    /// When that was.
-    last_at: Duration,
+    /// Who made it.
+    vcpu: Option<u32>,
     /// The number of that event.
     event: u64,
-    /// Events in a row upward (positive) or downward (negative).
+    /// The weight of the last events in a row upward (positive) or downward (negative).
     lean: i8,
-    /// The reader's pace in pages a second, while it moves one way.
-    pace: f64,
-    /// How far a stream is kept ahead of its reader, in pages.
-    ahead: u64,
-    /// Pages that it may push before pivots without credit.
-    credit: u64,
-    /// When it had its last turn; 0 asks for the next one.
-    turn: u64,
-    /// Which way a bubble that does not lean grows next.
+    /// Pages around a new fault that are still to go before anything else.
+    neighbours: u32,
+    /// Which way a bubble that does not stream grows next.
     up_next: bool,
 }
 
@@ -112,9 +114,10 @@ impl Bubbling {
             pivots_max,
             pivots: Vec::with_capacity(pivots_max + 1),
             events: 0,
-            turns: 0,
+            focus: None,
+            focused_at: 0,
             cursor: 0,
-            link: None,
+            stream_near: 2 * NEAR_PAGES,
         }
     }
 
@@ -136,39 +139,49 @@ impl Bubbling {
         if page >= self.pages {
             return;
         }
-        self.events += 1;
-        let near = self.near_pages();
-        match self.nearest(page) {
-            Some(index) => {
-                let (pages, rtt) = (self.pages, self.rtt());
-                let pivot = &mut self.pivots[index];
-                pivot.hear(page, fault.at, self.events, near);
-                if pivot.streams().is_some() {
-                    pivot.follow(page, pages, rtt);
-                    self.merge(index);
-                } else if pivot.contains(page) {
-                    pivot.credit = u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN);
-                } else {
-                    // The bubble has not got there yet, and the page may be the edge of
-                    // something else: a pivot of its own, that inherits the direction.
-                    let mut moved = Pivot::new(page, fault.at, self.events);
-                    (moved.lean, moved.pace) = (pivot.lean, pivot.pace);
-                    (pivot.lean, pivot.credit) = (0, 0);
-                    self.admit(moved);
-                }
-            }
-            None => {
-                let mut pivot = Pivot::new(page, fault.at, self.events);
-                if late {
-                    // Its neighbours are likely to be on their way as well.
-                    pivot.credit = 0;
-                }
-                self.admit(pivot);
-            }
-        }
         if !late {
             self.cursor = page;
         }
+        self.events += 1;
+        let mut neighbours = self.refocus(fault.vcpu);
+        let newest = self.newest_of(fault.vcpu);
+        let mut fresh = Pivot::new(fault, self.events, self.pages);
+        if let Some(index) = self.nearest(page) {
+            let pivot = &mut self.pivots[index];
+            if newest == Some(index) {
+                pivot.vote(page, self.stream_near);
+            }
+            let inside = pivot.contains(page);
+            if inside || pivot.streams().is_some() {
+                pivot.hear(fault, self.events, neighbours);
+                if !late || !inside {
+                    // Either the bubble has a hole here, or its reader has overtaken it.
+                    pivot.centre(page, self.pages);
+                }
+                return self.merge(index);
+            }
+            // The bubble has not got there yet, and the page may be the edge of
+            // something else: a pivot of its own, that inherits the direction.
+            if newest == Some(index) {
+                fresh.lean = pivot.lean;
+            }
+            (pivot.lean, pivot.neighbours) = (0, 0);
+        } else if late {
+            // Its neighbours are likely to be on their way as well.
+            neighbours = 0;
+        }
+        fresh.neighbours = neighbours;
+        self.admit(fresh);
+    }
+
+    /// Takes in that `vcpu` waits; says how many pages around its fault go first.
+    fn refocus(&mut self, vcpu: Option<u32>) -> u32 {
+        let idle = self.events - self.focused_at > FOCUS_EVENTS || self.focused_at == 0;
+        if vcpu != self.focus && !idle {
+            return NEIGHBOURS_OTHER;
+        }
+        (self.focus, self.focused_at) = (vcpu, self.events);
+        NEIGHBOURS_UP + NEIGHBOURS_DOWN
     }
 
     /// The pivot whose bubble holds `page`, or nearly so; of several the newest.
@@ -179,6 +192,15 @@ impl Bubbling {
                 let pivot = &self.pivots[index];
                 (!pivot.contains(page), Reverse(pivot.event))
             })
+    }
+
+    /// The pivot where this vCPU's last event was. Only there does another one show a
+    /// direction: in a region that is hit at random, some older event always
+    /// lies close by.
+    fn newest_of(&self, vcpu: Option<u32>) -> Option<usize> {
+        (0..self.pivots.len())
+            .filter(|&index| self.pivots[index].vcpu == vcpu)
+            .max_by_key(|&index| self.pivots[index].event)
     }
 
     fn admit(&mut self, pivot: Pivot) {
@@ -220,25 +242,18 @@ impl Bubbling {
         }
     }
 
-    /// Whose turn it is: a pivot that has credit before those that have none, then
-    /// the one whose last turn is longest ago, then the newest.
+    /// Whose turn it is: first the neighbours of new faults, then the pivots of the
+    /// focus, then all others; among equals the newest.
     fn whose_turn(&self) -> Option<usize> {
         (0..self.pivots.len()).filter(|&index| self.pivots[index].can_grow()).min_by_key(|&index| {
             let pivot = &self.pivots[index];
-            (pivot.credit == 0, pivot.turn, Reverse(pivot.event))
+            let class = match pivot.streams() {
+                None if pivot.neighbours > 0 => 0,
+                _ if pivot.vcpu == self.focus => 1,
+                _ => 2,
+            };
+            (class, Reverse(pivot.event))
         })
-    }
-
-    fn rtt(&self) -> Duration {
-        self.link.map_or(Duration::from_millis(1), |link| link.rtt)
-    }
-
-    /// How far apart two events of one reader may be: as much as is under way.
-    fn near_pages(&self) -> u64 {
-        let rate = self.link.map_or(0, |link| link.rate_bps);
-        let pages_a_second = (rate / 8 / PAGE_SIZE as u64) as f64;
-        let under_way = (self.rtt().as_secs_f64() + 0.001) * pages_a_second;
-        (2.0 * under_way).clamp(128.0, 2048.0) as u64
     }
 }
 
@@ -255,8 +270,12 @@ impl Policy for Bubbling {
         self.event(fault, true);
     }
 
+    /// Late hits lie anywhere in what is under way, about a round trip of the link
+    /// and a millisecond's queue: that far apart are two events of one stream.
     fn link(&mut self, link: LinkState) {
-        self.link = Some(link);
+        let pages_a_second = link.rate_bps as f64 / (8 * PAGE_SIZE) as f64;
+        let under_way = (link.rtt.as_secs_f64() + 0.001) * pages_a_second;
+        self.stream_near = (2.0 * under_way).clamp(128.0, 2048.0) as u64;
     }
 
     /// Changes nothing: it pushes all the time.
@@ -266,12 +285,9 @@ impl Policy for Bubbling {
         if pages_max == 0 {
             return None;
         }
-        // Each pass hands out a run or closes one side of one bubble.
+        // Each pass hands out a run or closes a side of a bubble.
         while let Some(index) = self.whose_turn() {
-            let pivot = &mut self.pivots[index];
-            if let Some(run) = pivot.grow(unsent, pages_max) {
-                self.turns += 1;
-                pivot.turn = self.turns;
+            if let Some(run) = self.pivots[index].grow(unsent, pages_max) {
                 self.merge(index);
                 return Some(Suggestion { run, origin: Origin::Push });
             }
@@ -283,20 +299,18 @@ impl Policy for Bubbling {
 }
 
 impl Pivot {
-    fn new(page: u64, at: Duration, event: u64) -> Self {
+    fn new(fault: Fault, event: u64, pages: u64) -> Self {
+        let page = fault.page.get();
         Self {
             low: page,
             high: page + 1,
             low_done: page == 0,
-            high_done: false,
+            high_done: page + 1 >= pages,
             last: page,
-            last_at: at,
+            vcpu: fault.vcpu,
             event,
             lean: 0,
-            pace: 0.0,
-            ahead: 0,
-            credit: u64::from(NEIGHBOUR_PAGES_UP + NEIGHBOUR_PAGES_DOWN),
-            turn: 0,
+            neighbours: 0,
             up_next: true,
         }
     }
@@ -326,47 +340,43 @@ impl Pivot {
         !(self.low_done && self.high_done)
     }
 
-    /// Takes in an event in or near the bubble.
-    fn hear(&mut self, page: u64, at: Duration, event: u64, near: u64) {
+    /// Takes in its reader's next event as a sign of where it goes.
+    fn vote(&mut self, page: u64, stream_near: u64) {
         let distance = page.abs_diff(self.last);
         let up = page > self.last;
-        let at_edge = if up { page + near >= self.high } else { page <= self.low + near };
-        if distance > 0 && (distance <= near || at_edge) {
-            let weight = if distance <= STEP_PAGES { 2 } else { 1 };
-            let vote = if up { weight } else { -weight };
-            let turned = self.lean * vote < 0;
-            self.lean = if turned { vote } else { (self.lean + vote).clamp(-LEAN_MAX, LEAN_MAX) };
-            let elapsed = at.saturating_sub(self.last_at).as_secs_f64().max(1e-6);
-            let pace = distance as f64 / elapsed;
-            self.pace = if self.pace == 0.0 || turned { pace } else { (self.pace + pace) / 2.0 };
-        } else if distance > 0 {
-            self.lean -= self.lean.signum();
+        let on_track = match self.streams() {
+            Some(Direction::Up) => {
+                up && (distance <= stream_near || page + stream_near >= self.high)
+            }
+            Some(Direction::Down) => {
+                !up && (distance <= stream_near || page <= self.low + stream_near)
+            }
+            None => distance <= NEAR_PAGES,
+        };
+        if distance == 0 {
+            return;
         }
-        (self.last, self.last_at, self.event) = (page, at, event);
-        self.turn = 0;
+        if !on_track {
+            self.lean = 0;
+            return;
+        }
+        let weight = if distance <= STEP_PAGES { 2 } else { 1 };
+        let vote = if up { weight } else { -weight };
+        self.lean = if self.lean * vote < 0 { vote } else { self.lean + vote };
+        self.lean = self.lean.clamp(-LEAN_MAX, LEAN_MAX);
     }
 
-    /// As a stream: goes on from the reader's place, and far enough ahead of it.
-    fn follow(&mut self, page: u64, pages: u64, rtt: Duration) {
-        let paced = (2.0 * self.pace * rtt.as_secs_f64()) as u64;
-        self.ahead = (2 * self.ahead).max(paced).clamp(AHEAD_PAGES_MIN, AHEAD_PAGES_MAX);
-        let ahead = self.ahead;
-        let up = self.lean > 0;
-        if up {
-            self.low = self.low.min(page);
-            if page >= self.high {
-                self.high = page + 1;
-                self.high_done = self.high >= pages;
-            }
-            self.credit = (page + ahead).saturating_sub(self.high);
-        } else {
-            self.high = self.high.max(page + 1);
-            if page < self.low {
-                self.low = page;
-                self.low_done = page == 0;
-            }
-            self.credit = (self.low + ahead).saturating_sub(page);
-        }
+    /// Takes in an event in or near the bubble.
+    fn hear(&mut self, fault: Fault, event: u64, neighbours: u32) {
+        (self.last, self.vcpu, self.event) = (fault.page.get(), fault.vcpu, event);
+        self.neighbours = neighbours;
+    }
+
+    /// Begins anew around `page`.
+    fn centre(&mut self, page: u64, pages: u64) {
+        (self.low, self.low_done) = (page, page == 0);
+        (self.high, self.high_done) = (page + 1, page + 1 >= pages);
+        self.up_next = true;
     }
 
     /// Takes over the outer edges of `other`, which touches it.
@@ -382,34 +392,32 @@ impl Pivot {
     /// The next run at one of its edges; `None` if that edge is at its end.
     fn grow(&mut self, unsent: &dyn Unsent, pages_max: u32) -> Option<PageRun> {
         let direction = self.direction();
-        let leap_max = if self.streams().is_some() { u64::MAX } else { LEAP_PAGES_MAX };
-        let fresh = self.credit > 0 && self.streams().is_none();
-        let pages_max = match direction {
-            Direction::Up if fresh => pages_max.min(NEIGHBOUR_PAGES_UP),
-            Direction::Down if fresh => pages_max.min(NEIGHBOUR_PAGES_DOWN),
-            _ => pages_max,
+        let streams = self.streams().is_some();
+        let leap_max = if streams { u64::MAX } else { LEAP_PAGES_MAX };
+        let count_max = match direction {
+            _ if streams || self.neighbours == 0 => pages_max,
+            Direction::Up => pages_max.min(NEIGHBOURS_UP).min(self.neighbours),
+            Direction::Down => pages_max.min(NEIGHBOURS_DOWN).min(self.neighbours),
         };
         let run = match direction {
-            Direction::Up => run_up(unsent, self.high, pages_max)
+            Direction::Up => run_up(unsent, self.high, count_max)
                 .filter(|run| run.first().get() - self.high <= leap_max),
             Direction::Down => self
                 .low
                 .checked_sub(1)
-                .and_then(|from| run_down(unsent, from, pages_max))
+                .and_then(|from| run_down(unsent, from, count_max))
                 .filter(|run| self.low - run.end() <= leap_max),
         };
-        if run.is_none() && self.streams().is_some() {
-            // All that its reader can come to is sent.
-            (self.low_done, self.high_done) = (true, true);
-        }
+        self.up_next = direction == Direction::Down;
         match (run, direction) {
             (Some(run), Direction::Up) => self.high = run.end(),
             (Some(run), Direction::Down) => self.low = run.first().get(),
+            // All that the stream's reader can come to is sent.
+            (None, _) if streams => (self.low_done, self.high_done) = (true, true),
             (None, Direction::Up) => self.high_done = true,
             (None, Direction::Down) => self.low_done = true,
         }
-        self.up_next = direction == Direction::Down;
-        self.credit = self.credit.saturating_sub(run.map_or(0, PageRun::count));
+        self.neighbours = self.neighbours.saturating_sub(run.map_or(0, |run| run.count() as u32));
         run
     }
 
