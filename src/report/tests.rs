@@ -183,7 +183,11 @@ fn the_destinations_part_is_bounded_and_parsed() {
     assert_eq!(DestinationPart::from_json(newer).unwrap().network_faults, Some(3));
     let long = vec![b' '; PART_BYTES_MAX + 1];
     assert!(matches!(DestinationPart::from_json(&long), Err(PartError::TooLong(_))));
-    for bad in ["", "[]", "{", r#"{"network_faults": -1}"#, r#"{"network_faults": 1.5}"#, "\u{0}"] {
+    for bad in ["", "[]", "null", "\u{0}"] {
+        let parsed = DestinationPart::from_json(bad.as_bytes());
+        assert!(matches!(parsed, Err(PartError::NoObject)), "{bad:?}");
+    }
+    for bad in ["{", "{}x", r#"{"network_faults": -1}"#, r#"{"network_faults": 1.5}"#] {
         let parsed = DestinationPart::from_json(bad.as_bytes());
         assert!(matches!(parsed, Err(PartError::Json(_))), "{bad:?}");
     }
