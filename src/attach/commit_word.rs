@@ -231,15 +231,18 @@ mod tests {
             let server: Vec<_> = vmm.iter().map(other_side).collect();
             let start = Barrier::new(2);
             let (committed, aborted) = std::thread::scope(|scope| {
-                let race = |word| {
-                    start.wait();
-                    word
-                };
-                let committer = scope.spawn(move || {
-                    server.iter().map(race).map(|word| word.commit().is_ok()).collect::<Vec<_>>()
+                let committer = scope.spawn(|| {
+                    let commit = |word: &CommitWord| {
+                        start.wait();
+                        word.commit().is_ok()
+                    };
+                    server.iter().map(commit).collect::<Vec<_>>()
                 });
-                let aborted: Vec<_> =
-                    vmm.iter().map(race).map(|word| word.abort().is_ok()).collect();
+                let abort = |word: &CommitWord| {
+                    start.wait();
+                    word.abort().is_ok()
+                };
+                let aborted: Vec<_> = vmm.iter().map(abort).collect();
                 (committer.join().unwrap(), aborted)
             });
             for (committed, aborted) in committed.into_iter().zip(aborted) {
