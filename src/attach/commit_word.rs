@@ -201,14 +201,14 @@ mod tests {
         let vmm = CommitWord::create().unwrap();
         let server = other_side(&vmm);
         assert_eq!(vmm.decision(), Decision::Undecided);
-        server.commit().unwrap();
+        let _proof = server.commit().unwrap();
         assert_eq!(vmm.decision(), Decision::Committed);
         assert_eq!(vmm.abort().unwrap_err(), AlreadyCommitted { found: COMMITTED });
-        server.commit().unwrap();
+        let _proof = server.commit().unwrap();
 
         let vmm = CommitWord::create().unwrap();
         let server = other_side(&vmm);
-        vmm.abort().unwrap();
+        let _proof = vmm.abort().unwrap();
         assert_eq!(server.commit().unwrap_err(), AlreadyAborted { found: ABORTED });
         assert_eq!(server.decision(), Decision::Aborted);
     }

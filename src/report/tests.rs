@@ -196,7 +196,8 @@ fn the_destinations_part_is_bounded_and_parsed() {
 /// Each break of an invariant is found, and found alone.
 #[test]
 fn each_broken_invariant_is_named() {
-    let broken: [(&str, fn(&mut Report)); 17] = [
+    type Break = fn(&mut Report);
+    let broken: [(&str, Break); 17] = [
         ("schema is", |r| r.schema = "postcopy-report/2".to_owned()),
         ("no reason given", |r| r.outcome = Outcome::Aborted),
         ("bytes of memory", |r| r.guest.memory_bytes += 4096),

@@ -207,15 +207,9 @@ impl Served {
         Self { path, events, log, thread, _directory: directory, _watchdog: Watchdog::new() }
     }
 
-    /// Attaches; waits while the server still parts with the client before.
+    /// Attaches, also right after another client has left.
     fn attach(&self) -> Attached {
-        loop {
-            match Attached::connect(&self.path) {
-                Ok(attached) => return attached,
-                Err(AttachError::Refused { .. }) => std::thread::yield_now(),
-                Err(error) => panic!("{error:?}"),
-            }
-        }
+        Attached::connect(&self.path).unwrap()
     }
 
     #[track_caller]
