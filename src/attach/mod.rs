@@ -26,3 +26,6 @@ pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("CLOCK_MONOTONIC exists");
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
+
+#[cfg(test)]
+mod tests;

@@ -180,23 +180,25 @@ impl Server {
                 Some(Duration::ZERO) => return Ok(Wake::Silence),
                 Some(left) => poll_timeout(left),
             };
+            // In this order: if this client left and then another one came, seeing the other
+            // means seeing that this one has left.
             let mut fds = [
-                PollFd::new(client.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(client.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(ServerError::Wait(errno)),
             }
-            let [client_ready, other_waits] = fds.map(|fd| fd.any().unwrap_or(true));
+            let [other_waits, client_ready] = fds.map(|fd| fd.any().unwrap_or(true));
+            if client_ready {
+                return Ok(Wake::Client);
+            }
             if other_waits && let Some(mut other) = self.accept() {
                 let refusal = Reply::refused("another client is attached to this guest");
                 let sent = super::session::send(&mut other, &refusal, &[], Duration::ZERO);
                 let pid = other.peer_pid().unwrap_or_default();
                 tracing::info!(pid, told = sent.is_ok(), "second attach client refused");
-            }
-            if client_ready {
-                return Ok(Wake::Client);
             }
         }
     }

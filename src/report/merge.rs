@@ -125,6 +125,9 @@ pub enum PartError {
     /// More than [`PART_BYTES_MAX`].
     #[error("the destination's part of the report has {0} bytes, more than {PART_BYTES_MAX}")]
     TooLong(usize),
+    /// No JSON object: serde would take an array for the fields in their order.
+    #[error("the destination's part of the report is no JSON object")]
+    NoObject,
     /// Not the JSON of one.
     #[error("the destination's part of the report cannot be read")]
     Json(#[from] serde_json::Error),
@@ -140,6 +143,9 @@ impl DestinationPart {
     pub fn from_json(bytes: &[u8]) -> Result<Self, PartError> {
         if bytes.len() > PART_BYTES_MAX {
             return Err(PartError::TooLong(bytes.len()));
+        }
+        if bytes.trim_ascii_start().first() != Some(&b'{') {
+            return Err(PartError::NoObject);
         }
         Ok(serde_json::from_slice(bytes)?)
     }

@@ -63,12 +63,7 @@ impl Progress {
         Self::with(match mode {
             ProgressMode::Quiet => Display::Quiet,
             ProgressMode::Auto if stderr.is_terminal() => {
-                let style = ProgressStyle::with_template("{prefix:>15} [{bar:20}] {msg}")
-                    .expect("the template is a constant that is well-formed")
-                    .progress_chars("=> ");
-                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-                bar.set_style(style);
-                Display::Bar(bar)
+                Display::Bar(bar(ProgressDrawTarget::stderr()))
             }
             ProgressMode::Auto => Display::Lines { out: Box::new(stderr) },
         })
@@ -127,17 +122,26 @@ impl Progress {
     }
 }
 
+fn bar(target: ProgressDrawTarget) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix:>15} [{bar:10}] {wide_msg}")
+        .expect("the template is a constant that is well-formed")
+        .progress_chars("=> ");
+    let bar = ProgressBar::with_draw_target(None, target);
+    bar.set_style(style);
+    bar
+}
+
 fn figures(now: &Snapshot, done: u64, rate: Option<f64>, eta: Option<Duration>) -> String {
     let percent = (u128::from(done) * 100).checked_div(u128::from(now.pages_total)).unwrap_or(0);
-    let mut text = format!("{percent:3} %, {} pages", HumanCount(done));
-    if let Some(rate) = rate {
-        text += &format!(", {}/s", HumanBytes(rate as u64));
-    }
-    text += &format!(", {} faults", HumanCount(now.network_faults));
+    let mut text = format!("{percent:3} %");
     if let Some(eta) = eta {
         text += &format!(", {} s left", eta.as_secs_f64().ceil());
     }
-    text
+    text += &format!(", {} pages", HumanCount(done));
+    if let Some(rate) = rate {
+        text += &format!(", {}/s", HumanBytes(rate as u64));
+    }
+    text + &format!(", {} faults", HumanCount(now.network_faults))
 }
 
 /// Bytes a second, smoothed over about a second.
@@ -240,6 +244,21 @@ mod tests {
     }
 
     #[test]
+    fn the_bar_of_a_terminal_has_the_same_figures() {
+        let bar = bar(ProgressDrawTarget::hidden());
+        let mut progress = Progress::with(Display::Bar(bar.clone()));
+        progress.update(snapshot("handshake", 0, 0));
+        progress.update(snapshot("target brownout", 1000, 20_000));
+        progress.update(snapshot("target brownout", 1010, 21_000));
+        assert_eq!((bar.position(), bar.length()), (20_000, Some(100_000)), "drawn at intervals");
+        assert_eq!(bar.prefix(), "target brownout");
+        let message = bar.message();
+        assert_eq!(message, " 20 %, 4 s left, 20,000 pages, 78.12 MiB/s, 20 faults");
+        progress.finish("done");
+        assert!(bar.is_finished());
+    }
+
+    #[test]
     fn a_steady_migration_is_estimated_rightly() {
         let mut eta = Eta::default();
         for millis in (0..4000).step_by(50) {
@@ -256,7 +275,9 @@ mod tests {
     fn a_stall_makes_the_estimate_stand_still_and_a_finished_one_zero() {
         let mut eta = Eta::default();
         let at = Duration::from_millis;
-        (0..10).for_each(|i| drop(eta.update(at(i * 100), i * 100, 2000)));
+        for i in 0..10 {
+            eta.update(at(i * 100), i * 100, 2000);
+        }
         let before = eta.update(at(1000), 1000, 2000).unwrap();
         for i in 11..100 {
             assert_eq!(eta.update(at(i * 100), 1000, 2000), Some(before));

@@ -183,7 +183,11 @@ fn the_destinations_part_is_bounded_and_parsed() {
     assert_eq!(DestinationPart::from_json(newer).unwrap().network_faults, Some(3));
     let long = vec![b' '; PART_BYTES_MAX + 1];
     assert!(matches!(DestinationPart::from_json(&long), Err(PartError::TooLong(_))));
-    for bad in ["", "[]", "{", r#"{"network_faults": -1}"#, r#"{"network_faults": 1.5}"#, "\u{0}"] {
+    for bad in ["", "[]", "null", "\u{0}"] {
+        let parsed = DestinationPart::from_json(bad.as_bytes());
+        assert!(matches!(parsed, Err(PartError::NoObject)), "{bad:?}");
+    }
+    for bad in ["{", "{}x", r#"{"network_faults": -1}"#, r#"{"network_faults": 1.5}"#] {
         let parsed = DestinationPart::from_json(bad.as_bytes());
         assert!(matches!(parsed, Err(PartError::Json(_))), "{bad:?}");
     }
@@ -192,7 +196,8 @@ fn the_destinations_part_is_bounded_and_parsed() {
 /// Each break of an invariant is found, and found alone.
 #[test]
 fn each_broken_invariant_is_named() {
-    let broken: [(&str, fn(&mut Report)); 17] = [
+    type Break = fn(&mut Report);
+    let broken: [(&str, Break); 17] = [
         ("schema is", |r| r.schema = "postcopy-report/2".to_owned()),
         ("no reason given", |r| r.outcome = Outcome::Aborted),
         ("bytes of memory", |r| r.guest.memory_bytes += 4096),
