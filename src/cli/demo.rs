@@ -4,15 +4,15 @@ use super::exit::Failure;
 use super::guest_args::GuestArgs;
 use super::migrate::PolicyArgs;
 use super::units::{parse_rate, parse_share, parse_time};
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
-use postcopy::transport::relay::{Relay, RelayConfig};
-use postcopy::transport::{Lane, Ticket, ticket::Host};
+use postcopy::transport::Ticket;
+use postcopy::transport::relay::{self, Relay, RelayConfig};
 use postcopy::uffd::DestinationBacking;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -141,11 +141,7 @@ impl Demo {
         if self.bandwidth.is_none() && self.rtt.is_none() && self.loss.is_none() {
             return Ok((ticket, None));
         }
-        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let mut ports = vec![ticket.port(Lane::Urgent)];
-        ports.extend((0..self.push_lanes).map(|index| ticket.port(Lane::Push(index))));
-        let targets: Vec<SocketAddr> =
-            ports.into_iter().flatten().map(|port| SocketAddr::new(loopback, port)).collect();
+        let targets = relay::targets(IpAddr::V4(Ipv4Addr::LOCALHOST), &ticket);
         let config = RelayConfig {
             bandwidth_bps: self.bandwidth,
             rtt: self.rtt.unwrap_or_default(),
@@ -153,10 +149,8 @@ impl Demo {
             seed: self.guest.seed,
             ..RelayConfig::default()
         };
-        let relay = Relay::spawn(config, targets).context("cannot make the emulated link")?;
-        let ports: Vec<u16> = relay.local.iter().map(SocketAddr::port).collect();
-        let [urgent, push @ ..] = ports.as_slice() else { bail!("the relay has no port") };
-        let ticket = ticket.with_address(Host::from(loopback), *urgent, push.to_vec())?;
+        let relay = Relay::spawn(config, &targets).context("cannot make the emulated link")?;
+        let ticket = relay.redirect(&ticket)?;
         Ok((ticket, Some(relay)))
     }
 }

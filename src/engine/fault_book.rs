@@ -61,11 +61,13 @@ impl FaultBook {
         }
     }
 
-    /// Strikes the faults on `page` out: the ledger had it already, or answered it
-    /// without the source.
+    /// Strikes the fault out that was entered last on `page`: the ledger had the page
+    /// already, or answered without the source.
     pub fn strike(&self, page: PageIndex) {
         let mut book = self.lock();
-        book.open.retain(|fault| fault.page != page);
+        if let Some(index) = book.open.iter().rposition(|fault| fault.page == page) {
+            book.open.swap_remove(index);
+        }
         self.open.store(book.open.len(), Ordering::SeqCst);
     }
 
