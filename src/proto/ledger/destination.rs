@@ -22,7 +22,8 @@
 //!   the waiter. If it came before, the wait began after it, and the kernel lets
 //!   nobody sleep at a page that is mapped.
 //! * *placed, then fault.* The event was read before the placement or crossed
-//!   it. It is answered [`Wake`](FaultAnswer::Wake), which is never wrong.
+//!   it, or the kernel has dropped the mapping since. It is answered
+//!   [`Wake`](FaultAnswer::Wake), and waking once too often does no harm.
 //! * *fault while in hand, then handed back.* The page goes back to `Requested`,
 //!   not to `Missing`; the next landing wakes the waiter.
 //! * *fault, then `mark_zero`.* The mark finds `Requested`, takes the page in
@@ -50,22 +51,17 @@
 
 use super::landing::{Landing, Landings};
 use super::page_state::{Kind, OnFault, PageState, Refusal};
+use super::state_table::{StateTable, StateWord, change_each_word, word_end};
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::page_set::PageSet;
 use crate::proto::sync::{AtomicU64, Ordering};
 use std::fmt;
 
-const WORD_PAGES: u64 = (u64::BITS / PageState::BITS) as u64;
-
 /// Which of a guest's pages are missing, requested, in hand and placed.
 pub struct DestinationLedger {
     pages: u64,
-    /// Four bits a page; those past the last page stay 0.
-    words: Box<[AtomicU64]>,
-    /// The pages that are not settled; never below their true number.
-    unsettled: AtomicU64,
-    in_hand: AtomicU64,
+    states: StateTable,
     duplicates: AtomicU64,
     unwanted: AtomicU64,
     /// Every page that was ever placed: kept apart from the states, to check them.
@@ -103,7 +99,10 @@ pub enum FaultAnswer<'a> {
     Request,
     /// It is requested already or in somebody's hand: its placement wakes.
     Wait,
-    /// It is placed: wake whoever waits at it (UFFDIO_WAKE).
+    /// It is placed: wake whoever waits at it (UFFDIO_WAKE). Shared memory that
+    /// is registered for minor faults needs more: the kernel may have dropped the
+    /// mapping of a page that it keeps (reclaim does), and a mere wake-up would
+    /// fault for ever. Map it again (UFFDIO_CONTINUE), and wake on EEXIST.
     Wake,
     /// It reads as zero: place zeros. If the page was removed before, it may
     /// turn out to be mapped (EEXIST): wake, and call it placed.
@@ -162,12 +161,9 @@ impl Drained {
 impl DestinationLedger {
     /// A ledger of `pages` missing pages. It takes five bits a page.
     pub fn new(pages: u64) -> Self {
-        let words = (0..pages.div_ceil(WORD_PAGES)).map(|_| AtomicU64::new(0)).collect();
         Self {
             pages,
-            words,
-            unsettled: AtomicU64::new(pages),
-            in_hand: AtomicU64::new(0),
+            states: StateTable::new(pages),
             duplicates: AtomicU64::new(0),
             unwanted: AtomicU64::new(0),
             witness: AtomicBitmap::new(pages),
@@ -188,7 +184,7 @@ impl DestinationLedger {
         let run = PageRun::single(page);
         self.check(run)?;
         let mut answer = OnFault::Wait;
-        self.change(run, |state| {
+        self.states.change(run, |state| {
             let (next, what) = state.fault();
             answer = what;
             next
@@ -236,7 +232,8 @@ impl DestinationLedger {
         self.check(run)?;
         let mut waited_for = PageSet::new();
         change_each_word(run, |run| {
-            let (before, after) = self.change(run, |state| state.mark_zero().unwrap_or(state));
+            let (before, after) =
+                self.states.change(run, |state| state.mark_zero().unwrap_or(state));
             for (page, before) in before.pages(run) {
                 if let Err(refusal) = before.mark_zero() {
                     self.refused(refusal);
@@ -259,7 +256,7 @@ impl DestinationLedger {
         self.check(run)?;
         let mut waited_for = PageSet::new();
         change_each_word(run, |run| {
-            let (before, after) = self.change(run, PageState::remove);
+            let (before, after) = self.states.change(run, PageState::remove);
             for (page, before) in before.pages(run) {
                 if after.get(page).placing && !before.placing {
                     waited_for.insert(PageRun::single(page));
@@ -280,7 +277,7 @@ impl DestinationLedger {
         let mut in_hand = None;
         change_each_word(run, |run| {
             if in_hand.is_none() {
-                let (before, _) = self.change(run, |state| state.discard().unwrap_or(state));
+                let (before, _) = self.states.change(run, |state| state.discard().unwrap_or(state));
                 in_hand = before.pages(run).find(|(_, state)| state.placing).map(|(page, _)| page);
             }
         });
@@ -290,13 +287,13 @@ impl DestinationLedger {
     /// How many pages are not settled: they keep the ledger from being full.
     /// Constant time; what is under way may still be in it.
     pub fn missing(&self) -> u64 {
-        self.unsettled.load(Ordering::Acquire)
+        self.states.unsettled()
     }
 
     /// Whether `page` is placed, removed, or zero over clean memory; `false` if
     /// it is out of range.
     pub fn is_settled(&self, page: PageIndex) -> bool {
-        page.get() < self.pages && self.load(page.get() / WORD_PAGES).get(page).is_settled()
+        page.get() < self.pages && self.states.get(page).is_settled()
     }
 
     /// The pages that the source need not send again: placed, known to be zero,
@@ -324,7 +321,7 @@ impl DestinationLedger {
             placed_twice: self.placed_twice.load(Ordering::Acquire),
             ..DestinationCounts::default()
         };
-        self.each_state(|_, state| {
+        self.states.each(|_, state| {
             counts.in_hand += u64::from(state.placing);
             match state.kind {
                 Kind::Missing | Kind::Stale => counts.missing += 1,
@@ -350,13 +347,13 @@ impl DestinationLedger {
     /// [`Unfinished`], with what is left; it can be asked again.
     pub fn finish(&self) -> Result<Drained, Unfinished> {
         let missing = self.missing();
-        let in_hand = self.in_hand.load(Ordering::Acquire);
+        let in_hand = self.states.in_hand();
         if missing != 0 || in_hand != 0 {
             return Err(Unfinished { missing, in_hand });
         }
         // The counters say yes; the states have the last word.
         let mut left = Unfinished { missing: 0, in_hand: 0 };
-        self.each_state(|_, state| {
+        self.states.each(|_, state| {
             left.missing += u64::from(!state.is_settled());
             left.in_hand += u64::from(state.placing);
         });
@@ -373,23 +370,9 @@ impl DestinationLedger {
         Err(OutOfRange { run, pages: self.pages })
     }
 
-    fn load(&self, word: u64) -> StateWord {
-        StateWord(self.words[word as usize].load(Ordering::Acquire))
-    }
-
-    fn each_state(&self, mut see: impl FnMut(PageIndex, PageState)) {
-        let mut first = 0;
-        while first < self.pages {
-            let word = self.load(first / WORD_PAGES);
-            let end = (first + WORD_PAGES).min(self.pages);
-            (first..end).map(PageIndex::new).for_each(|page| see(page, word.get(page)));
-            first = end;
-        }
-    }
-
     fn pages_where(&self, wanted: impl Fn(PageState) -> bool) -> PageSet {
         let mut set = PageSet::new();
-        self.each_state(|page, state| {
+        self.states.each(|page, state| {
             if wanted(state) {
                 set.insert(PageRun::single(page));
             }
@@ -405,64 +388,12 @@ impl DestinationLedger {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Changes the states of `run`, which lies in one word, at once. `next` may
-    /// be called several times for a page; the last time counts. Returns the
-    /// word before and after.
-    fn change(
-        &self,
-        run: PageRun,
-        mut next: impl FnMut(PageState) -> PageState,
-    ) -> (StateWord, StateWord) {
-        self.change_word(run.first().get() / WORD_PAGES, |before| {
-            let mut after = before;
-            for (page, state) in before.pages(run) {
-                after.set(page, next(state));
-            }
-            after
-        })
-    }
-
-    /// The one place where states change, and the counters with them. A counter
-    /// rises before its pages do and falls after them, so that it never misses a
-    /// page and never wraps.
-    fn change_word(
-        &self,
-        word: u64,
-        mut next: impl FnMut(StateWord) -> StateWord,
-    ) -> (StateWord, StateWord) {
-        let cell = &self.words[word as usize];
-        let mut before = self.load(word);
-        loop {
-            let after = next(before);
-            if after == before {
-                return (before, after);
-            }
-            let unsettled = Change::of(before, after, |state| !state.is_settled());
-            let in_hand = Change::of(before, after, |state| state.placing);
-            unsettled.rise(&self.unsettled);
-            in_hand.rise(&self.in_hand);
-            match cell.compare_exchange_weak(before.0, after.0, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => {
-                    unsettled.fall(&self.unsettled);
-                    in_hand.fall(&self.in_hand);
-                    return (before, after);
-                }
-                Err(now) => {
-                    unsettled.undo_rise(&self.unsettled);
-                    in_hand.undo_rise(&self.in_hand);
-                    before = StateWord(now);
-                }
-            }
-        }
-    }
-
     /// Takes in hand the first stretch of pages from `next` on that `cargo` can
     /// land on, inside one word and before `end`; counts what it skips.
     pub(super) fn take(&self, next: u64, end: u64, cargo: Cargo) -> Taken {
         let end = word_end(next).min(end);
         let mut taken = Taken::default();
-        let (before, _) = self.change_word(next / WORD_PAGES, |before| {
+        let (before, _) = self.states.change_word(next, |before| {
             let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
             taken.skipped = (next..end).take_while(|page| !landable(page)).count() as u64;
             let first = next + taken.skipped;
@@ -484,7 +415,7 @@ impl DestinationLedger {
     pub(super) fn take_at(&self, next: u64, end: u64, cargo: Cargo) -> u64 {
         let end = word_end(next).min(end);
         let mut count = 0;
-        self.change_word(next / WORD_PAGES, |before| {
+        self.states.change_word(next, |before| {
             let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
             count = (next..end).take_while(landable).count() as u64;
             cargo.landed(before, next, count)
@@ -495,7 +426,7 @@ impl DestinationLedger {
     /// The pages of `run` were in hand and are placed.
     pub(super) fn note_placed(&self, run: PageRun) {
         change_each_word(run, |part| {
-            let (before, _) = self.change(part, PageState::placed);
+            let (before, _) = self.states.change(part, PageState::placed);
             for (page, state) in before.pages(part) {
                 if !self.witness.set(page) && !state.may_be_placed_again() {
                     self.placed_twice.fetch_add(1, Ordering::Relaxed);
@@ -507,13 +438,8 @@ impl DestinationLedger {
     /// The pages of `run` were in hand and are given up.
     pub(super) fn note_handed_back(&self, run: PageRun) {
         change_each_word(run, |part| {
-            self.change(part, PageState::hand_back);
+            self.states.change(part, PageState::hand_back);
         });
-    }
-
-    /// Whether a word of states begins with `page`.
-    pub(super) fn is_word_border(page: u64) -> bool {
-        page.is_multiple_of(WORD_PAGES)
     }
 }
 
@@ -555,81 +481,5 @@ impl Cargo {
             }
         }
         word
-    }
-}
-
-/// The states of 16 pages.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct StateWord(u64);
-
-impl StateWord {
-    fn get(self, page: PageIndex) -> PageState {
-        PageState::from_bits(self.0 >> Self::shift(page))
-    }
-
-    fn set(&mut self, page: PageIndex, state: PageState) {
-        self.0 &= !(PageState::MASK << Self::shift(page));
-        self.0 |= state.bits() << Self::shift(page);
-    }
-
-    /// The states of `run`, which lies in this word.
-    fn pages(self, run: PageRun) -> impl Iterator<Item = (PageIndex, PageState)> {
-        run.pages().map(move |page| (page, self.get(page)))
-    }
-
-    fn count(self, wanted: impl Fn(PageState) -> bool) -> u64 {
-        let pages = (0..WORD_PAGES).map(PageIndex::new);
-        pages.filter(|page| wanted(self.get(*page))).count() as u64
-    }
-
-    fn shift(page: PageIndex) -> u32 {
-        (page.get() % WORD_PAGES) as u32 * PageState::BITS
-    }
-}
-
-/// By how much a counter changes with a word.
-struct Change {
-    before: u64,
-    after: u64,
-}
-
-impl Change {
-    fn of(before: StateWord, after: StateWord, counted: impl Fn(PageState) -> bool) -> Self {
-        Self { before: before.count(&counted), after: after.count(&counted) }
-    }
-
-    fn rise(&self, counter: &AtomicU64) {
-        if self.after > self.before {
-            counter.fetch_add(self.after - self.before, Ordering::AcqRel);
-        }
-    }
-
-    fn undo_rise(&self, counter: &AtomicU64) {
-        if self.after > self.before {
-            counter.fetch_sub(self.after - self.before, Ordering::AcqRel);
-        }
-    }
-
-    fn fall(&self, counter: &AtomicU64) {
-        if self.after < self.before {
-            counter.fetch_sub(self.before - self.after, Ordering::AcqRel);
-        }
-    }
-}
-
-/// The number after the last page in the word of `page`.
-fn word_end(page: u64) -> u64 {
-    page - page % WORD_PAGES + WORD_PAGES
-}
-
-/// Calls `change` with the parts of `run` that lie in one word each.
-fn change_each_word(run: PageRun, mut change: impl FnMut(PageRun)) {
-    let mut next = run.first().get();
-    while next < run.end() {
-        let end = word_end(next).min(run.end());
-        if let Some(part) = PageRun::new(PageIndex::new(next), end - next) {
-            change(part);
-        }
-        next = end;
     }
 }

@@ -3,6 +3,7 @@
 
 use super::DestinationLedger;
 use super::destination::Cargo;
+use super::state_table::is_word_border;
 use crate::proto::page::{PageIndex, PageRun};
 use std::fmt;
 
@@ -111,7 +112,7 @@ impl<'a> Iterator for Landings<'a> {
                 continue;
             }
             // A stretch goes on over the border of a word if it begins at once.
-            while self.next < self.end && DestinationLedger::is_word_border(self.next) {
+            while self.next < self.end && is_word_border(self.next) {
                 match self.ledger.take_at(self.next, self.end, self.cargo) {
                     0 => break,
                     more => self.next += more,

@@ -18,6 +18,7 @@ mod landing;
 mod loom_models;
 mod page_state;
 mod source;
+mod state_table;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
