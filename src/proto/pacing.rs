@@ -12,23 +12,24 @@
 //! [`Pacer::target`]:
 //!
 //! ```text
-//! window += GAIN * rate * (target - delay)       once in two round trips, at least 4 ms
+//! window += GAIN * rate * (target - delay)       every two round trips or 4 ms
+//! window += window / 8                           if delay is below a quarter of target
 //! ```
 //!
 //! * `delay` is the *least* of the last few samples, never a single one: on busy
 //!   cores single ones are late by milliseconds without any queue on the link, and a queue delays
 //!   all of them.
-//! * `target` is a quarter of the base round trip, but at least 500 us, below which
-//!   scheduling noise drowns the signal, and at most 5 ms.
-//! * A start-up phase doubles the window while deliveries grow with it, as slow
-//!   start does, but looks at every second round only, since what is delivered in
-//!   the first one was sent before the doubling.
+//! * `target` is a quarter of the base round trip, but at least a millisecond, for so
+//!   long are bursts of acknowledgements and scheduling noise, and at most 5 ms.
+//! * A start-up phase doubles the window, as slow start does, until there is a queue
+//!   or the window is twice what the measured rate needs. It looks at every second round only:
+//!   what is delivered in the first one was sent before the doubling.
 //! * Without urgent samples the window holds: nobody waits, and nothing is known.
 //! * The delivery rate bounds the window on both sides, so that neither a push lane
 //!   with nothing to send opens it without end nor noise closes it: what lies
 //!   between is the controller's.
-//! * A queue that always stands hides the true base. As in LEDBAT++, the window is
-//!   halved for two round trips every ten seconds to look under it.
+//! * A queue that always stands hides the true base. As LEDBAT++ does, the pacer
+//!   cuts its window for two round trips after the start-up and every ten seconds, to look under it.
 
 use super::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use std::collections::VecDeque;
@@ -46,16 +47,24 @@ const SAMPLES_MAX: usize = 8;
 /// Rounds whose best counts as the delivery rate.
 const ROUNDS_MAX: usize = 10;
 /// Bounds of the queue's target.
-const TARGET_MIN: Duration = Duration::from_micros(500);
+const TARGET_MIN: Duration = Duration::from_millis(1);
 const TARGET_MAX: Duration = Duration::from_millis(5);
 /// What acknowledgements may be late by without any queue: the peer's ack delay
 /// and some scheduling.
 const ACK_DELAY: Duration = Duration::from_millis(2);
+/// What the base round trip is taken for before it is known.
+const RTT_UNKNOWN: Duration = Duration::from_millis(1);
 /// How long a base round trip is believed: one to two of these.
 const BASE_EPOCH: Duration = Duration::from_secs(15);
-/// How often the window is halved to find the base.
+/// How often the window is cut to find the base, and to which part. After the cut to a
+/// quarter, a base far below the target is found too long by a third of the target at most.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// How long the best rate ever seen is remembered before it is halved.
+const LOOK_DIVISOR: f64 = 4.0;
+/// The least window, as time at the best rate seen for long. When busy cores delay
+/// urgent answers and acknowledgements alike, the window shrinks, and with it the rate that
+/// bounds it: this ends that spiral.
+const PEAK_SHARE: Duration = Duration::from_micros(250);
+/// How long that best rate is remembered before it is halved.
 const PEAK_HALF_LIFE: Duration = Duration::from_secs(10);
 
 /// Bounds of a [`Pacer`].
@@ -67,8 +76,10 @@ pub struct PacerConfig {
     pub window_max: u64,
     /// The window before anything is known, in bytes.
     pub window_initial: u64,
-    /// The base round trip before the first sample; the handshake's, if known.
-    pub rtt_initial: Duration,
+    /// A round trip measured before any push, such as the handshake's. Without it the
+    /// first samples already stand behind push, and on slow links the base is taken
+    /// for too long at first.
+    pub rtt_initial: Option<Duration>,
 }
 
 impl Default for PacerConfig {
@@ -77,7 +88,7 @@ impl Default for PacerConfig {
             window_min: 32 << 10,
             window_max: 16 << 20,
             window_initial: 64 << 10,
-            rtt_initial: Duration::from_millis(1),
+            rtt_initial: None,
         }
     }
 }
@@ -98,19 +109,16 @@ pub struct Pacer {
     recent: Option<Duration>,
     stepped_at: Duration,
     rate: DeliveryRate,
-    /// Since when the window is halved to find the base.
+    /// Since when the window is cut to find the base.
     looking_since: Option<Duration>,
     looked_at: Duration,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Doubling. `rounds` were seen since the last doubling, when the rate was `rate`;
-    /// `misses` looks in a row found it hardly grown.
+    /// Doubling. `rounds` were seen since the last doubling.
     Startup {
         rounds: u32,
-        rate: f64,
-        misses: u32,
     },
     Steady,
 }
@@ -121,8 +129,8 @@ impl Pacer {
         Self {
             config,
             window: config.window_initial as f64,
-            phase: Phase::Startup { rounds: 0, rate: 0.0, misses: 0 },
-            base: BaseRtt::default(),
+            phase: Phase::Startup { rounds: 0 },
+            base: BaseRtt { now: config.rtt_initial, ..BaseRtt::default() },
             samples: VecDeque::with_capacity(SAMPLES_MAX),
             recent: None,
             stepped_at: Duration::ZERO,
@@ -134,7 +142,8 @@ impl Pacer {
 
     /// The bytes of push that may be under way now.
     pub fn window_bytes(&self) -> u64 {
-        let window = if self.looking_since.is_some() { self.window / 2.0 } else { self.window };
+        let window =
+            if self.looking_since.is_some() { self.window / LOOK_DIVISOR } else { self.window };
         (window as u64)
             .clamp(self.config.window_min, self.config.window_max.max(self.config.window_min))
     }
@@ -144,9 +153,9 @@ impl Pacer {
         (self.rate.bytes_a_second() * 8.0) as u64
     }
 
-    /// The round trip without a queue.
+    /// The round trip without a queue; a millisecond if nothing is known.
     pub fn base_rtt(&self) -> Duration {
-        self.base.get().unwrap_or(self.config.rtt_initial)
+        self.base.get().unwrap_or(RTT_UNKNOWN)
     }
 
     /// The round trip now: the least of the last few samples.
@@ -187,32 +196,33 @@ impl Pacer {
     pub fn on_push_delivered(&mut self, now: Duration, bytes_acked_total: u64) {
         let round_min = self.rtt().max(STEP_MIN);
         if self.rate.delivered(now, bytes_acked_total, round_min) {
-            self.start_up();
+            self.start_up(now);
             self.bound();
         }
         self.look_under_the_queue(now);
     }
 
     /// One round of deliveries ended: goes on doubling, or ends the start-up.
-    fn start_up(&mut self) {
-        let Phase::Startup { rounds, rate: before, misses } = self.phase else { return };
+    fn start_up(&mut self, now: Duration) {
+        let Phase::Startup { rounds } = self.phase else { return };
         if rounds == 0 {
-            self.phase = Phase::Startup { rounds: 1, rate: before, misses };
+            self.phase = Phase::Startup { rounds: 1 };
             return;
         }
-        let rate = self.rate.last;
-        let queued = self.delay().is_some_and(|delay| delay > self.target());
-        let misses = if rate < 1.25 * before { misses + 1 } else { 0 };
-        if queued || misses > 1 {
+        // A window that is not yet spread over the round trip goes out in a burst, which is a
+        // queue for its own length: up to a round trip while the link is not full.
+        let burst = self.target().max(self.base_rtt());
+        let queued = self.delay().is_some_and(|delay| delay > burst);
+        let bdp = self.rate.bytes_a_second() * (self.base_rtt() + ACK_DELAY / 2).as_secs_f64();
+        if queued || self.window > 2.0 * bdp {
             self.phase = Phase::Steady;
+            self.looking_since = Some(now);
             self.window =
                 self.rate.bytes_a_second() * (self.base_rtt() + self.target()).as_secs_f64();
             return;
         }
-        if misses == 0 {
-            self.window *= 2.0;
-        }
-        self.phase = Phase::Startup { rounds: 0, rate: rate.max(before), misses };
+        self.window *= 2.0;
+        self.phase = Phase::Startup { rounds: 0 };
     }
 
     fn step(&mut self, now: Duration) {
@@ -226,6 +236,9 @@ impl Pacer {
             let delay = self.delay().unwrap_or_default().as_secs_f64();
             let error = self.target().as_secs_f64() - delay;
             let change = GAIN * self.rate.bytes_a_second() * error;
+            // With no queue worth the name the link may have far more to give.
+            let empty = delay < self.target().as_secs_f64() / 4.0;
+            let change = if empty { self.window / 8.0 } else { change };
             self.window += change.clamp(-self.window / 4.0, self.window / 8.0);
             self.bound();
         }
@@ -245,7 +258,7 @@ impl Pacer {
             let rate = self.rate.bytes_a_second();
             let (base, target) = (self.base_rtt().as_secs_f64(), self.target().as_secs_f64());
             let least =
-                (rate * (0.9 * base + target / 2.0)).max(self.rate.peak * TARGET_MIN.as_secs_f64());
+                (rate * (base + target / 2.0)).max(self.rate.peak * PEAK_SHARE.as_secs_f64());
             let most = 2.0 * rate * (base + target + ACK_DELAY.as_secs_f64());
             self.window = self.window.min(most).max(least);
         }
@@ -335,5 +348,317 @@ impl DeliveryRate {
 
     fn bytes_a_second(&self) -> f64 {
         self.rounds.iter().copied().fold(0.0, f64::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cmp::Reverse;
+    use std::collections::BinaryHeap;
+
+    /// A bottleneck with an endless first-in-first-out queue, push that always has
+    /// something to send, and an urgent lane that asks for one page after another.
+    #[derive(Clone, Copy, Debug)]
+    struct Link {
+        rate_bps: u64,
+        base_rtt: Duration,
+        /// Acknowledgements leave in bursts of this period.
+        ack_every: Duration,
+        /// Each urgent sample is late by up to twice this, and one in twenty by 1-2 ms more.
+        noise: Duration,
+        seed: u64,
+    }
+
+    /// A page and its frame.
+    const URGENT_BYTES: u64 = 4096 + 64;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+    enum Event {
+        Acked(u64),
+        AskedFor,
+        Answered(u64),
+        Account,
+    }
+
+    #[derive(Debug)]
+    struct Outcome {
+        /// Delivered, of what the link could, in 0..=1.
+        utilisation: f64,
+        queue_mean: Duration,
+        queue_p95: Duration,
+    }
+
+    #[derive(Debug)]
+    struct Simulation {
+        link: Link,
+        pacer: Pacer,
+        now: u64,
+        events: BinaryHeap<Reverse<(u64, u64, Event)>>,
+        scheduled: u64,
+        free_at: u64,
+        outstanding: u64,
+        acked: u64,
+        /// Push and urgent bytes that arrived.
+        arrived: u64,
+        chunk: u64,
+        random: u64,
+        queues: Vec<u64>,
+    }
+
+    impl Simulation {
+        fn new(link: Link, config: PacerConfig) -> Self {
+            // About 10 us of the link, but whole packets.
+            let chunk = (link.rate_bps / 8 / 100_000).clamp(1452, 24_000);
+            let mut simulation = Self {
+                link,
+                pacer: Pacer::new(config),
+                now: 0,
+                events: BinaryHeap::new(),
+                scheduled: 0,
+                free_at: 0,
+                outstanding: 0,
+                acked: 0,
+                arrived: 0,
+                chunk,
+                random: link.seed,
+                queues: Vec::new(),
+            };
+            simulation.at(link.base_rtt.as_nanos() as u64, Event::AskedFor);
+            simulation.at(0, Event::Account);
+            simulation
+        }
+
+        fn at(&mut self, time: u64, event: Event) {
+            self.scheduled += 1;
+            self.events.push(Reverse((time, self.scheduled, event)));
+        }
+
+        fn random(&mut self, below: u64) -> u64 {
+            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.random >> 33) % below.max(1)
+        }
+
+        /// Puts `bytes` into the bottleneck's queue; when the last of them leaves it.
+        fn transmit(&mut self, bytes: u64) -> u64 {
+            let takes = bytes * 8 * 1_000_000_000 / self.link.rate_bps;
+            self.free_at = self.free_at.max(self.now) + takes;
+            self.free_at
+        }
+
+        fn push(&mut self) {
+            while self.outstanding + self.chunk <= self.pacer.window_bytes() {
+                self.outstanding += self.chunk;
+                let base = self.link.base_rtt.as_nanos() as u64;
+                let every = (self.link.ack_every.as_nanos() as u64).max(1);
+                let acked_at = (self.transmit(self.chunk) + base).next_multiple_of(every);
+                self.at(acked_at, Event::Acked(self.chunk));
+            }
+        }
+
+        fn handle(&mut self, event: Event) {
+            let half = self.link.base_rtt.as_nanos() as u64 / 2;
+            let now = Duration::from_nanos(self.now);
+            match event {
+                Event::Acked(bytes) => {
+                    self.outstanding -= bytes;
+                    self.acked += bytes;
+                    self.arrived += bytes;
+                }
+                Event::AskedFor => {
+                    let asked_at = self.now - half;
+                    self.queues.push(self.free_at.saturating_sub(self.now));
+                    let noise = self.random(2 * self.link.noise.as_nanos() as u64);
+                    let spike = self.link.noise > Duration::ZERO && self.random(20) == 0;
+                    let spike = if spike { 1_000_000 + self.random(1_000_000) } else { 0 };
+                    self.arrived += URGENT_BYTES;
+                    let answered_at = self.transmit(URGENT_BYTES) + half + noise + spike;
+                    self.at(answered_at, Event::Answered(asked_at));
+                }
+                Event::Answered(asked_at) => {
+                    self.pacer.on_urgent_rtt(now, Duration::from_nanos(self.now - asked_at));
+                    let thinks = self.random(1_000_000);
+                    self.at(self.now + thinks + half, Event::AskedFor);
+                }
+                Event::Account => {
+                    self.pacer.on_push_delivered(now, self.acked);
+                    self.at(self.now + 1_000_000, Event::Account);
+                }
+            }
+        }
+
+        fn run_until(&mut self, end: u64) {
+            self.push();
+            while let Some(&Reverse((time, _, event))) = self.events.peek() {
+                if time > end {
+                    break;
+                }
+                self.events.pop();
+                self.now = time;
+                self.handle(event);
+                self.push();
+            }
+            self.now = end;
+        }
+
+        /// What happens from now on, for `time`.
+        fn measure(&mut self, time: Duration) -> Outcome {
+            let before = self.arrived;
+            self.queues.clear();
+            self.run_until(self.now + time.as_nanos() as u64);
+            self.queues.sort_unstable();
+            let possible = self.link.rate_bps as f64 / 8.0 * time.as_secs_f64();
+            let mean = self.queues.iter().sum::<u64>() / self.queues.len() as u64;
+            Outcome {
+                utilisation: (self.arrived - before) as f64 / possible,
+                queue_mean: Duration::from_nanos(mean),
+                queue_p95: Duration::from_nanos(self.queues[self.queues.len() * 95 / 100]),
+            }
+        }
+    }
+
+    fn link(rate_bps: u64, base_rtt_us: u64) -> Link {
+        Link {
+            rate_bps,
+            base_rtt: Duration::from_micros(base_rtt_us),
+            ack_every: Duration::ZERO,
+            noise: Duration::ZERO,
+            seed: 1,
+        }
+    }
+
+    /// Long enough for some 40 round trips.
+    fn warm_up(link: Link) -> Duration {
+        Duration::from_millis(300) + 40 * link.base_rtt
+    }
+
+    #[test]
+    fn it_fills_the_link_and_keeps_the_queue_near_the_target() {
+        for rate_bps in [100_000_000, 1_000_000_000, 10_000_000_000, 20_000_000_000] {
+            for base_rtt_us in [20, 200, 1_000, 10_000, 50_000] {
+                for ack_every in [Duration::ZERO, Duration::from_millis(1)] {
+                    let link = Link { ack_every, ..link(rate_bps, base_rtt_us) };
+                    let config = PacerConfig::default();
+                    let mut simulation = settled(link);
+                    let time = Duration::from_millis(100) + 10 * link.base_rtt;
+                    let outcome = simulation.measure(time);
+                    let target = simulation.pacer.target();
+                    println!(
+                        "{rate_bps:12} bit/s {base_rtt_us:6} us acks {ack_every:?}: {outcome:.3?}, target {target:?}"
+                    );
+                    // The window's upper bound is one of the rate as well.
+                    let limit = config.window_max as f64 * 8.0
+                        / (link.base_rtt + ack_every).as_secs_f64()
+                        / rate_bps as f64;
+                    assert!(outcome.utilisation > 0.9 * limit.min(1.0), "{link:?} {outcome:?}");
+                    // The least window and a packet are a queue of their own on slow links.
+                    let least = config.window_min as f64 * 8.0 / rate_bps as f64;
+                    let bound = 2 * target + Duration::from_secs_f64(least);
+                    assert!(outcome.queue_mean < bound, "{link:?} {outcome:?} {bound:?}");
+                }
+            }
+        }
+    }
+
+    fn settled(link: Link) -> Simulation {
+        let rtt_initial = Some(link.base_rtt + Duration::from_micros(100));
+        let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
+        let mut simulation = Simulation::new(link, config);
+        simulation.run_until(warm_up(link).as_nanos() as u64);
+        simulation
+    }
+
+    #[test]
+    fn scheduling_noise_does_not_make_it_collapse() {
+        for seed in 1..=5 {
+            let noise = Duration::from_micros(200);
+            let ack_every = Duration::from_micros(500);
+            let link = Link { noise, seed, ack_every, ..link(10_000_000_000, 50) };
+            let outcome = settled(link).measure(Duration::from_millis(500));
+            println!("seed {seed}: {outcome:?}");
+            assert!(outcome.utilisation > 0.9, "seed {seed}: {outcome:?}");
+            assert!(outcome.queue_p95 < Duration::from_millis(3), "seed {seed}: {outcome:?}");
+        }
+    }
+
+    #[test]
+    fn it_follows_a_link_that_slows_down_and_recovers() {
+        for base_rtt_us in [200, 1_000, 20_000] {
+            let mut simulation = settled(link(1_000_000_000, base_rtt_us));
+            simulation.link.rate_bps = 100_000_000;
+            simulation.measure(Duration::from_secs(2));
+            let slow = simulation.measure(Duration::from_secs(1));
+            simulation.link.rate_bps = 1_000_000_000;
+            simulation.measure(Duration::from_secs(2));
+            let fast = simulation.measure(Duration::from_secs(1));
+            println!("{base_rtt_us} us: slow {slow:?}, fast {fast:?}");
+            assert!(slow.utilisation > 0.9 && fast.utilisation > 0.9, "{slow:?} {fast:?}");
+            let target = simulation.pacer.target();
+            assert!(slow.queue_p95 < 3 * target + Duration::from_millis(3), "{slow:?}");
+            assert!(fast.queue_p95 < 3 * target, "{fast:?}");
+        }
+    }
+
+    #[test]
+    fn looking_under_the_queue_costs_little_and_keeps_the_base() {
+        let mut simulation = settled(link(200_000_000, 2_000));
+        let outcome = simulation.measure(Duration::from_secs(60));
+        assert!(outcome.utilisation > 0.98, "{outcome:?}");
+        // Were the queue that always stands taken for the base, it would grow by a target
+        // with each epoch.
+        assert!(simulation.pacer.base_rtt() < Duration::from_micros(2_500), "{simulation:?}");
+        assert!(outcome.queue_p95 < Duration::from_millis(2), "{outcome:?}");
+    }
+
+    #[test]
+    fn the_window_holds_while_nobody_asks_and_survives_a_pause_of_push() {
+        let mut simulation = settled(link(1_000_000_000, 1_000));
+        let mut pacer = simulation.pacer.clone();
+        let before = pacer.window_bytes();
+        let mut acked = simulation.acked;
+        let mut now = Duration::from_nanos(simulation.now);
+        for _ in 0..200 {
+            // Full rate and not a single fault, then a pause.
+            now += Duration::from_millis(1);
+            acked += 125_000;
+            pacer.on_push_delivered(now, acked);
+            assert!(pacer.window_bytes().abs_diff(before) < before / 4, "{pacer:?}");
+        }
+        for _ in 0..200 {
+            now += Duration::from_millis(1);
+            pacer.on_push_delivered(now, acked);
+        }
+        assert!(pacer.window_bytes().abs_diff(before) < before / 4, "{pacer:?}");
+        assert_eq!(pacer.run_pages(), 30);
+        assert!(simulation.measure(Duration::from_millis(100)).utilisation > 0.9);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn the_window_stays_within_bounds_whatever_is_measured(
+            samples in proptest::collection::vec(
+                (proptest::bool::ANY, 0..u64::MAX / 2, proptest::num::u64::ANY, 0..100_000_000u64),
+                0..300,
+            ),
+        ) {
+            let config = PacerConfig::default();
+            let mut pacer = Pacer::new(config);
+            let mut now = 0;
+            for (urgent, wild_now, value, passes) in samples {
+                now += passes;
+                // The clock is wild now and then.
+                let at = Duration::from_nanos(if wild_now % 16 == 0 { wild_now } else { now });
+                if urgent {
+                    pacer.on_urgent_rtt(at, Duration::from_nanos(value >> (value % 64)));
+                } else {
+                    pacer.on_push_delivered(at, value >> (value % 64));
+                }
+                let window = pacer.window_bytes();
+                proptest::prop_assert!(window >= config.window_min && window <= config.window_max);
+                proptest::prop_assert!((16..=RUN_PAGES_MAX).contains(&pacer.run_pages()));
+                proptest::prop_assert!(pacer.samples.len() <= SAMPLES_MAX);
+                proptest::prop_assert!(pacer.rate.rounds.len() <= ROUNDS_MAX);
+            }
+        }
     }
 }
