@@ -12,23 +12,27 @@
 //! [`Pacer::target`]:
 //!
 //! ```text
-//! window += GAIN * rate * (target - delay)       once in two round trips, at least 4 ms
+//! window += GAIN * rate * (target - delay)       every two round trips or 4 ms
+//! window += window / 8                           if delay is below a quarter of target
 //! ```
 //!
 //! * `delay` is the *least* of the last few samples, never a single one: on busy
 //!   cores single ones are late by milliseconds without any queue on the link, and a queue delays
 //!   all of them.
-//! * `target` is a quarter of the base round trip, but at least 500 us, below which
-//!   scheduling noise drowns the signal, and at most 5 ms.
-//! * A start-up phase doubles the window while deliveries grow with it, as slow
-//!   start does, but looks at every second round only, since what is delivered in
-//!   the first one was sent before the doubling.
+//! * `target` is a quarter of the base round trip, but at least a millisecond, for so
+//!   long are bursts of acknowledgements and scheduling noise, and at most 5 ms.
+//! * A start-up phase doubles the window, as slow start does, until there is a queue
+//!   or the window is twice what the measured rate needs. It looks at every second round only:
+//!   what is delivered in the first one was sent before the doubling.
 //! * Without urgent samples the window holds: nobody waits, and nothing is known.
 //! * The delivery rate bounds the window on both sides, so that neither a push lane
 //!   with nothing to send opens it without end nor noise closes it: what lies
 //!   between is the controller's.
-//! * A queue that always stands hides the true base. As in LEDBAT++, the window is
-//!   halved for two round trips every ten seconds to look under it.
+//! * A queue that always stands hides the true base. As LEDBAT++ does, the pacer
+//!   cuts its window for two round trips after the start-up and every ten seconds, to look under it.
+
+#[cfg(test)]
+mod simulation;
 
 use super::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use std::collections::VecDeque;
@@ -46,16 +50,24 @@ const SAMPLES_MAX: usize = 8;
 /// Rounds whose best counts as the delivery rate.
 const ROUNDS_MAX: usize = 10;
 /// Bounds of the queue's target.
-const TARGET_MIN: Duration = Duration::from_micros(500);
+const TARGET_MIN: Duration = Duration::from_millis(1);
 const TARGET_MAX: Duration = Duration::from_millis(5);
 /// What acknowledgements may be late by without any queue: the peer's ack delay
 /// and some scheduling.
 const ACK_DELAY: Duration = Duration::from_millis(2);
+/// What the base round trip is taken for before it is known.
+const RTT_UNKNOWN: Duration = Duration::from_millis(1);
 /// How long a base round trip is believed: one to two of these.
 const BASE_EPOCH: Duration = Duration::from_secs(15);
-/// How often the window is halved to find the base.
+/// How often the window is cut to find the base, and to which part. After the cut to a
+/// quarter, a base far below the target is found too long by a third of the target at most.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// How long the best rate ever seen is remembered before it is halved.
+const LOOK_DIVISOR: f64 = 4.0;
+/// The least window, as time at the best rate seen for long. When busy cores delay
+/// urgent answers and acknowledgements alike, the window shrinks, and with it the rate that
+/// bounds it: this ends that spiral.
+const PEAK_SHARE: Duration = Duration::from_micros(250);
+/// How long that best rate is remembered before it is halved.
 const PEAK_HALF_LIFE: Duration = Duration::from_secs(10);
 
 /// Bounds of a [`Pacer`].
@@ -67,8 +79,10 @@ pub struct PacerConfig {
     pub window_max: u64,
     /// The window before anything is known, in bytes.
     pub window_initial: u64,
-    /// The base round trip before the first sample; the handshake's, if known.
-    pub rtt_initial: Duration,
+    /// A round trip measured before any push, such as the handshake's. Without it the
+    /// first samples already stand behind push, and on slow links the base is taken
+    /// for too long at first.
+    pub rtt_initial: Option<Duration>,
 }
 
 impl Default for PacerConfig {
@@ -77,7 +91,7 @@ impl Default for PacerConfig {
             window_min: 32 << 10,
             window_max: 16 << 20,
             window_initial: 64 << 10,
-            rtt_initial: Duration::from_millis(1),
+            rtt_initial: None,
         }
     }
 }
@@ -98,19 +112,16 @@ pub struct Pacer {
     recent: Option<Duration>,
     stepped_at: Duration,
     rate: DeliveryRate,
-    /// Since when the window is halved to find the base.
+    /// Since when the window is cut to find the base.
     looking_since: Option<Duration>,
     looked_at: Duration,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Doubling. `rounds` were seen since the last doubling, when the rate was `rate`;
-    /// `misses` looks in a row found it hardly grown.
+    /// Doubling. `rounds` were seen since the last doubling.
     Startup {
         rounds: u32,
-        rate: f64,
-        misses: u32,
     },
     Steady,
 }
@@ -121,8 +132,8 @@ impl Pacer {
         Self {
             config,
             window: config.window_initial as f64,
-            phase: Phase::Startup { rounds: 0, rate: 0.0, misses: 0 },
-            base: BaseRtt::default(),
+            phase: Phase::Startup { rounds: 0 },
+            base: BaseRtt { now: config.rtt_initial, ..BaseRtt::default() },
             samples: VecDeque::with_capacity(SAMPLES_MAX),
             recent: None,
             stepped_at: Duration::ZERO,
@@ -134,7 +145,8 @@ impl Pacer {
 
     /// The bytes of push that may be under way now.
     pub fn window_bytes(&self) -> u64 {
-        let window = if self.looking_since.is_some() { self.window / 2.0 } else { self.window };
+        let window =
+            if self.looking_since.is_some() { self.window / LOOK_DIVISOR } else { self.window };
         (window as u64)
             .clamp(self.config.window_min, self.config.window_max.max(self.config.window_min))
     }
@@ -144,9 +156,9 @@ impl Pacer {
         (self.rate.bytes_a_second() * 8.0) as u64
     }
 
-    /// The round trip without a queue.
+    /// The round trip without a queue; a millisecond if nothing is known.
     pub fn base_rtt(&self) -> Duration {
-        self.base.get().unwrap_or(self.config.rtt_initial)
+        self.base.get().unwrap_or(RTT_UNKNOWN)
     }
 
     /// The round trip now: the least of the last few samples.
@@ -187,32 +199,33 @@ impl Pacer {
     pub fn on_push_delivered(&mut self, now: Duration, bytes_acked_total: u64) {
         let round_min = self.rtt().max(STEP_MIN);
         if self.rate.delivered(now, bytes_acked_total, round_min) {
-            self.start_up();
+            self.start_up(now);
             self.bound();
         }
         self.look_under_the_queue(now);
     }
 
     /// One round of deliveries ended: goes on doubling, or ends the start-up.
-    fn start_up(&mut self) {
-        let Phase::Startup { rounds, rate: before, misses } = self.phase else { return };
+    fn start_up(&mut self, now: Duration) {
+        let Phase::Startup { rounds } = self.phase else { return };
         if rounds == 0 {
-            self.phase = Phase::Startup { rounds: 1, rate: before, misses };
+            self.phase = Phase::Startup { rounds: 1 };
             return;
         }
-        let rate = self.rate.last;
-        let queued = self.delay().is_some_and(|delay| delay > self.target());
-        let misses = if rate < 1.25 * before { misses + 1 } else { 0 };
-        if queued || misses > 1 {
+        // A window that is not yet spread over the round trip goes out in a burst, which is a
+        // queue for its own length: up to a round trip while the link is not full.
+        let burst = self.target().max(self.base_rtt());
+        let queued = self.delay().is_some_and(|delay| delay > burst);
+        let bdp = self.rate.bytes_a_second() * (self.base_rtt() + ACK_DELAY / 2).as_secs_f64();
+        if queued || self.window > 2.0 * bdp {
             self.phase = Phase::Steady;
+            self.looking_since = Some(now);
             self.window =
                 self.rate.bytes_a_second() * (self.base_rtt() + self.target()).as_secs_f64();
             return;
         }
-        if misses == 0 {
-            self.window *= 2.0;
-        }
-        self.phase = Phase::Startup { rounds: 0, rate: rate.max(before), misses };
+        self.window *= 2.0;
+        self.phase = Phase::Startup { rounds: 0 };
     }
 
     fn step(&mut self, now: Duration) {
@@ -226,6 +239,9 @@ impl Pacer {
             let delay = self.delay().unwrap_or_default().as_secs_f64();
             let error = self.target().as_secs_f64() - delay;
             let change = GAIN * self.rate.bytes_a_second() * error;
+            // With no queue worth the name the link may have far more to give.
+            let empty = delay < self.target().as_secs_f64() / 4.0;
+            let change = if empty { self.window / 8.0 } else { change };
             self.window += change.clamp(-self.window / 4.0, self.window / 8.0);
             self.bound();
         }
@@ -245,7 +261,7 @@ impl Pacer {
             let rate = self.rate.bytes_a_second();
             let (base, target) = (self.base_rtt().as_secs_f64(), self.target().as_secs_f64());
             let least =
-                (rate * (0.9 * base + target / 2.0)).max(self.rate.peak * TARGET_MIN.as_secs_f64());
+                (rate * (base + target / 2.0)).max(self.rate.peak * PEAK_SHARE.as_secs_f64());
             let most = 2.0 * rate * (base + target + ACK_DELAY.as_secs_f64());
             self.window = self.window.min(most).max(least);
         }
