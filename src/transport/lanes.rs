@@ -126,8 +126,9 @@ impl LinkOptions {
         let mut discovery = MtuDiscoveryConfig::default();
         discovery
             .upper_bound(payload_max)
-            // Congestion can be mistaken for a black hole; do not stay small for a minute then.
-            .black_hole_cooldown(Duration::from_secs(2));
+            // A burst of congestion losses is easily mistaken for a black hole, and the size
+            // then falls to the least: look again soon, not after quinn's minute.
+            .black_hole_cooldown(Duration::from_millis(200));
         config.initial_mtu(UDP_PAYLOAD_MIN).mtu_discovery_config(Some(discovery));
 
         // The peer's delay of acknowledgements goes into our loss timer: the
