@@ -3,8 +3,8 @@
 //! A connection is handed out only when both sides are sure of each other: TLS lets
 //! a client go on before the server has looked at its certificate, so the
 //! server opens each connection with a two-byte greeting that names its lane, and
-//! [`connect`] waits for it. Handshakes run side by side and are limited in number and time: clients that
-//! are wrong, slow or silent neither stop nor delay the right one.
+//! [`connect`] waits for it. Handshakes run side by side and are limited in number and time:
+//! clients that are wrong, slow or silent neither stop nor delay the right one.
 
 use super::{
     error::{REASON_BYTES_MAX, TransportError},
@@ -12,10 +12,10 @@ use super::{
     socket::{CappedSocket, enlarge_buffers, route_mtu},
     ticket::{Host, Ticket},
     tls::{self, Identity, SERVER_NAME, setup},
-    wire_io::read_exact_into,
 };
 use quinn::{
-    ClientConfig, Connection, Endpoint, Incoming, ServerConfig, Side, TokioRuntime, VarInt,
+    ClientConfig, Connection, Endpoint, Incoming, ReadError, ReadExactError, ServerConfig, Side,
+    TokioRuntime, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use std::{
@@ -26,7 +26,8 @@ use std::{
 };
 use tokio::{task::JoinSet, time::timeout};
 
-/// The most handshakes under way on a listening endpoint; further hellos are dropped and come again.
+/// The most handshakes under way on a listening endpoint; further hellos are dropped and come
+/// again.
 const HANDSHAKES_MAX: usize = 32;
 
 /// From so many on, a client must first prove that its address is its own, so
@@ -66,7 +67,8 @@ impl Link {
     /// acknowledged may be lost: agree on the end first.
     ///
     /// With bulk data under way the congestion window also holds the close back, for
-    /// good: the peer then learns of it by a reset or the idle timeout. Give reasons on the urgent lane, and close it last.
+    /// good: the peer then learns of it by a reset or the idle timeout. Give reasons on the
+    /// urgent lane, and close it last.
     pub async fn close(&self, code: u32, reason: &str) {
         let reason = &reason.as_bytes()[..reason.len().min(REASON_BYTES_MAX)];
         self.connection.close(VarInt::from_u32(code), reason);
@@ -298,7 +300,8 @@ async fn admit(
 /// # Errors
 /// [`TransportError::TicketRefused`], [`TicketExpired`](TransportError::TicketExpired),
 /// [`WrongPeer`](TransportError::WrongPeer), [`NotOurProtocol`](TransportError::NotOurProtocol),
-/// [`WrongLane`](TransportError::WrongLane), [`HandshakeTimeout`](TransportError::HandshakeTimeout),
+/// [`WrongLane`](TransportError::WrongLane),
+/// [`HandshakeTimeout`](TransportError::HandshakeTimeout),
 /// [`Resolve`](TransportError::Resolve), or a failure to set up.
 pub async fn connect(
     ticket: &Ticket,
@@ -349,10 +352,9 @@ async fn connect_to(
         let connection = connecting.await.map_err(failed)?;
         let mut greeting = connection.accept_uni().await.map_err(failed)?;
         let mut found = [0; 2];
-        read_exact_into(&mut greeting, &mut found).await.map_err(|error| match error {
-            // The refusal may overtake the greeting's stream.
-            TransportError::LinkLost { detail } => TransportError::NotOurProtocol { peer, detail },
-            other => other,
+        greeting.read_exact(&mut found).await.map_err(|error| match error {
+            ReadExactError::ReadError(ReadError::ConnectionLost(error)) => failed(error),
+            other => TransportError::NotOurProtocol { peer, detail: other.to_string() },
         })?;
         Ok((connection, Lane::from_wire(found)))
     };

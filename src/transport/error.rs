@@ -334,7 +334,7 @@ mod tests {
     #[test]
     fn a_peers_text_is_bounded_and_printable() {
         let text = sanitise(b"bad\x1b[2Jnews\n\xff\xe2\x80\xae!");
-        assert_eq!(text, "bad?[2Jnews????!".replace("????", "???"));
+        assert_eq!(text, "bad?[2Jnews???!");
         let long = vec![b'x'; 10_000];
         assert_eq!(sanitise(&long).len(), REASON_BYTES_MAX);
     }

@@ -64,7 +64,8 @@ impl fmt::Display for Lane {
 #[derive(Clone, Debug)]
 pub struct LinkOptions {
     /// The largest UDP payload to try, in bytes, 1,200 to 65,400; `None` takes it
-    /// from the MTU of the route to the peer. MTU discovery finds out how much of it the path takes.
+    /// from the MTU of the route to the peer. MTU discovery finds out how much of it the path
+    /// takes.
     pub mtu_max: Option<u16>,
     /// After so long without a sign of life the link counts as lost.
     pub idle_timeout: Duration,
@@ -125,8 +126,9 @@ impl LinkOptions {
         let mut discovery = MtuDiscoveryConfig::default();
         discovery
             .upper_bound(payload_max)
-            // Congestion can be mistaken for a black hole; do not stay small for a minute then.
-            .black_hole_cooldown(Duration::from_secs(2));
+            // A burst of congestion losses is easily mistaken for a black hole, and the size
+            // then falls to the least: look again soon, not after quinn's minute.
+            .black_hole_cooldown(Duration::from_millis(200));
         config.initial_mtu(UDP_PAYLOAD_MIN).mtu_discovery_config(Some(discovery));
 
         // The peer's delay of acknowledgements goes into our loss timer: the
@@ -140,7 +142,8 @@ impl LinkOptions {
         config.initial_rtt(Duration::from_millis(100));
 
         // An MTU probe counts against the congestion window. If one alone fills it, all else
-        // waits for a round trip, or for the loss timer if the probe is lost, and a close goes unheard.
+        // waits for a round trip, or for the loss timer if the probe is lost, and a close goes
+        // unheard.
         let mut cubic = CubicConfig::default();
         cubic.initial_window((4 * u64::from(payload_max)).max(INITIAL_WINDOW_MIN));
         config.congestion_controller_factory(Arc::new(cubic));

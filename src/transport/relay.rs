@@ -1,13 +1,15 @@
 //! A userspace UDP relay that stands for a link of given bandwidth, round trip and loss.
 //!
 //! It forwards the ports of one destination. As on a real link, all of them share
-//! *one* bottleneck per direction: a rate, a queue that drops at its tail, random loss from a seed, and
-//! half the round trip of delay. Order is kept. Datagrams above the link's MTU vanish, so
-//! that MTU discovery finds it. It shapes what passes; it neither reads nor changes it.
+//! *one* bottleneck per direction: a rate, a queue that drops at its tail, random loss from a
+//! seed, and half the round trip of delay. Order is kept. Datagrams above the link's MTU
+//! vanish, so that MTU discovery finds it. It shapes what passes; it neither reads nor changes
+//! it.
 //!
 //! For tests and measurements where the kernel's own shaping is not at hand. One
 //! thread without a runtime; bandwidth is exact in the long run, because it is kept in
-//! virtual time from the kernel's arrival stamps, and moments of delivery are as exact as the thread's wake-ups.
+//! virtual time from the kernel's arrival stamps, and moments of delivery are as exact as the
+//! thread's wake-ups.
 
 mod bottleneck;
 mod forwarder;

@@ -39,7 +39,8 @@ pub struct CappedSocket {
 
 impl CappedSocket {
     /// Wraps `socket`, on which datagrams of up to `send_payload_max` bytes will be sent
-    /// and of up to `receive_payload_max` announced to the peer. Must be called within a tokio runtime.
+    /// and of up to `receive_payload_max` announced to the peer. Must be called within a tokio
+    /// runtime.
     ///
     /// # Errors
     /// The kernel's, if the socket cannot be registered or configured.

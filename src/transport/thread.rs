@@ -68,8 +68,8 @@ impl<T: Send + 'static> LaneThread<T> {
 }
 
 /// Puts the calling thread into the real-time class SCHED_RR at its lowest
-/// priority, ahead of all ordinary threads. For urgent lanes on busy hosts: bulk work on the same cores
-/// then no longer delays the answer to a fault. The thread must not spin.
+/// priority, ahead of all ordinary threads. For urgent lanes on busy hosts: bulk work on the
+/// same cores then no longer delays the answer to a fault. The thread must not spin.
 ///
 /// # Errors
 /// The kernel's, commonly `EPERM` without CAP_SYS_NICE; going on without is fine.
@@ -108,5 +108,17 @@ mod tests {
         .unwrap();
         let error = lane.join().unwrap_err();
         assert_eq!(error.to_string(), "thread doomed panicked: lost 7 pages");
+    }
+
+    #[test]
+    fn a_thread_is_preferred_where_that_is_allowed() {
+        let policy = LaneThread::spawn("preferred", || async {
+            // SAFETY: 0 names the calling thread; nothing else is passed.
+            prefer_this_thread().map(|()| unsafe { libc::sched_getscheduler(0) })
+        });
+        match policy.unwrap().join().unwrap() {
+            Ok(policy) => assert_eq!(policy & !libc::SCHED_RESET_ON_FORK, libc::SCHED_RR),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{error}"),
+        }
     }
 }

@@ -13,8 +13,8 @@
 //! less than the Web PKI. These check more: not "some authority vouches for this
 //! name" but "this very key". No name, date or issuer could add to that, so they are not looked
 //! at. What must never be left out, and is not, is the check of the handshake's
-//! signature: without it anybody could present a copied certificate. Chains, session tickets, early data (which could be
-//! replayed) and TLS 1.2 are all refused or off.
+//! signature: without it anybody could present a copied certificate. Chains, session tickets,
+//! early data (which could be replayed) and TLS 1.2 are all refused or off.
 //!
 //! Forward secrecy is TLS's own: a ticket that leaks after its migration opens nothing recorded.
 

@@ -6,7 +6,8 @@
 //!
 //! Writing frames needs no counterpart here: build header and payload in one
 //! `Bytes` of 64 to 256 KiB and hand it to [`quinn::SendStream::write_chunk`] (see
-//! [`write_bytes`]). Many small writes are slow, because quinn walks a list of them for each packet.
+//! [`write_bytes`]). Many small writes are slow, because quinn walks a list of them for each
+//! packet.
 
 use super::error::TransportError;
 use bytes::{Buf, Bytes, BytesMut};
@@ -61,8 +62,8 @@ impl FrameReader {
 
     /// Waits for the next whole frame. `parse` gets exactly the header's bytes and
     /// returns what they mean with the payload's length; it may be called again
-    /// for the same header after a cancelled call. `None` is the stream's end between two frames, which says
-    /// that the peer finished the stream, and not that all is done.
+    /// for the same header after a cancelled call. `None` is the stream's end between two
+    /// frames, which says that the peer finished the stream, and not that all is done.
     ///
     /// Cancel-safe.
     ///
