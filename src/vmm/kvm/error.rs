@@ -20,6 +20,15 @@ pub enum KvmError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// A failure that concerns one vCPU.
+    #[error("vCPU {vcpu} failed")]
+    Vcpu {
+        /// Which.
+        vcpu: u32,
+        /// How.
+        #[source]
+        source: Box<KvmError>,
+    },
     /// An MSR that could be read when the vCPU was made cannot be read now.
     #[error("KVM_GET_MSRS refuses MSR {0:#x}")]
     ReadMsr(u32),

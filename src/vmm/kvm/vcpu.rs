@@ -76,8 +76,11 @@ pub struct Answer<T> {
 impl<T> Answer<T> {
     /// Waits for it.
     pub fn wait(self, limit: Duration) -> Result<T, KvmError> {
-        let no_answer = KvmError::NoAnswer { vcpu: self.vcpu, waited: limit };
-        self.receiver.recv_timeout(limit).unwrap_or(Err(no_answer))
+        let vcpu = self.vcpu;
+        match self.receiver.recv_timeout(limit) {
+            Ok(answer) => answer.map_err(|error| KvmError::Vcpu { vcpu, source: error.into() }),
+            Err(_) => Err(KvmError::NoAnswer { vcpu, waited: limit }),
+        }
     }
 }
 
@@ -331,6 +334,9 @@ impl Shared {
                 if self.ram.layout().page_at(GuestAddress(address - address % PAGE)).is_some() =>
             {
                 format!("memory error at guest address {address:#x}")
+            }
+            Ok(VcpuExit::Shutdown) => {
+                "the guest shut down: an exception could not be delivered".to_owned()
             }
             Ok(exit) => format!("unexpected exit {exit:?}"),
             Err(source) => call("KVM_RUN")(source).to_string() + &format!(" ({source})"),
