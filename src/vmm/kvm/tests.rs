@@ -353,6 +353,46 @@ fn a_wrong_word_and_an_exception_are_found() {
     assert!(guest.capture().is_err());
 }
 
+/// Runs a guest with one word changed until it finds it: the failure's page, expected
+/// and found word. Memory must be as the model has it after the steps before.
+fn find_wrong_word(pattern: Pattern, page: u64, index: usize, value: u64) -> [u64; 3] {
+    let workload = workload(pattern, 1, 0);
+    let mut guest = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+    let run = PageRun::single(PageIndex::new(page));
+    let mut bytes = [0; PAGE_SIZE];
+    guest.ram().read_run(run, &mut bytes);
+    let right: [u8; 8] = bytes[8 * index..][..8].try_into().unwrap();
+    bytes[8 * index..][..8].copy_from_slice(&value.to_le_bytes());
+    guest.ram().write_run(run, &bytes);
+    guest.resume().unwrap();
+    wait_until(&guest, |vcpu| word(&guest, vcpu, control::STATUS) == STATUS_FAILED);
+    guest.ram().read_run(run, &mut bytes);
+    bytes[8 * index..][..8].copy_from_slice(&right);
+    guest.ram().write_run(run, &bytes);
+    compare(guest.ram(), &workload, &[word(&guest, 0, control::STEPS)]);
+    [control::FAILED_PAGE, control::FAILED_EXPECTED, control::FAILED_FOUND]
+        .map(|index| word(&guest, 0, index))
+}
+
+#[test]
+fn a_step_that_fails_writes_nothing() {
+    if !kvm() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let seed = workload(Pattern::Random, 1, 0).seed;
+    // Step 0 writes, and looks into the tail.
+    let page = PAGES - ZERO + mulhi(mix(stream(stream(seed, 1), 0)), ZERO);
+    for pattern in [Pattern::Random, Pattern::ReadModifyWrite] {
+        assert_eq!(find_wrong_word(pattern, page, 0, 9), [page, 0, 9]);
+    }
+    let n = PAGES - ZERO - 512;
+    for wrong in [n, n + 1, u64::MAX] {
+        let found = find_wrong_word(Pattern::PointerChase, 512, 2, wrong);
+        assert_eq!(found, [512, n - 1, wrong]);
+    }
+}
+
 #[test]
 fn a_guest_moves_on_from_wherever_it_was_stopped() {
     if !kvm() {
