@@ -130,9 +130,9 @@ impl KvmGuest {
         Err(KvmError::Phase { is: self.phase.name(), needed })
     }
 
-    fn stop_vcpus(&self) -> Result<(), KvmError> {
+    fn stop_vcpus(&self, limit: Duration) -> Result<(), KvmError> {
         self.vcpus.iter().try_for_each(Vcpu::kick)?;
-        let deadline = Instant::now() + PAUSE_WAIT_MAX;
+        let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
         self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()))
     }
@@ -196,7 +196,7 @@ impl Guest for KvmGuest {
 
     fn pause(&mut self) -> Result<(), GuestError> {
         if self.phase == Phase::Running {
-            self.stop_vcpus().map_err(failed("pause its vCPUs"))?;
+            self.stop_vcpus(PAUSE_WAIT_MAX).map_err(failed("pause its vCPUs"))?;
             self.phase = Phase::Paused;
         }
         self.require(&[Phase::Paused], "running or paused").map_err(failed("pause"))

@@ -178,7 +178,10 @@ postcopy_payload_entry:
     mov     rsi, r11
     lea     rax, [r12 + r11]
     shl     rax, 12
-    mov     r11, [rax + {vbase} + 16]
+    mov     rcx, [rax + {vbase} + 16]
+    cmp     rcx, rbx
+    jae     .Lpc_chase_failed
+    mov     r11, rcx
     jmp     .Lpc_visit
 
 .Lpc_random:
@@ -213,15 +216,7 @@ postcopy_payload_entry:
     cmp     rcx, rax
     jne     .Lpc_failed
 
-    test    r13, [r15 + {write_mask}]
-    jnz     .Lpc_no_write
-    mov     rax, [rsi + 8]
-    movzx   ecx, al
-    add     [rsi + 8 * rcx + 2048], rdx
-    inc     rax
-    mov     [rsi + 8], rax
-.Lpc_no_write:
-
+    // All checks come before the first write: a step that fails leaves no trace.
     test    r13d, 63
     jnz     .Lpc_no_tail
     cmp     qword ptr [r15 + {tail_pages}], 0
@@ -229,18 +224,29 @@ postcopy_payload_entry:
     mov     rax, rdi
     postcopy_mix
     mul     qword ptr [r15 + {tail_pages}]
-    mov     rsi, rdx
-    add     rsi, [r15 + {tail}]
-    shl     rsi, 12
-    add     rsi, {vbase}
+    mov     rdi, rdx
+    add     rdi, [r15 + {tail}]
+    shl     rdi, 12
+    add     rdi, {vbase}
     mov     rcx, r13
     shr     rcx, 6
     and     ecx, 511
-    mov     rcx, [rsi + 8 * rcx]
+    mov     rcx, [rdi + 8 * rcx]
     xor     eax, eax
-    cmp     rcx, rax
-    jne     .Lpc_failed
+    test    rcx, rcx
+    jnz     .Lpc_tail_failed
 .Lpc_no_tail:
+
+    test    r13, [r15 + {write_mask}]
+    jnz     .Lpc_no_write
+    // Word 0 was found to be the tag.
+    mov     rdx, [rsi]
+    mov     rax, [rsi + 8]
+    movzx   ecx, al
+    add     [rsi + 8 * rcx + 2048], rdx
+    inc     rax
+    mov     [rsi + 8], rax
+.Lpc_no_write:
 
     postcopy_now
     mov     rcx, [r15 + {last_end}]
@@ -303,6 +309,12 @@ postcopy_payload_entry:
     mov     [r15 + {instrument_seen}], rax
     jmp     .Lpc_step
 
+.Lpc_chase_failed:
+    lea     rsi, [rax + {vbase}]
+    lea     rax, [rbx - 1]
+    jmp     .Lpc_failed
+.Lpc_tail_failed:
+    mov     rsi, rdi
 .Lpc_failed:
     // rax expected, rcx found, rsi the address of the page.
     mov     [r15 + {failed_found}], rcx

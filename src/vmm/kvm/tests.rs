@@ -8,16 +8,13 @@ use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::vmm::content::Instruments;
 use crate::vmm::workload::{Pattern, STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
 use std::collections::HashSet;
-use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use userfaultfd::{Event, Uffd, UffdBuilder};
+
+mod on_demand;
 
 const G: u64 = 0x9E37_79B9_7F4A_7C15;
 const PAGES: u64 = 512 + 1000;
 const ZERO: u64 = 100;
-/// One of the machine's pages that nothing lies in.
-const CLOCK_PAGE: u64 = 400;
 
 fn mix(mut x: u64) -> u64 {
     x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -248,7 +245,7 @@ fn odd_regions_and_four_vcpus_work_too() {
 }
 
 #[test]
-fn the_timer_ticks_on_every_vcpu_and_the_machine_text_is_stable() {
+fn the_timer_ticks_on_every_vcpu_before_and_after_a_move() {
     if !kvm() {
         return;
     }
@@ -270,6 +267,25 @@ fn the_timer_ticks_on_every_vcpu_and_the_machine_text_is_stable() {
     wait_until(&restored, |vcpu| {
         word(&restored, vcpu, control::TICKS) >= before[vcpu as usize] + 5
     });
+}
+
+#[test]
+fn the_machine_text_does_not_depend_on_the_processor_asked() {
+    if !kvm() {
+        return;
+    }
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let this_thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this_thread).unwrap();
+    let mut texts = HashSet::new();
+    for cpu in (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap()) {
+        let mut only = CpuSet::new();
+        only.set(cpu).unwrap();
+        sched_setaffinity(this_thread, &only).unwrap();
+        let guest = KvmGuest::prepare(memory(flat()), workload(Pattern::Random, 2, 0)).unwrap();
+        texts.insert(guest.machine());
+    }
+    assert_eq!(texts.len(), 1, "{texts:?}");
 }
 
 #[test]
@@ -335,6 +351,46 @@ fn a_wrong_word_and_an_exception_are_found() {
     assert!(failure.contains("exception 6"), "{failure}");
     assert!(guest.pause().is_err());
     assert!(guest.capture().is_err());
+}
+
+/// Runs a guest with one word changed until it finds it: the failure's page, expected
+/// and found word. Memory must be as the model has it after the steps before.
+fn find_wrong_word(pattern: Pattern, page: u64, index: usize, value: u64) -> [u64; 3] {
+    let workload = workload(pattern, 1, 0);
+    let mut guest = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+    let run = PageRun::single(PageIndex::new(page));
+    let mut bytes = [0; PAGE_SIZE];
+    guest.ram().read_run(run, &mut bytes);
+    let right: [u8; 8] = bytes[8 * index..][..8].try_into().unwrap();
+    bytes[8 * index..][..8].copy_from_slice(&value.to_le_bytes());
+    guest.ram().write_run(run, &bytes);
+    guest.resume().unwrap();
+    wait_until(&guest, |vcpu| word(&guest, vcpu, control::STATUS) == STATUS_FAILED);
+    guest.ram().read_run(run, &mut bytes);
+    bytes[8 * index..][..8].copy_from_slice(&right);
+    guest.ram().write_run(run, &bytes);
+    compare(guest.ram(), &workload, &[word(&guest, 0, control::STEPS)]);
+    [control::FAILED_PAGE, control::FAILED_EXPECTED, control::FAILED_FOUND]
+        .map(|index| word(&guest, 0, index))
+}
+
+#[test]
+fn a_step_that_fails_writes_nothing() {
+    if !kvm() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let seed = workload(Pattern::Random, 1, 0).seed;
+    // Step 0 writes, and looks into the tail.
+    let page = PAGES - ZERO + mulhi(mix(stream(stream(seed, 1), 0)), ZERO);
+    for pattern in [Pattern::Random, Pattern::ReadModifyWrite] {
+        assert_eq!(find_wrong_word(pattern, page, 0, 9), [page, 0, 9]);
+    }
+    let n = PAGES - ZERO - 512;
+    for wrong in [n, n + 1, u64::MAX] {
+        let found = find_wrong_word(Pattern::PointerChase, 512, 2, wrong);
+        assert_eq!(found, [512, n - 1, wrong]);
+    }
 }
 
 #[test]
@@ -414,207 +470,4 @@ fn calls_out_of_order_and_foreign_states_are_refused() {
     assert!(cause(other.restore(&foreign).unwrap_err()).contains("CPUID"));
     // A refused state leaves the guest as it was.
     other.restore(&state).unwrap();
-}
-
-/// Whether there is a userfaultfd to test with that traps the kernel's accesses too.
-fn userfaultfd() -> bool {
-    let made = UffdBuilder::new().user_mode_only(false).create();
-    if let Err(error) = &made {
-        println!("skipped: no userfaultfd for kernel faults: {error}");
-    }
-    made.is_ok()
-}
-
-fn register(ram: &GuestRam) -> Uffd {
-    let mut builder = UffdBuilder::new();
-    builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
-    let uffd = builder.create().unwrap();
-    uffd.register(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
-    uffd
-}
-
-/// Serves the faults of `ram` from `source`, on a thread, while the test runs. Pages are
-/// withheld while `open` is not set.
-struct Pager {
-    served: Arc<AtomicU64>,
-    open: Arc<AtomicBool>,
-    over: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<HashSet<u64>>>,
-}
-
-impl Pager {
-    fn start(ram: Arc<GuestRam>, source: Arc<GuestRam>) -> Self {
-        let uffd = register(&ram);
-        let served = Arc::new(AtomicU64::new(0));
-        let (open, over) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
-        let (count, is_open, is_over) = (Arc::clone(&served), Arc::clone(&open), Arc::clone(&over));
-        let body = move || {
-            let mut pages = HashSet::new();
-            while !is_over.load(Ordering::SeqCst) {
-                if !is_open.load(Ordering::SeqCst) {
-                    std::thread::sleep(Duration::from_millis(1));
-                    continue;
-                }
-                match uffd.read_event().unwrap() {
-                    Some(Event::Pagefault { addr, .. }) => {
-                        let page = ram.page_of_host(addr as usize).unwrap();
-                        if pages.insert(page.get()) {
-                            let from = source.page_ptr(page).as_ptr() as *const c_void;
-                            let to = ram.page_ptr(page).as_ptr().cast();
-                            // SAFETY: both are whole pages; `to` is registered and missing.
-                            unsafe { uffd.copy(from, to, PAGE_SIZE, true) }.unwrap();
-                            count.fetch_add(1, Ordering::SeqCst);
-                        } else {
-                            uffd.wake(ram.page_ptr(page).as_ptr().cast(), PAGE_SIZE).unwrap();
-                        }
-                    }
-                    Some(event) => panic!("unexpected {event:?}"),
-                    None => std::thread::sleep(Duration::from_micros(20)),
-                }
-            }
-            // What is still missing comes from the source at once.
-            for page in 0..ram.layout().pages() {
-                if !pages.contains(&page) {
-                    let page = PageIndex::new(page);
-                    let from = source.page_ptr(page).as_ptr() as *const c_void;
-                    // SAFETY: as above.
-                    unsafe { uffd.copy(from, ram.page_ptr(page).as_ptr().cast(), PAGE_SIZE, true) }
-                        .unwrap();
-                }
-            }
-            uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
-            pages
-        };
-        Self { served, open, over, thread: Some(std::thread::spawn(body)) }
-    }
-
-    fn finish(&mut self) -> HashSet<u64> {
-        self.over.store(true, Ordering::SeqCst);
-        self.thread.take().unwrap().join().unwrap()
-    }
-}
-
-#[test]
-fn a_guest_moves_with_its_pages_following_on_demand() {
-    if !kvm() {
-        return;
-    }
-    if !userfaultfd() {
-        return;
-    }
-    let _watchdog = watchdog(100);
-    for vcpus in [1, 2, 1, 2] {
-        let workload = workload(Pattern::Random, vcpus, 0);
-        let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
-        source.resume().unwrap();
-        wait_until(&source, |vcpu| word(&source, vcpu, control::STEPS) > 1000);
-        let ram = memory(flat());
-        let mut pager = Pager::start(Arc::clone(&ram), Arc::clone(source.ram()));
-        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
-        source.pause().unwrap();
-        let state = source.capture().unwrap();
-        assert_eq!(pager.served.load(Ordering::SeqCst), 0, "prepare touched guest memory");
-        // As if the guest had a kvmclock: restoring its MSR touches memory.
-        let mut with_clock = envelope::open(&state, vcpus as usize).unwrap();
-        for msr in &mut with_clock.vcpus[0].msrs {
-            if msr.index == 0x4B56_4D01 {
-                msr.data = (CLOCK_PAGE * PAGE_SIZE as u64) | 1;
-            }
-        }
-        target.restore(&envelope::seal(&with_clock).unwrap()).unwrap();
-        assert_eq!(pager.served.load(Ordering::SeqCst), 1, "no fault during restore");
-        target.resume().unwrap();
-        while pager.served.load(Ordering::SeqCst) < 100 {
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        // No page comes: the vCPUs soon stand still, and can be stopped all the same.
-        pager.open.store(false, Ordering::SeqCst);
-        std::thread::sleep(Duration::from_millis(5));
-        let paused = target.pause();
-        pager.open.store(true, Ordering::SeqCst);
-        if let Err(error) = paused {
-            // A vCPU waited inside KVM's own code (an interrupt was on its way).
-            assert!(error.source.to_string().contains("may wait for a missing page"), "{error}");
-            println!("a vCPU could not be stopped while it waited for a page");
-            target.pause().unwrap();
-        }
-        target.resume().unwrap();
-        let reached = word(&target, 0, control::STEPS);
-        wait_until(&target, |vcpu| word(&target, vcpu, control::STEPS) > reached + 200);
-        let faulted = pager.finish();
-        let steps = stop(&target);
-        compare(&ram, &workload, &steps);
-        // The seeds are indeed what the first instructions need.
-        for seed in target.seeds() {
-            let histogram = (16..24).contains(&seed.get()) && seed.get() % 2 == 1;
-            assert!(histogram || faulted.contains(&seed.get()), "{seed} was not needed");
-        }
-        assert!(faulted.len() >= 100);
-    }
-}
-
-/// `struct uffdio_poison`.
-#[repr(C)]
-struct Poison {
-    start: u64,
-    len: u64,
-    mode: u64,
-    updated: i64,
-}
-
-nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, Poison);
-
-#[test]
-fn a_lost_page_ends_the_vcpu_and_not_the_process() {
-    if !kvm() || !userfaultfd() {
-        return;
-    }
-    let _watchdog = watchdog(60);
-    let workload = workload(Pattern::Sequential, 1, 0);
-    let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
-    let state = source.capture().unwrap();
-    let ram = memory(flat());
-    // A page that the program reads at CPL 3; the one with the stack that an interrupt
-    // is delivered to, which KVM writes itself; the root of the page tables.
-    let ends = [
-        (512 + 50, ["vCPU 0: memory error at page 562"; 2]),
-        (tables::processor_page(0).get(), ["memory error at", "the guest shut down"]),
-        (source.seeds()[0].get(), ["memory error at", "the guest shut down"]),
-    ];
-    for (lost, ends) in ends {
-        let uffd = register(&ram);
-        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
-        target.restore(&state).unwrap();
-        target.resume().unwrap();
-        while target.failure().is_none() {
-            let Some(event) = uffd.read_event().unwrap() else {
-                std::thread::sleep(Duration::from_micros(100));
-                continue;
-            };
-            let Event::Pagefault { addr, .. } = event else { panic!("unexpected {event:?}") };
-            let page = ram.page_of_host(addr as usize).unwrap();
-            let to = ram.page_ptr(page).as_ptr();
-            if page.get() == lost {
-                let (start, len) = (to as u64, PAGE_SIZE as u64);
-                let mut poison = Poison { start, len, mode: 0, updated: 0 };
-                use std::os::fd::AsRawFd;
-                // SAFETY: the structure is the one that this ioctl reads and writes.
-                unsafe { uffdio_poison(uffd.as_raw_fd(), &mut poison) }.unwrap();
-            } else {
-                let from = source.ram().page_ptr(page).as_ptr();
-                // SAFETY: both are whole pages; `to` is registered and missing.
-                unsafe { uffd.copy(from.cast(), to.cast(), PAGE_SIZE, true) }.unwrap();
-            }
-        }
-        let failure = target.failure().unwrap();
-        assert!(ends.iter().any(|end| failure.contains(end)), "{failure}");
-        drop(target);
-        uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
-        // SAFETY: nobody uses the memory now.
-        unsafe {
-            let start = ram.host_start().cast();
-            nix::sys::mman::madvise(start, ram.len(), nix::sys::mman::MmapAdvise::MADV_DONTNEED)
-        }
-        .unwrap();
-    }
 }

@@ -1,0 +1,241 @@
+//! The guest over memory whose pages come when they are asked for, late, or never.
+
+use super::*;
+use std::ffi::c_void;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use userfaultfd::{Event, Uffd, UffdBuilder};
+
+/// One of the machine's pages that nothing lies in.
+const CLOCK_PAGE: u64 = 400;
+
+/// Whether there is a userfaultfd to test with that traps the kernel's accesses too.
+fn userfaultfd() -> bool {
+    let made = UffdBuilder::new().user_mode_only(false).create();
+    if let Err(error) = &made {
+        println!("skipped: no userfaultfd for kernel faults: {error}");
+    }
+    made.is_ok()
+}
+
+fn register(ram: &GuestRam) -> Uffd {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
+    let uffd = builder.create().unwrap();
+    uffd.register(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    uffd
+}
+
+/// Serves the faults of `ram` from `source`, on a thread, while the test runs.
+struct Pager {
+    served: Arc<AtomicU64>,
+    holding: Arc<AtomicBool>,
+    over: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<HashSet<u64>>,
+}
+
+impl Pager {
+    /// Holds back, while `holding` is set, the page `held`, or all pages.
+    fn start(ram: Arc<GuestRam>, source: Arc<GuestRam>, held: Option<PageIndex>) -> Self {
+        let uffd = register(&ram);
+        let served = Arc::new(AtomicU64::new(0));
+        let holding = Arc::new(AtomicBool::new(held.is_some()));
+        let over = Arc::new(AtomicBool::new(false));
+        let flags = [&holding, &over].map(Arc::clone);
+        let count = Arc::clone(&served);
+        let body = move || serve_faults(&uffd, &ram, &source, held, &count, &flags);
+        Self { served, holding, over, thread: std::thread::spawn(body) }
+    }
+
+    /// Has the missing pages placed, and tells which ones were asked for.
+    fn finish(self) -> HashSet<u64> {
+        self.over.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap()
+    }
+}
+
+fn serve_faults(
+    uffd: &Uffd,
+    ram: &GuestRam,
+    source: &GuestRam,
+    held: Option<PageIndex>,
+    count: &AtomicU64,
+    [holding, over]: &[Arc<AtomicBool>; 2],
+) -> HashSet<u64> {
+    let place = |page: u64| {
+        let page = PageIndex::new(page);
+        let (from, to) = (source.page_ptr(page).as_ptr(), ram.page_ptr(page).as_ptr());
+        // SAFETY: both are whole pages; `to` is registered and missing.
+        unsafe { uffd.copy(from as *const c_void, to.cast(), PAGE_SIZE, true) }.unwrap();
+    };
+    let (mut placed, mut waiting) = (HashSet::new(), Vec::new());
+    while !over.load(Ordering::SeqCst) {
+        match uffd.read_event().unwrap() {
+            Some(Event::Pagefault { addr, .. }) => {
+                waiting.push(ram.page_of_host(addr as usize).unwrap());
+            }
+            Some(event) => panic!("unexpected {event:?}"),
+            None => std::thread::sleep(Duration::from_micros(20)),
+        }
+        let is_holding = holding.load(Ordering::SeqCst);
+        waiting.retain(|&page| {
+            if is_holding && held.is_none_or(|held| held == page) {
+                return true;
+            }
+            if placed.insert(page.get()) {
+                // Counted before its user can go on.
+                count.fetch_add(1, Ordering::SeqCst);
+                place(page.get());
+            } else {
+                uffd.wake(ram.page_ptr(page).as_ptr().cast(), PAGE_SIZE).unwrap();
+            }
+            false
+        });
+    }
+    (0..ram.layout().pages()).filter(|page| !placed.contains(page)).for_each(place);
+    uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    placed
+}
+
+#[test]
+fn a_guest_moves_with_its_pages_following_on_demand() {
+    if !kvm() || !userfaultfd() {
+        return;
+    }
+    let _watchdog = watchdog(100);
+    for vcpus in [1, 2, 1, 2] {
+        let mut workload = workload(Pattern::Random, vcpus, 0);
+        workload.think_ns = 200_000;
+        let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+        source.resume().unwrap();
+        wait_until(&source, |vcpu| word(&source, vcpu, control::STEPS) > 50);
+        let ram = memory(flat());
+        let pager = Pager::start(Arc::clone(&ram), Arc::clone(source.ram()), None);
+        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
+        source.pause().unwrap();
+        let state = source.capture().unwrap();
+        assert_eq!(pager.served.load(Ordering::SeqCst), 0, "prepare touched guest memory");
+        // As if the guest had a kvmclock: restoring its MSR touches memory.
+        let mut with_clock = envelope::open(&state, vcpus as usize).unwrap();
+        for msr in &mut with_clock.vcpus[0].msrs {
+            if msr.index == 0x4B56_4D01 {
+                msr.data = (CLOCK_PAGE * PAGE_SIZE as u64) | 1;
+            }
+        }
+        target.restore(&envelope::seal(&with_clock).unwrap()).unwrap();
+        assert_eq!(pager.served.load(Ordering::SeqCst), 1, "no fault during restore");
+        target.resume().unwrap();
+        // After some ticks the pages are there that KVM itself needs to deliver one.
+        wait_until(&target, |vcpu| {
+            word(&target, vcpu, control::TICKS) >= word(&source, vcpu, control::TICKS) + 3
+        });
+        // No page comes: the vCPUs soon stand still, and can be stopped all the same.
+        pager.holding.store(true, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(5));
+        target.pause().unwrap();
+        pager.holding.store(false, Ordering::SeqCst);
+        target.resume().unwrap();
+        let reached = word(&target, 0, control::STEPS);
+        wait_until(&target, |vcpu| word(&target, vcpu, control::STEPS) > reached + 100);
+        let faulted = pager.finish();
+        let steps = stop(&target);
+        compare(&ram, &workload, &steps);
+        // The seeds are indeed what the first instructions need.
+        for seed in target.seeds() {
+            let histogram = (16..24).contains(&seed.get()) && seed.get() % 2 == 1;
+            assert!(histogram || faulted.contains(&seed.get()), "{seed} was not needed");
+        }
+    }
+}
+
+#[test]
+fn a_vcpu_that_waits_in_kvm_for_a_page_hangs_neither_pause_nor_drop() {
+    if !kvm() || !userfaultfd() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let workload = workload(Pattern::Random, 1, 0);
+    let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+    let state = source.capture().unwrap();
+    // Where KVM emulates the delivery of an interrupt, it waits for this page in a way
+    // that no signal ends; where the processor delivers it, the vCPU can be stopped.
+    let held = Some(tables::IDT);
+    let ram = memory(flat());
+    let pager = Pager::start(Arc::clone(&ram), Arc::clone(source.ram()), held);
+    let mut target = KvmGuest::prepare(Arc::clone(&ram), workload).unwrap();
+    target.restore(&state).unwrap();
+    target.resume().unwrap();
+    // Time for a tick, which cannot be delivered.
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(word(&target, 0, control::TICKS), 0);
+    if let Err(error) = target.stop_vcpus(Duration::from_millis(500)) {
+        assert!(matches!(error, KvmError::NotStopping { vcpu: 0, .. }), "{error}");
+    }
+    drop(target);
+    pager.finish();
+}
+
+/// `struct uffdio_poison`.
+#[repr(C)]
+struct Poison {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
+}
+
+nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, Poison);
+
+#[test]
+fn a_lost_page_ends_the_vcpu_and_not_the_process() {
+    if !kvm() || !userfaultfd() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let workload = workload(Pattern::Sequential, 1, 0);
+    let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+    let state = source.capture().unwrap();
+    let ram = memory(flat());
+    // A page that the program reads at CPL 3; the one with the stack that an interrupt
+    // is delivered to, which KVM writes itself; the root of the page tables.
+    let ends = [
+        (512 + 50, ["vCPU 0: memory error at page 562"; 2]),
+        (tables::processor_page(0).get(), ["memory error at", "the guest shut down"]),
+        (source.seeds()[0].get(), ["memory error at", "the guest shut down"]),
+    ];
+    for (lost, ends) in ends {
+        let uffd = register(&ram);
+        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload.clone()).unwrap();
+        target.restore(&state).unwrap();
+        target.resume().unwrap();
+        while target.failure().is_none() {
+            let Some(event) = uffd.read_event().unwrap() else {
+                std::thread::sleep(Duration::from_micros(100));
+                continue;
+            };
+            let Event::Pagefault { addr, .. } = event else { panic!("unexpected {event:?}") };
+            let page = ram.page_of_host(addr as usize).unwrap();
+            let to = ram.page_ptr(page).as_ptr();
+            if page.get() == lost {
+                let (start, len) = (to as u64, PAGE_SIZE as u64);
+                let mut poison = Poison { start, len, mode: 0, updated: 0 };
+                // SAFETY: the structure is the one that this ioctl reads and writes.
+                unsafe { uffdio_poison(uffd.as_raw_fd(), &mut poison) }.unwrap();
+            } else {
+                let from = source.ram().page_ptr(page).as_ptr();
+                // SAFETY: both are whole pages; `to` is registered and missing.
+                unsafe { uffd.copy(from.cast(), to.cast(), PAGE_SIZE, true) }.unwrap();
+            }
+        }
+        let failure = target.failure().unwrap();
+        assert!(ends.iter().any(|end| failure.contains(end)), "{failure}");
+        drop(target);
+        uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+        // SAFETY: nobody uses the memory now.
+        unsafe {
+            let start = ram.host_start().cast();
+            nix::sys::mman::madvise(start, ram.len(), nix::sys::mman::MmapAdvise::MADV_DONTNEED)
+        }
+        .unwrap();
+    }
+}
