@@ -14,8 +14,8 @@ pub mod proto;
 #[cfg(feature = "io")]
 pub mod report;
 #[cfg(feature = "io")]
-pub mod uffd;
-#[cfg(feature = "io")]
 pub mod transport;
+#[cfg(feature = "io")]
+pub mod uffd;
 #[cfg(feature = "io")]
 pub mod vmm;

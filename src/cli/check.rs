@@ -51,9 +51,9 @@ impl Check {
             expect_steps: self.expect_steps,
         };
         let memory: Box<dyn Read> = match &self.file {
-            Some(path) => {
-                Box::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?)
-            }
+            Some(path) => Box::new(
+                File::open(path).with_context(|| format!("cannot open {}", path.display()))?,
+            ),
             None => Box::new(std::io::stdin().lock()),
         };
         let summary = check(&params, memory).map_err(|error| Failure::Wrong(error.to_string()))?;

@@ -156,8 +156,8 @@ impl Demo {
 }
 
 fn read_report(path: &Path) -> anyhow::Result<Report> {
-    let text = std::fs::read(path)
-        .with_context(|| format!("there is no report at {}", path.display()))?;
+    let text =
+        std::fs::read(path).with_context(|| format!("there is no report at {}", path.display()))?;
     Ok(serde_json::from_slice(&text)?)
 }
 

@@ -81,14 +81,14 @@ impl Migrate {
         if ticket.looks_expired(SystemTime::now()) {
             eprintln!("postcopy: by this host's clock the ticket has expired; trying it");
         }
-        let attached = Attached::connect(&self.control).with_context(|| {
-            format!("cannot attach to the guest at {}", self.control.display())
-        })?;
+        let attached = Attached::connect(&self.control)
+            .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))?;
         let guest = attached.guest.clone();
-        let workload = serde_json::from_str::<postcopy::host::GuestDescription>(&guest.workload_json)
-            .ok()
-            .and_then(|guest| serde_json::to_value(guest.workload.pattern).ok())
-            .and_then(|name| name.as_str().map(str::to_owned));
+        let workload =
+            serde_json::from_str::<postcopy::host::GuestDescription>(&guest.workload_json)
+                .ok()
+                .and_then(|guest| serde_json::to_value(guest.workload.pattern).ok())
+                .and_then(|name| name.as_str().map(str::to_owned));
         let config = SourceConfig {
             ticket,
             link: LinkOptions::default(),

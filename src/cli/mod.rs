@@ -23,7 +23,13 @@ use tracing_subscriber::EnvFilter;
 pub struct Arguments {
     /// What to log to standard error, as a tracing filter such as `info` or
     /// `postcopy::engine=debug`.
-    #[arg(long, global = true, env = "POSTCOPY_LOG", default_value = "warn", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "POSTCOPY_LOG",
+        default_value = "warn",
+        value_name = "FILTER"
+    )]
     log: String,
     /// End as soon as the parent process does.
     #[arg(long, global = true, hide = true)]

@@ -19,8 +19,8 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Prints a ticket, waits for a guest, takes it in and goes on running it.
@@ -211,7 +211,6 @@ fn whole_report(
         workload: None,
     };
     let link = Link { encrypted: true, ..Link::default() };
-    let heading =
-        Heading { outcome, reason, mode: Mode::PostCopy, policy: None, guest, link };
+    let heading = Heading { outcome, reason, mode: Mode::PostCopy, policy: None, guest, link };
     Report::of_destination(heading, part)
 }

@@ -22,8 +22,9 @@ pub struct Run {
 impl Run {
     /// Runs the guest.
     pub fn run(self) -> anyhow::Result<()> {
-        let server = Server::bind(&self.control)
-            .with_context(|| format!("cannot make the control socket {}", self.control.display()))?;
+        let server = Server::bind(&self.control).with_context(|| {
+            format!("cannot make the control socket {}", self.control.display())
+        })?;
         let mut guest = self.guest.create()?;
         guest.resume()?;
         println!(

@@ -46,9 +46,9 @@ pub fn parse_share(text: &str) -> Result<f64, String> {
         None => (text, 1.0),
     };
     let share = number.parse::<f64>().ok().map(|n| n / percent);
-    share.filter(|share| (0.0..1.0).contains(share)).ok_or_else(|| {
-        format!("{text:?} is no part of all packets; write it like 1% or 0.01")
-    })
+    share
+        .filter(|share| (0.0..1.0).contains(share))
+        .ok_or_else(|| format!("{text:?} is no part of all packets; write it like 1% or 0.01"))
 }
 
 fn split(text: &str) -> (&str, &str) {

@@ -5,7 +5,7 @@
 //! says: prepare, serve faults, restore, run, take pages in, report.
 
 use super::control::{self, ControlError};
-use super::destination_guest::{self, GuestCommand, GuestThread, GuestEvent, Shell};
+use super::destination_guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::destination_report;
 use super::fault_book::FaultBook;
 use super::install::Installer;
@@ -26,8 +26,8 @@ use crate::report::merge::DestinationPart;
 use crate::transport::ticket::Host;
 use crate::transport::wire_io::FrameReader;
 use crate::transport::{
-    Identity, Lane, LaneServer, LaneSocket, LaneThread, LinkOptions, Ticket,
-    TransportError, bind_ports,
+    Identity, Lane, LaneServer, LaneSocket, LaneThread, LinkOptions, Ticket, TransportError,
+    bind_ports,
 };
 use crate::uffd::DestinationBacking;
 use quinn::{Connection, RecvStream, SendStream};
@@ -123,14 +123,10 @@ impl Receiver {
         let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let identity = Identity::generate(expires)?;
         let ports: Vec<u16> = sockets.iter().map(|socket| socket.local_addr().port()).collect();
-        let host =
-            config.public_host.clone().unwrap_or(Host::from(config.listen));
-        let ticket = identity
-            .ticket(host, ports[0], ports[1..].to_vec())
-            .map_err(|error| TransportError::Setup {
-                what: "the ticket",
-                detail: error.to_string(),
-            })?;
+        let host = config.public_host.clone().unwrap_or(Host::from(config.listen));
+        let ticket = identity.ticket(host, ports[0], ports[1..].to_vec()).map_err(|error| {
+            TransportError::Setup { what: "the ticket", detail: error.to_string() }
+        })?;
         Ok(Self { config, identity, ticket, sockets, inputs: unbounded_channel() })
     }
 
@@ -243,10 +239,12 @@ impl Driver {
             })?);
         }
         let to_driver = input.clone();
-        let guest = destination_guest::spawn(vm, move |event| {
-            to_driver.send(Input::Guest(event)).is_ok()
-        })
-        .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
+        let guest =
+            destination_guest::spawn(vm, move |event| to_driver.send(Input::Guest(event)).is_ok())
+                .map_err(|source| TransportError::Io {
+                    what: "start the guest's thread",
+                    source,
+                })?;
         Ok(Self {
             config,
             began: Instant::now(),
@@ -659,10 +657,7 @@ impl DemandLanes {
         }
     }
 
-    async fn serve(
-        &self,
-        outgoing: Vec<UnboundedReceiver<PageRequest>>,
-    ) -> Result<(), LaneError> {
+    async fn serve(&self, outgoing: Vec<UnboundedReceiver<PageRequest>>) -> Result<(), LaneError> {
         let lost = |error: quinn::ConnectionError| LaneError::Link(error.to_string());
         let mut serving = tokio::task::JoinSet::new();
         let mut seeds = self.connection.accept_uni().await.map_err(lost)?;

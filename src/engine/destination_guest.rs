@@ -1,8 +1,8 @@
 //! The destination's guest thread: everything of the VMM that may block, and the
 //! watch over the guest's steps once it runs.
 
-use super::vm::{DestinationVm, GuestFigures};
 use super::error_chain;
+use super::vm::{DestinationVm, GuestFigures};
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};

@@ -65,6 +65,7 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
     let urgent = connection.map(Connection::stats);
     let (urgent_in, urgent_out) =
         urgent.map_or((0, 0), |stats| (stats.udp_rx.bytes, stats.udp_tx.bytes));
+    let [push_in, push_out] = gate.wire_bytes();
     DestinationPart {
         restore_us: micros(Stamp::StateReceived, Stamp::Restored),
         resume_us: micros(Stamp::Committed, Stamp::Running),
@@ -88,8 +89,8 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
             us_to_90_percent: run.and_then(|run| Some(run.until_90_percent?.as_micros() as u64)),
         },
         wire_bytes: WireBytes {
-            to_destination: Some(facts.wire_in + urgent_in + get(&gate.wire_in)),
-            to_source: Some(facts.wire_out + urgent_out + get(&gate.wire_out)),
+            to_destination: Some(facts.wire_in + urgent_in + push_in),
+            to_source: Some(facts.wire_out + urgent_out + push_out),
         },
         cpu_us: cpu_us(),
         peak_rss_bytes: peak_rss_bytes(),

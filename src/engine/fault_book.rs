@@ -98,10 +98,8 @@ impl FaultBook {
     pub fn figures(&self) -> FaultFigures {
         let mut book = self.lock();
         let vcpus = book.figures.blocktime.len();
-        let blank = FaultFigures {
-            latency: Latencies::new(),
-            blocktime: vec![Duration::ZERO; vcpus],
-        };
+        let blank =
+            FaultFigures { latency: Latencies::new(), blocktime: vec![Duration::ZERO; vcpus] };
         std::mem::replace(&mut book.figures, blank)
     }
 

@@ -104,7 +104,10 @@ impl PushShared {
     ) -> Result<(), LaneError> {
         while let Some(claim) = self.source.ledger.claim_within(run) {
             let mut frame = self.source.frame(&claim, kind, Origin::Push, epoch);
-            stream.write_all_chunks(&mut frame).await.map_err(|e| LaneError::Link(e.to_string()))?;
+            stream
+                .write_all_chunks(&mut frame)
+                .await
+                .map_err(|e| LaneError::Link(e.to_string()))?;
             self.source.sent(claim, kind, Origin::Push);
         }
         Ok(())

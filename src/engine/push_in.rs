@@ -5,11 +5,11 @@ use super::serve::LaneError;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
-use crate::transport::{
-    Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError,
-};
-use std::sync::Arc;
+use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
+use quinn::Connection;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
 /// What push lanes wait for before they take anything in, and what they count.
@@ -22,10 +22,10 @@ pub struct PushGate {
     pub over: watch::Sender<bool>,
     /// Content bytes received.
     pub pushed_bytes: AtomicU64,
-    /// Bytes in UDP datagrams received and sent, of links that have ended.
-    pub wire_in: AtomicU64,
-    /// See `wire_in`.
-    pub wire_out: AtomicU64,
+    /// Each lane's link.
+    links: Mutex<HashMap<u8, Connection>>,
+    /// Bytes in UDP datagrams received and sent, of links that were replaced.
+    replaced: [AtomicU64; 2],
     failed: AtomicBool,
 }
 
@@ -35,9 +35,31 @@ impl Default for PushGate {
             open: watch::Sender::new(None),
             over: watch::Sender::new(false),
             pushed_bytes: AtomicU64::new(0),
-            wire_in: AtomicU64::new(0),
-            wire_out: AtomicU64::new(0),
+            links: Mutex::default(),
+            replaced: Default::default(),
             failed: AtomicBool::new(false),
+        }
+    }
+}
+
+impl PushGate {
+    /// Bytes in UDP datagrams that all push lanes received and sent.
+    pub fn wire_bytes(&self) -> [u64; 2] {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = [&self.replaced[0], &self.replaced[1]].map(|of| of.load(Ordering::Relaxed));
+        for stats in links.values().map(Connection::stats) {
+            bytes[0] += stats.udp_rx.bytes;
+            bytes[1] += stats.udp_tx.bytes;
+        }
+        bytes
+    }
+
+    fn linked(&self, index: u8, connection: Connection) {
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(replaced) = links.insert(index, connection) {
+            let stats = replaced.stats();
+            self.replaced[0].fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
+            self.replaced[1].fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
         }
     }
 }
@@ -67,11 +89,11 @@ pub async fn receive_lane(
             _ = over.wait_for(|over| *over) => break,
             // A new link replaces the old one, which is lost.
             accepted = server.accept() => {
-                count_wire(&gate, link.as_ref());
-                link = Some(accepted?);
+                let accepted = accepted?;
+                gate.linked(index, accepted.connection.clone());
+                link = Some(accepted);
             }
             error = receive => {
-                count_wire(&gate, link.as_ref());
                 link = None;
                 if !gate.failed.swap(matches!(error, LaneError::Local(_)), Ordering::Relaxed) {
                     ended(error);
@@ -79,19 +101,10 @@ pub async fn receive_lane(
             }
         }
     }
-    count_wire(&gate, link.as_ref());
     if let Some(link) = link {
         link.close(0, "done").await;
     }
     Ok(())
-}
-
-fn count_wire(gate: &PushGate, link: Option<&Link>) {
-    if let Some(link) = link {
-        let stats = link.connection.stats();
-        gate.wire_in.fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
-        gate.wire_out.fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
-    }
 }
 
 async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {

@@ -373,7 +373,9 @@ impl SourceSession {
             (S::Committing | S::Committed | S::Brownout | S::Releasing, M::Abort { reason }) => {
                 self.violated(now, format!("it wanted to abort after the commit: {reason}"));
             }
-            (_, M::Abort { reason }) => self.abort(now, format!("the destination aborted: {reason}")),
+            (_, M::Abort { reason }) => {
+                self.abort(now, format!("the destination aborted: {reason}"))
+            }
             (_, message) => {
                 let name = name_of(&message);
                 self.violated(now, format!("{name} does not belong into {:?}", self.state));
@@ -404,8 +406,8 @@ impl SourceSession {
     fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
         // A part may only hold what its predecessors left of the limit.
         let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
-        let added = PageSet::decode(part, self.pages, runs_left)
-            .and_then(|part| self.placed.append(&part));
+        let added =
+            PageSet::decode(part, self.pages, runs_left).and_then(|part| self.placed.append(&part));
         if let Err(error) = added {
             return self.violated(now, format!("its set of placed pages: {error}"));
         }

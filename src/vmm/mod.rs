@@ -3,7 +3,7 @@
 pub mod clock;
 pub mod content;
 pub mod guest;
+pub mod kvm;
 pub mod process;
 pub mod stalls;
-pub mod kvm;
 pub mod workload;

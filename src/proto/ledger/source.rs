@@ -21,8 +21,8 @@
 use super::LinkEpoch;
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
-use crate::proto::prepaging::Unsent;
 use crate::proto::page_set::{PageSet, PageSetError};
+use crate::proto::prepaging::Unsent;
 use crate::proto::sync::{Arc, AtomicU64, Ordering, RwLock};
 use std::fmt;
 use std::sync::PoisonError;
