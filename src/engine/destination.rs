@@ -591,10 +591,9 @@ impl Driver {
     }
 
     fn unregister(&mut self) {
-        if let Some(installer) = &self.installer {
-            if let Err(error) = installer.placer.unregister() {
-                warn!(%error, "the guest's memory is still trapped");
-            }
+        let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
+        if let Some(Err(error)) = unregistered {
+            warn!(%error, "the guest's memory is still trapped");
         }
         if let Some(task) = self.trap_task.take() {
             task.abort();

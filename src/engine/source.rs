@@ -327,6 +327,10 @@ impl Driver {
                 if let Some(control) = link.control_in.take() {
                     spawn_listener(control, link.epoch, self.input.clone());
                 }
+                // The queue that push will build is not there yet.
+                let rtt_initial = Some(link.transport.connection.rtt());
+                let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
+                *lock(&self.push.pacer) = Pacer::new(config);
                 self.link = Some(*link);
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
@@ -475,7 +479,6 @@ impl Driver {
             }
         }
         self.machine.handle(self.now(), SourceEvent::StateSent);
-        self.spawn_zero_scan();
     }
 
     /// Looks for holes and zero pages while the guest is on its way: the set is only
@@ -501,6 +504,9 @@ impl Driver {
 
     fn start_push(&mut self) {
         self.pinging = true;
+        // Not earlier: it takes a core for a time that grows with the memory, which has
+        // no place in the blackout.
+        self.spawn_zero_scan();
         for lane in &self.push_lanes {
             let _ = lane.commands.send(PushCommand::Start { epoch: self.machine.epoch() });
         }
