@@ -66,6 +66,21 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
+/// Has a vCPU wait for a missing page itself. By default KVM hands such a fault to a
+/// kernel worker (asynchronous page faults) and halts the vCPU, so that userfaultfd
+/// names a thread that is no vCPU's, and each fault pays for two changes of thread. KVM
+/// does not do that in a machine whose HLT does not exit (`kvm_can_do_async_pf`).
+fn keep_faults_on_vcpus(vm: &VmFd) -> Result<(), KvmError> {
+    let offered = vm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
+    if offered as u32 & KVM_X86_DISABLE_EXITS_HLT == 0 {
+        return Ok(());
+    }
+    let mut capability =
+        kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, ..kvm_enable_cap::default() };
+    capability.args[0] = u64::from(KVM_X86_DISABLE_EXITS_HLT);
+    vm.enable_cap(&capability).map_err(call("KVM_CAP_X86_DISABLE_EXITS"))
+}
+
 impl Machine {
     /// Makes a machine over `ram` and its vCPUs, which are not set up yet. Neither reads
     /// nor writes guest memory.
@@ -85,7 +100,7 @@ impl Machine {
         vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(call("KVM_CREATE_PIT2"))?;
-        keep_faults_on_vcpu_threads(&vm)?;
+        keep_faults_on_vcpus(&vm)?;
         let memory = describe(&ram)?;
         set_slots(&vm, &memory)?;
 
@@ -174,22 +189,6 @@ impl Machine {
         let written = self.memory.write_slice(bytes, GuestAddress(address));
         written.map_err(|error| KvmError::Memory(error.into()))
     }
-}
-
-/// Has a vCPU wait for a missing page in its own thread.
-///
-/// Otherwise KVM may let a kernel worker wait and halt the vCPU meanwhile (an
-/// asynchronous page fault). Then the fault is no vCPU's, and closing the VM waits for the
-/// worker, uninterruptibly, for as long as the page does not come. KVM does not use that
-/// halt if the guest may halt without an exit; this guest's program never halts.
-fn keep_faults_on_vcpu_threads(vm: &VmFd) -> Result<(), KvmError> {
-    let offered = vm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
-    if offered & KVM_X86_DISABLE_EXITS_HLT as i32 == 0 {
-        return Ok(());
-    }
-    let mut capability = kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, ..Default::default() };
-    capability.args[0] = KVM_X86_DISABLE_EXITS_HLT.into();
-    vm.enable_cap(&capability).map_err(call("KVM_ENABLE_CAP(X86_DISABLE_EXITS)"))
 }
 
 /// Guest memory as vm-memory sees it, over the mapping that `ram` owns.
