@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Where the session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum DestinationState {
     /// No proposal yet.
     Waiting,
@@ -156,6 +156,13 @@ impl DestinationSession {
     /// Whether a link stands.
     pub fn linked(&self) -> bool {
         self.linked
+    }
+
+    /// Whether a [`ToDestination::Reattach`] on a new connection is this session's,
+    /// in a later epoch. If not, that connection is to be closed and nothing else: an
+    /// attempt that comes late must not cost the link that stands.
+    pub fn may_reattach(&self, session: SessionId, epoch: u32) -> bool {
+        Some(session) == self.session && epoch > self.epoch && self.state != DestinationState::Over
     }
 
     /// When each step happened.

@@ -1,0 +1,130 @@
+//! The seeded simulator: both session machines, both ledgers and the pre-paging
+//! policies under a virtual clock and a network that delays, reorders and breaks,
+//! with processes that die at any moment and users who change their mind.
+//!
+//! ```sh
+//! cargo test --test sim                                  # the usual seeds
+//! POSTCOPY_SIM_SEEDS=100000 cargo test --test sim        # more of them
+//! POSTCOPY_SIM_SEED=17 cargo test --test sim one_seed -- --nocapture
+//! ```
+//!
+//! The [checker] stands apart: it sees what an onlooker could see and shares no
+//! code with what it checks.
+
+mod checker;
+mod destination_side;
+mod faults;
+mod guest;
+mod ledgers;
+mod network;
+mod random;
+mod source_side;
+mod trace;
+mod vmm;
+mod world;
+
+use ledgers::{BrokenLedger, Ledger};
+use postcopy::proto::ledger::SourceLedger;
+use postcopy::proto::source::Outcome;
+use std::collections::BTreeMap;
+use world::{Sabotage, Verdict, World};
+
+const SEEDS: u64 = 2_000;
+
+fn run<L: Ledger>(seed: u64, sabotage: Sabotage, print: bool) -> Verdict {
+    World::<L>::new(seed, sabotage, print).run()
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
+}
+
+fn complain(seed: u64, verdict: &Verdict) {
+    if let Some(failure) = &verdict.failure {
+        panic!(
+            "seed {seed}: {failure}\n{}replay: POSTCOPY_SIM_SEED={seed} cargo test \
+             --no-default-features --test sim one_seed -- --nocapture",
+            verdict.last_lines
+        );
+    }
+}
+
+fn ending(outcome: Option<&Outcome>) -> &'static str {
+    match outcome {
+        Some(Outcome::Completed) => "completed",
+        Some(Outcome::Aborted(_)) => "aborted",
+        Some(Outcome::Lost(_)) => "lost",
+        None => "never began",
+    }
+}
+
+#[test]
+fn no_seed_breaks_a_promise() {
+    let seeds = number("POSTCOPY_SIM_SEEDS").unwrap_or(SEEDS);
+    let mut endings = BTreeMap::<_, u64>::new();
+    for seed in 0..seeds {
+        let verdict = run::<SourceLedger>(seed, Sabotage::None, false);
+        complain(seed, &verdict);
+        let pair = (ending(verdict.source.as_ref()), ending(verdict.destination.as_ref()));
+        *endings.entry(pair).or_default() += 1;
+    }
+    println!("source and destination: {endings:?}");
+    // A simulator in which hardly anything succeeds, or fails, tests little.
+    let share = |pair| endings.get(&pair).copied().unwrap_or(0) * 100 / seeds;
+    if seeds >= SEEDS {
+        assert!(share(("completed", "completed")) >= 25, "{endings:?}");
+        assert!(share(("aborted", "aborted")) >= 10, "{endings:?}");
+    }
+}
+
+/// Replays `POSTCOPY_SIM_SEED` with its trace; without it, seed 0.
+#[test]
+fn one_seed() {
+    let asked = number("POSTCOPY_SIM_SEED");
+    let seed = asked.unwrap_or(0);
+    let verdict = run::<SourceLedger>(seed, Sabotage::None, asked.is_some());
+    complain(seed, &verdict);
+    println!("source {:?}, destination {:?}", verdict.source, verdict.destination);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    for seed in 0..50 {
+        let [first, second] =
+            [(); 2].map(|()| run::<SourceLedger>(seed, Sabotage::None, false).digest);
+        assert_eq!(first, second, "seed {seed}");
+        let other = run::<SourceLedger>(seed + 1, Sabotage::None, false).digest;
+        assert_ne!(first, other, "seeds {seed} and {}", seed + 1);
+    }
+}
+
+/// The first of 100 seeds with which the checker notices, and what it says.
+fn caught<L: Ledger>(sabotage: Sabotage) -> String {
+    let found = (0..100).find_map(|seed| run::<L>(seed, sabotage, false).failure);
+    found.expect("the checker notices nothing in 100 seeds")
+}
+
+#[test]
+fn a_ledger_that_hands_pages_out_twice_is_caught() {
+    let failure = caught::<BrokenLedger>(Sabotage::None);
+    assert!(failure.contains("is sent in epoch"), "{failure}");
+}
+
+#[test]
+fn a_destination_that_places_again_is_caught() {
+    let failure = caught::<SourceLedger>(Sabotage::PlaceAgain);
+    assert!(failure.contains("is placed twice"), "{failure}");
+}
+
+#[test]
+fn a_guest_that_resumes_after_the_commit_is_caught() {
+    let failure = caught::<SourceLedger>(Sabotage::IgnoreWord);
+    assert!(failure.contains("starts at the Source") || failure.contains("resumes"), "{failure}");
+}
+
+#[test]
+fn a_lost_push_frame_is_caught() {
+    let failure = caught::<SourceLedger>(Sabotage::LosePushFrame);
+    assert!(failure.contains("not over"), "{failure}");
+}
