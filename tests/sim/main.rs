@@ -128,3 +128,19 @@ fn a_lost_push_frame_is_caught() {
     let failure = caught::<SourceLedger>(Sabotage::LosePushFrame);
     assert!(failure.contains("not over"), "{failure}");
 }
+
+#[test]
+#[ignore]
+fn survey() {
+    let mut kinds = BTreeMap::<String, (u64, u64)>::new();
+    for seed in 0..number("POSTCOPY_SIM_SEEDS").unwrap_or(SEEDS) {
+        let verdict = run::<SourceLedger>(seed, Sabotage::None, false);
+        let key = match &verdict.failure {
+            Some(f) => f.chars().filter(|c| !c.is_ascii_digit()).collect(),
+            None => format!("ok {} {}", ending(verdict.source.as_ref()), ending(verdict.destination.as_ref())),
+        };
+        let e = kinds.entry(key).or_insert((0, seed));
+        e.0 += 1;
+    }
+    for (k, (n, s)) in kinds { println!("{n:>5} first {s:>5} {k}"); }
+}

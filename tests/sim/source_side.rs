@@ -93,9 +93,6 @@ impl<L: Ledger> Source<L> {
         self.session.as_ref().map(SourceSession::state)
     }
 
-    fn is_alive(&self) -> bool {
-        self.state().is_some_and(|state| state != SourceState::Over)
-    }
 }
 
 impl<L: Ledger> World<L> {
@@ -140,7 +137,7 @@ impl<L: Ledger> World<L> {
                     let ping = encode(&ToDestination::Ping(1));
                     self.send(connection, Lane::Control, Side::Destination, Packet::Message(ping));
                 }
-                if self.source.is_alive() {
+                if self.source_is_alive() {
                     let incarnation = self.source.incarnation;
                     self.soon(200_000, Event::Source { incarnation, step: SourceStep::Ping });
                 }
@@ -277,7 +274,7 @@ impl<L: Ledger> World<L> {
 
     fn linked(&mut self, connection: ConnectionId) {
         let epoch = self.network.epoch(connection);
-        if !self.source.is_alive()
+        if !self.source_is_alive()
             || self.source.session.as_ref().is_some_and(|s| s.epoch() != epoch)
         {
             return self.cut(connection);
@@ -434,9 +431,14 @@ impl<L: Ledger> World<L> {
         self.source_event(SourceEvent::Cancel("the user said so".into()));
     }
 
+    /// Whether there is a fault-server that has not come to its end.
+    fn source_is_alive(&self) -> bool {
+        self.source.session.is_some() && self.checker.outcome(Side::Source).is_none()
+    }
+
     /// The fault-server dies with all it had under way.
     pub fn crash_source(&mut self) {
-        if !self.source.is_alive() {
+        if !self.source_is_alive() {
             return;
         }
         self.trace.line(self.now, format_args!("the fault-server dies"));
