@@ -319,7 +319,11 @@ impl SourceSession {
                 self.push(SourceAction::SendState);
                 self.enter(S::Blackout, Some(now + self.limits.restore));
             }
-            (S::Pausing, E::PauseFailed(why)) => self.abort(now, why),
+            (S::Pausing, E::PauseFailed(why)) => {
+                self.abort_reason = why;
+                self.say_abort();
+                self.finish_aborted(now);
+            }
             (S::Unpausing, E::Paused) => {
                 self.push(SourceAction::ResumeGuest);
                 self.finish_aborted(now);

@@ -148,6 +148,10 @@ impl<L: Ledger> World<L> {
         self.destination.armed = timeout;
     }
 
+    pub fn destination_early_timer(&mut self) {
+        self.destination_event(DestinationEvent::Timer);
+    }
+
     pub fn destination_timer(&mut self, at: Duration) {
         if self.destination.armed == Some(at) {
             self.destination.armed = None;
@@ -159,10 +163,11 @@ impl<L: Ledger> World<L> {
         let step = |step| Event::Destination { step };
         match action {
             DestinationAction::Prepare(_) => {
-                let refuse = self.random.percent(2);
+                let refuse = self.random.percent(1);
                 let next =
                     if refuse { DestinationStep::Refused } else { DestinationStep::Prepared };
-                self.soon(3_000, step(next));
+                let delay = self.slowly(3_000);
+                self.after(delay, step(next));
                 self.soon(20_000, step(DestinationStep::Progress));
             }
             DestinationAction::Say(message) => self.destination_says(&message),
@@ -184,13 +189,14 @@ impl<L: Ledger> World<L> {
                 if state != [0x5a; 40] {
                     self.checker.fail("the machine state arrives changed");
                 }
-                if self.random.percent(2) {
+                if self.random.percent(1) {
                     return self.soon(1_000, step(DestinationStep::RestoreFailed));
                 }
                 self.destination.restoring = (0..self.random.below(6))
                     .map(|_| self.random.below(self.pages))
                     .collect();
-                self.soon(1_000, step(DestinationStep::Restore));
+                let delay = self.slowly(1_000);
+                self.after(delay, step(DestinationStep::Restore));
             }
             DestinationAction::RunGuest => self.soon(500, step(DestinationStep::Run)),
             DestinationAction::SendPlaced => self.send_placed(),
@@ -291,6 +297,7 @@ impl<L: Ledger> World<L> {
                 if machine.may_reattach(*session, *epoch) =>
             {
                 if machine.linked() {
+                    self.marks.entry("back before the loss was noticed".into()).or_insert(1);
                     self.close_destination_link();
                     let why = "the source has come back on a new one";
                     self.destination_event(DestinationEvent::LinkLost(why.into()));
@@ -298,6 +305,10 @@ impl<L: Ledger> World<L> {
             }
             _ => {
                 self.trace.line(self.now, format_args!("unwanted: {message:?}"));
+                if self.destination.connection.is_some() {
+                    self.mark("unwanted connection beside one that stands".into());
+                }
+                self.mark("unwanted connection".into());
                 self.network.give_up(connection, Side::Destination);
                 return self.cut(connection);
             }

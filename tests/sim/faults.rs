@@ -20,6 +20,10 @@ pub enum Fault {
     CancelDestination,
     /// The VMM takes its guest back by itself.
     TakeBack,
+    /// The source's engine finds that the destination broke the protocol.
+    Violation,
+    /// A timer goes off before its time.
+    EarlyTimer,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -43,22 +47,24 @@ pub struct Plan {
 /// Draws the faults of a run. `long` outages last beyond what a session endures.
 pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
     let count = random.pick(&[0, 1, 1, 2, 3, 5, 8]);
-    let horizon = random.pick(&[30, 100, 400, 2_000]);
+    let horizon = random.pick(&[50, 400, 1_000, 2_000]);
     (0..count)
         .map(|_| {
-            let fault = match random.below(20) {
+            let fault = match random.below(24) {
                 0..7 => Fault::Cut,
                 7..10 => Fault::Outage(random.micros(0, if long { 90_000_000 } else { 3_000_000 })),
                 10..14 => Fault::CrashSource,
                 14..16 => Fault::CrashDestination,
                 16 => Fault::CancelSource,
                 17 => Fault::CancelDestination,
-                _ => Fault::TakeBack,
+                18..20 => Fault::TakeBack,
+                20..22 => Fault::Violation,
+                _ => Fault::EarlyTimer,
             };
             let after = random.pick(&[0, 0, 1, 2, 5, 20]);
             let when = match random.below(8) {
-                0..3 => When::Step(random.below(horizon)),
-                3..5 => When::Source(random.pick(&SOURCE_STATES), after),
+                0..2 => When::Step(random.below(horizon)),
+                2..5 => When::Source(random.pick(&SOURCE_STATES), after),
                 5..7 => When::Destination(random.pick(&DESTINATION_STATES), after),
                 _ => When::SourceAction(random.below(20)),
             };
@@ -69,16 +75,31 @@ pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
         .collect()
 }
 
-const SOURCE_STATES: [S; 8] = [
+/// Some more than once: what comes late in a migration is seldom reached otherwise.
+const SOURCE_STATES: [S; 12] = [
     S::Negotiating,
     S::Pausing,
     S::Unpausing,
     S::Blackout,
+    S::Retracting,
+    S::Committing,
     S::Committing,
     S::Committed,
+    S::Committed,
+    S::Brownout,
     S::Brownout,
     S::Releasing,
 ];
 
-const DESTINATION_STATES: [D; 7] =
-    [D::Preparing, D::Agreed, D::Restoring, D::InDoubt, D::Starting, D::Running, D::Full];
+const DESTINATION_STATES: [D; 10] = [
+    D::Preparing,
+    D::Agreed,
+    D::Restoring,
+    D::InDoubt,
+    D::InDoubt,
+    D::Starting,
+    D::Starting,
+    D::Running,
+    D::Full,
+    D::Full,
+];

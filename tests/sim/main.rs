@@ -132,6 +132,7 @@ fn a_lost_push_frame_is_caught() {
 #[test]
 #[ignore]
 fn survey() {
+    let mut marks = BTreeMap::<String, u64>::new();
     let mut kinds = BTreeMap::<String, (u64, u64)>::new();
     for seed in 0..number("POSTCOPY_SIM_SEEDS").unwrap_or(SEEDS) {
         let verdict = run::<SourceLedger>(seed, Sabotage::None, false);
@@ -139,8 +140,10 @@ fn survey() {
             Some(f) => f.chars().filter(|c| !c.is_ascii_digit()).collect(),
             None => format!("ok {} {}", ending(verdict.source.as_ref()), ending(verdict.destination.as_ref())),
         };
+        for (k, n) in verdict.marks { *marks.entry(k).or_insert(0) += n; }
         let e = kinds.entry(key).or_insert((0, seed));
         e.0 += 1;
     }
+    for (k, n) in marks { println!("{n:>6} {k}"); }
     for (k, (n, s)) in kinds { println!("{n:>5} first {s:>5} {k}"); }
 }

@@ -177,6 +177,16 @@ impl<L: Ledger> World<L> {
         }
     }
 
+    pub fn source_early_timer(&mut self) {
+        self.source_event(SourceEvent::Timer);
+    }
+
+    pub fn source_finds_violation(&mut self) {
+        if self.source.connection.is_some() {
+            self.source_event(SourceEvent::Violation("nonsense on a page lane".into()));
+        }
+    }
+
     fn perform_for_source(&mut self, action: SourceAction) {
         let incarnation = self.source.incarnation;
         let step = |step| Event::Source { incarnation, step };
@@ -208,7 +218,8 @@ impl<L: Ledger> World<L> {
                 }
             }
             SourceAction::PauseGuest => {
-                self.soon(2_000, Event::Vmm(VmmStep::Pause { incarnation }));
+                let delay = self.slowly(2_000);
+                self.after(delay, Event::Vmm(VmmStep::Pause { incarnation }));
             }
             SourceAction::SendState => {
                 let state = encode(&ToDestination::State(vec![0x5a; 40]));
@@ -263,7 +274,7 @@ impl<L: Ledger> World<L> {
         let delay = self.network.handshake();
         let reachable = self.now >= self.network.outage_until
             && self.destination.accepts()
-            && !self.random.percent(5);
+            && !self.random.percent(if epoch == 0 { 1 } else { 10 });
         let step = if reachable {
             SourceStep::Linked { connection: self.network.connect(epoch) }
         } else {
@@ -324,7 +335,10 @@ impl<L: Ledger> World<L> {
                 }
             }
             Packet::Request(request) if self.source.lanes_open => self.serve(lane, request),
-            Packet::Request(request) => self.source.held.push((connection, lane, request)),
+            Packet::Request(request) => {
+                self.mark("request before the lanes are open".into());
+                self.source.held.push((connection, lane, request));
+            }
             Packet::Close => {
                 self.network.give_up(connection, Side::Source);
                 self.source_lost_link(connection, "the destination closed it");
@@ -349,7 +363,10 @@ impl<L: Ledger> World<L> {
                     self.source.policy.fault(fault);
                     self.send_or_hold(claim, lane, Origin::Demand);
                 }
-                None => self.source.policy.late_hit(fault),
+                None => {
+                    self.mark("late hit".into());
+                    self.source.policy.late_hit(fault);
+                }
             }
         }
     }
@@ -394,7 +411,7 @@ impl<L: Ledger> World<L> {
         let Some(connection) = self.source.connection else { return };
         let epoch = self.network.epoch(connection);
         if claim.epoch() != LinkEpoch::new(epoch) {
-            return;
+            return self.mark("claim of an epoch that is over".into());
         }
         let mut rest = Some(claim);
         while let Some(mut claim) = rest {
@@ -464,7 +481,13 @@ impl<L: Ledger> World<L> {
             return self.checker.ends(Side::Source, Outcome::Completed);
         }
         let record = CommitRecord { session: SESSION, epoch: 0 };
-        let epoch = self.source.stored_epoch;
+        let mut epoch = self.source.stored_epoch;
+        if self.random.percent(10) {
+            // The store was not quite up to date: the destination's epoch is ahead.
+            epoch = epoch.saturating_sub(self.random.below(4) as u32);
+            self.mark("restart with an old epoch".into());
+        }
+        self.mark("restart".into());
         self.source.ledger = Arc::new(L::new(self.pages));
         self.source.policy = self.source.policy_kind.build(PolicyConfig::new(self.pages));
         let (pages, limits) = (self.pages, self.limits);

@@ -34,7 +34,7 @@ impl<L: Ledger> World<L> {
                 if incarnation != self.source.incarnation || self.source.session.is_none() {
                     return;
                 }
-                let step = if self.vmm.word != 0 || self.random.percent(3) {
+                let step = if self.vmm.word != 0 || self.random.percent(1) {
                     SourceStep::PauseFailed
                 } else {
                     self.vmm.paused = true;

@@ -14,7 +14,7 @@ use crate::trace::Trace;
 use crate::vmm::{Vmm, VmmStep};
 use postcopy::proto::source::{Outcome, SessionLimits};
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
 /// After the last fault a session is over within this time: the longest chain of
@@ -78,6 +78,8 @@ pub struct Verdict {
     pub destination: Option<Outcome>,
     pub digest: (u64, u64),
     pub last_lines: String,
+    /// What was seen to happen, and how often.
+    pub marks: BTreeMap<String, u64>,
 }
 
 pub struct World<L> {
@@ -93,6 +95,7 @@ pub struct World<L> {
     pub destination: Destination,
     pub checker: Checker,
     pub trace: Trace,
+    pub marks: BTreeMap<String, u64>,
     queue: BinaryHeap<Reverse<Queued>>,
     queued: u64,
     steps: u64,
@@ -128,6 +131,7 @@ impl<L: Ledger> World<L> {
             source: Source::new(memory, &mut random),
             destination: Destination::new(pages),
             trace: Trace::new(print),
+            marks: BTreeMap::new(),
             queue: BinaryHeap::new(),
             queued: 0,
             steps: 0,
@@ -172,6 +176,7 @@ impl<L: Ledger> World<L> {
             destination: self.checker.outcome(Side::Destination).cloned(),
             digest: self.trace.digest(),
             last_lines: self.trace.last_lines(),
+            marks: self.marks,
         }
     }
 
@@ -215,6 +220,12 @@ impl<L: Ledger> World<L> {
     pub fn soon(&mut self, micros_max: u64, event: Event) {
         let delay = self.random.micros(0, micros_max);
         self.after(delay, event);
+    }
+
+    /// Up to so many microseconds; now and then longer than any limit allows.
+    pub fn slowly(&mut self, micros_max: u64) -> Duration {
+        let slow = if self.random.percent(1) { 45_000_000 } else { micros_max };
+        self.random.micros(0, slow)
     }
 
     pub fn send(&mut self, connection: ConnectionId, lane: Lane, to: Side, packet: Packet) {
@@ -350,6 +361,16 @@ impl<L: Ledger> World<L> {
         }
         self.trace.line(self.now, format_args!("FAULT {fault:?}"));
         self.last_fault = self.now;
+        let name = match fault {
+            Fault::Outage(_) => "Outage".into(),
+            fault => format!("{fault:?}"),
+        };
+        if let Some(state) = self.source.state() {
+            self.mark(format!("{name} with the source {state:?}"));
+        }
+        if let Some(state) = self.destination.state() {
+            self.mark(format!("{name} with the destination {state:?}"));
+        }
         match fault {
             Fault::Cut => self.cut_link(),
             Fault::Outage(time) => {
@@ -362,7 +383,16 @@ impl<L: Ledger> World<L> {
             Fault::CancelSource => self.cancel_source(),
             Fault::CancelDestination => self.cancel_destination(),
             Fault::TakeBack => self.vmm_step(VmmStep::TakeBack),
+            Fault::Violation => self.source_finds_violation(),
+            Fault::EarlyTimer => {
+                self.source_early_timer();
+                self.destination_early_timer();
+            }
         }
+    }
+
+    pub fn mark(&mut self, what: String) {
+        *self.marks.entry(what).or_default() += 1;
     }
 
     fn cut_link(&mut self) {
