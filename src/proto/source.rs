@@ -498,13 +498,16 @@ impl SourceSession {
     fn violated(&mut self, now: Duration, why: String) {
         let why = format!("the destination broke the protocol: {why}");
         match self.state {
-            SourceState::Committing | SourceState::Committed | SourceState::Brownout => {
+            SourceState::Retracting
+            | SourceState::Committing
+            | SourceState::Committed
+            | SourceState::Brownout => {
                 self.push(SourceAction::DropLink(cut(why.clone())));
                 self.link_lost(now, why);
             }
             SourceState::Releasing => self.complete(now),
             SourceState::Unpausing => {}
-            _ => self.aborted_there(now, why),
+            _ => self.abort(now, why),
         }
     }
 
@@ -561,11 +564,9 @@ impl SourceSession {
         self.unpause_and_finish(now);
     }
 
-    /// As [`abort`](Self::abort), when the destination need not hear of it, or cannot
-    /// be trusted to answer.
+    /// As [`abort`](Self::abort), for a reason of the destination's: it knows.
     fn aborted_there(&mut self, now: Duration, why: String) {
         self.abort_reason = why;
-        self.say_abort();
         if self.state == SourceState::Blackout {
             self.push(SourceAction::ResumeGuest);
         }
