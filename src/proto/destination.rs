@@ -342,9 +342,8 @@ impl DestinationSession {
     }
 
     fn say_running(&mut self) {
-        let micros = |from, to| {
-            self.timeline.between(from, to).map_or(0, |time| time.as_micros() as u64)
-        };
+        let micros =
+            |from, to| self.timeline.between(from, to).map_or(0, |time| time.as_micros() as u64);
         self.say(ToSource::Running {
             restore_us: micros(Stamp::StateReceived, Stamp::Restored),
             resume_us: micros(Stamp::Committed, Stamp::Running),

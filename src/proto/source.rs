@@ -445,8 +445,8 @@ impl SourceSession {
     fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
         // A part may only hold what its predecessors left of the limit.
         let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
-        let added = PageSet::decode(part, self.pages, runs_left)
-            .and_then(|part| self.placed.append(&part));
+        let added =
+            PageSet::decode(part, self.pages, runs_left).and_then(|part| self.placed.append(&part));
         if let Err(error) = added {
             return self.violated(now, format!("its set of placed pages: {error}"));
         }

@@ -197,8 +197,7 @@ impl Checker {
         }
         for (page, expected) in self.model.clone().into_iter().enumerate() {
             // What the destination never mapped reads as zero.
-            let found =
-                if committed { destination[page].unwrap_or(0) } else { source[page] };
+            let found = if committed { destination[page].unwrap_or(0) } else { source[page] };
             if found != expected {
                 self.fail(format!("at the end page {page} holds {found}, not {expected}"));
             }

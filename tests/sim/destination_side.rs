@@ -46,7 +46,10 @@ pub enum DestinationStep {
     LedgerFull,
     ReportReady,
     /// Pages whose placement had to be put off.
-    Retry { run: PageRun, versions: Vec<u64> },
+    Retry {
+        run: PageRun,
+        versions: Vec<u64>,
+    },
     Progress,
 }
 
@@ -192,9 +195,8 @@ impl<L: Ledger> World<L> {
                 if self.random.percent(1) {
                     return self.soon(1_000, step(DestinationStep::RestoreFailed));
                 }
-                self.destination.restoring = (0..self.random.below(6))
-                    .map(|_| self.random.below(self.pages))
-                    .collect();
+                self.destination.restoring =
+                    (0..self.random.below(6)).map(|_| self.random.below(self.pages)).collect();
                 let delay = self.slowly(1_000);
                 self.after(delay, step(DestinationStep::Restore));
             }
@@ -331,6 +333,10 @@ impl<L: Ledger> World<L> {
             self.destination.connection = None;
             self.destination.lanes_open = false;
             self.destination_event(DestinationEvent::LinkLost("it went silent".into()));
+            let in_doubt = self.destination.state() == Some(DestinationState::InDoubt);
+            if in_doubt && self.sabotage == Sabotage::RunInDoubt {
+                self.soon(500, Event::Destination { step: DestinationStep::Run });
+            }
         }
     }
 

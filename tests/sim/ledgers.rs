@@ -1,9 +1,7 @@
 //! What the simulated source claims pages from: the real ledger, and one whose
 //! claim is broken on purpose, to see that the checker notices.
 
-use postcopy::proto::ledger::{
-    Claim, Claims, LinkEpoch, ResumeError, SourceLedger, StaleEpoch,
-};
+use postcopy::proto::ledger::{Claim, Claims, LinkEpoch, ResumeError, SourceLedger, StaleEpoch};
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::proto::page_set::PageSet;
 use postcopy::proto::prepaging::Unsent;

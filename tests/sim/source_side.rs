@@ -50,16 +50,28 @@ pub struct Source<L> {
 
 #[derive(Debug)]
 pub enum SourceStep {
-    Dial { epoch: u32 },
-    DialFailed { epoch: u32 },
-    Linked { connection: ConnectionId },
+    Dial {
+        epoch: u32,
+    },
+    DialFailed {
+        epoch: u32,
+    },
+    Linked {
+        connection: ConnectionId,
+    },
     Paused,
     PauseFailed,
     StateSent,
     WriteWord,
-    Push { chain: u32 },
+    Push {
+        chain: u32,
+    },
     /// A claim that was held for a moment goes out.
-    Send { claim: Claim, lane: Lane, origin: Origin },
+    Send {
+        claim: Claim,
+        lane: Lane,
+        origin: Origin,
+    },
     /// The supervisor starts a new fault-server.
     Restart,
     Ping,
@@ -92,7 +104,6 @@ impl<L: Ledger> Source<L> {
     pub fn state(&self) -> Option<SourceState> {
         self.session.as_ref().map(SourceSession::state)
     }
-
 }
 
 impl<L: Ledger> World<L> {
@@ -445,6 +456,8 @@ impl<L: Ledger> World<L> {
     }
 
     pub fn cancel_source(&mut self) {
+        // Who is too impatient for the destination to hear of it leaves it in doubt.
+        self.source.may_leave_in_doubt |= self.source.state() == Some(SourceState::Retracting);
         self.source_event(SourceEvent::Cancel("the user said so".into()));
     }
 

@@ -31,20 +31,42 @@ pub enum Sabotage {
     PlaceAgain,
     /// The VMM takes its guest back without looking at the commit word.
     IgnoreWord,
+    /// The destination runs its guest when the link is lost while it is in doubt.
+    RunInDoubt,
     /// The source marks pages as sent and does not send them.
     LosePushFrame,
 }
 
 #[derive(Debug)]
 pub enum Event {
-    Deliver { connection: ConnectionId, lane: Lane, to: Side, packet: Packet },
+    Deliver {
+        connection: ConnectionId,
+        lane: Lane,
+        to: Side,
+        packet: Packet,
+    },
     /// A side notices that a connection is dead.
-    Notice { connection: ConnectionId, side: Side },
-    Timer { side: Side, incarnation: u32, at: Duration },
-    Source { incarnation: u32, step: SourceStep },
-    Destination { step: DestinationStep },
+    Notice {
+        connection: ConnectionId,
+        side: Side,
+    },
+    Timer {
+        side: Side,
+        incarnation: u32,
+        at: Duration,
+    },
+    Source {
+        incarnation: u32,
+        step: SourceStep,
+    },
+    Destination {
+        step: DestinationStep,
+    },
     Vmm(VmmStep),
-    Vcpu { generation: u32, vcpu: usize },
+    Vcpu {
+        generation: u32,
+        vcpu: usize,
+    },
 }
 
 struct Queued {
