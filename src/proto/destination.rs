@@ -231,6 +231,10 @@ impl DestinationSession {
                 | E::ReportReady(_),
             ) => {}
 
+            // Without a link only the first message of a new one counts; anything else
+            // is left over from one that was given up.
+            (_, E::Message(message))
+                if !self.linked && !matches!(message, ToDestination::Reattach { .. }) => {}
             (_, E::Message(message)) => self.message(now, message),
         }
     }

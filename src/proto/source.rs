@@ -310,6 +310,8 @@ impl SourceSession {
             (_, E::LinkUp) => {}
 
             (_, E::LinkLost(why)) => self.link_lost(now, why),
+            // Without a link these are left over from one that was given up.
+            (_, E::Violation(_) | E::Message(_)) if self.link == Link::Dialing => {}
             (_, E::Violation(why)) => self.violated(now, why),
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
@@ -476,17 +478,17 @@ impl SourceSession {
 
     fn link_lost(&mut self, now: Duration, why: String) {
         use SourceState as S;
+        self.link = Link::Dialing;
         match self.state {
             S::Connecting | S::Negotiating => self.abort(now, why),
             S::Pausing => self.abort(now, format!("the link was lost: {why}")),
             S::Blackout => {
-                self.link = Link::Dialing;
                 self.push(SourceAction::ResumeGuest);
                 self.retract(now, format!("the link was lost: {why}"));
             }
             S::Retracting => self.dial_again(now),
             // The word decides; the link is looked at after it.
-            S::Committing => self.link = Link::Dialing,
+            S::Committing => {}
             S::Committed | S::Brownout => self.dial_again(now),
             // The destination has all pages and has been told so, or will time out
             // with all of them: nothing is left to do but its report.
