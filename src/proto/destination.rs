@@ -20,7 +20,11 @@
 //! `Full` the source is still waited for: it would take the guest for lost if it never
 //! heard that it has nothing more to give.
 //!
-//! The contract is that of the [source's machine](super::source).
+//! The contract is that of the [source's machine](super::source), with the same rule
+//! for links: only the connection that the machine was last told of, by its first
+//! message, has a say. When the source comes back before the loss of the old link was
+//! noticed, and [`may_reattach`](DestinationSession::may_reattach) says yes, `LinkLost`
+//! is fed first and then the `Reattach`.
 
 use super::message::{CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, cut};
 use super::source::{Outcome, SessionLimits};

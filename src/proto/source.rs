@@ -110,7 +110,7 @@ pub enum SourceEvent {
     Violation(String),
     /// The guest is paused and its state captured.
     Paused,
-    /// The guest could not be paused; it runs on.
+    /// The guest could not be paused, or its VMM is gone; if there is one, it runs on.
     PauseFailed(String),
     /// The state was handed to the link.
     StateSent,

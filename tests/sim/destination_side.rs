@@ -84,6 +84,11 @@ impl Destination {
     pub fn missing(&self) -> u64 {
         self.ledger.missing()
     }
+
+    /// Pages that arrived again, as the ledger counts them.
+    pub fn duplicates(&self) -> u64 {
+        self.ledger.counts().duplicates
+    }
 }
 
 impl<L: Ledger> World<L> {

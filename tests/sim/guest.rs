@@ -2,6 +2,7 @@
 //! whichever side lets them run.
 
 use crate::random::Random;
+use std::time::Duration;
 
 /// One access to a page.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +24,10 @@ pub struct Vcpu {
 #[derive(Debug)]
 pub struct Guest {
     pub vcpus: Vec<Vcpu>,
+    /// How long the workload takes if no access has to wait.
+    pub workload_max: Duration,
     /// The longest time between two accesses, in microseconds.
-    pub pace: u64,
+    pace: u64,
     /// Counts the times the guest was started: steps of an earlier time are void.
     pub generation: u32,
     pages: u64,
@@ -36,11 +39,13 @@ impl Guest {
     pub fn new(pages: u64, mut random: Random) -> Self {
         let vcpus = random.between(1, 4);
         let accesses = random.pick(&[0, 20, 150, 400]);
-        let pace = random.pick(&[100, 1_000, 5_000]);
+        // A slow guest that is migrated on demand takes longer than any limit.
+        let pace = random.pick(&[100, 1_000, 1_000, 5_000, 5_000, 1_000_000]);
         let vcpus = (0..vcpus)
             .map(|_| Vcpu { next: None, blocked: false, left: accesses, at: random.below(pages) })
             .collect();
-        Self { vcpus, pace, generation: 0, pages, random, version: 0 }
+        let workload_max = Duration::from_micros(accesses * pace);
+        Self { vcpus, pace, workload_max, generation: 0, pages, random, version: 0 }
     }
 
     /// What a vCPU wants to do now; `None` once its part of the workload is over.
@@ -73,7 +78,7 @@ impl Guest {
         self.vcpus.iter().all(|vcpu| vcpu.left == 0 && vcpu.next.is_none())
     }
 
-    pub fn rest(&mut self) -> std::time::Duration {
+    pub fn rest(&mut self) -> Duration {
         self.random.micros(1, self.pace)
     }
 }

@@ -101,6 +101,11 @@ impl<L: Ledger> Source<L> {
         }
     }
 
+    /// The link epoch that the last process has come to.
+    pub fn epoch(&self) -> u32 {
+        self.stored_epoch
+    }
+
     pub fn state(&self) -> Option<SourceState> {
         self.session.as_ref().map(SourceSession::state)
     }

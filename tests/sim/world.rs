@@ -17,7 +17,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-/// After the last fault a session is over within this time: the longest chain of
+/// After the last fault, and the guest's workload, a session is over within this time: the longest chain of
 /// limits (restore, then recovery) and some for the delays.
 const END_WITHIN: Duration = Duration::from_secs(100);
 /// More events than any honest run has.
@@ -184,7 +184,8 @@ impl<L: Ledger> World<L> {
             if self.steps > EVENTS_MAX {
                 self.checker.fail("too many events: something goes round in circles");
             }
-            let bound = self.last_fault.max(self.network.outage_until) + END_WITHIN;
+            let quiet_since = self.last_fault.max(self.network.outage_until);
+            let bound = quiet_since.max(self.guest.workload_max) + END_WITHIN;
             if over_at.is_none() && self.now > bound {
                 self.checker.fail(format!("not over {END_WITHIN:?} after the last fault"));
             }
@@ -221,6 +222,10 @@ impl<L: Ledger> World<L> {
         }
         if destination_lost && !self.long && !self.source.may_leave_in_doubt {
             return self.checker.fail("the destination gave the guest up");
+        }
+        let duplicates = self.destination.duplicates();
+        if self.source.epoch() == 0 && duplicates > 0 {
+            return self.checker.fail(format!("{duplicates} pages came twice on one link"));
         }
         // A guest that is lost has no memory to compare.
         let aborted = matches!(self.checker.outcome(Side::Source), Some(Outcome::Aborted(_)));
