@@ -234,6 +234,20 @@ mod source {
     }
 
     #[test]
+    fn a_session_recovered_after_an_abort_says_so_until_it_is_heard() {
+        let limits = SessionLimits::default();
+        let mut machine = SourceSession::recover_aborted(SESSION, 0, limits, NOW);
+        assert_eq!(machine.timeout(), Some(NOW + limits.handshake));
+        machine.handle(NOW, lost());
+        machine.handle(NOW, SourceEvent::LinkUp);
+        let said = ["say Reattach(epoch 2, committed None)", "say Abort"];
+        assert_eq!(drain(&mut machine)[2..], said);
+        machine.handle(NOW, SourceEvent::Message(ToSource::Abort { reason: "so be it".into() }));
+        let why = "the fault-server died before the commit";
+        assert_eq!(drain(&mut machine), [format!("Finish(Aborted({why:?}))")]);
+    }
+
+    #[test]
     fn the_pause_between_attempts_grows_to_its_limit_and_only_a_full_answer_resets_it() {
         let mut machine = arrive(&paths().swap_remove(14).1);
         let mut pauses = Vec::new();

@@ -239,16 +239,45 @@ impl SourceSession {
         limits: SessionLimits,
         now: Duration,
     ) -> Self {
+        let mut machine = Self::restarted(record.session, last_epoch, limits, now);
+        machine.state = SourceState::Committed;
+        machine.committed = Some(record);
+        machine.pages = pages;
+        machine.dial_again(now);
+        machine
+    }
+
+    /// A session whose process has died before the commit, once the VMM has taken its
+    /// guest back (the commit word says so): it connects only to tell the destination,
+    /// which may be in doubt, and ends aborted whether or not it gets through.
+    pub fn recover_aborted(
+        session: SessionId,
+        last_epoch: u32,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
+        let mut machine = Self::restarted(session, last_epoch, limits, now);
+        machine.retract(now, "the fault-server died before the commit".into());
+        machine
+    }
+
+    /// What a process that has died leaves of its session: no link, and a name.
+    fn restarted(
+        session: SessionId,
+        last_epoch: u32,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
         let mut machine = Self {
-            state: SourceState::Committed,
-            session: record.session,
+            state: SourceState::Retracting,
+            session,
             hello: None,
-            committed: Some(record),
+            committed: None,
             limits,
             epoch: last_epoch,
-            link: Link::Up,
+            link: Link::Dialing,
             placed: PageSet::new(),
-            pages,
+            pages: 0,
             backoff: Duration::ZERO,
             deadline: None,
             abort_reason: String::new(),
@@ -258,7 +287,6 @@ impl SourceSession {
             report: None,
         };
         machine.timeline.stamp(Stamp::Begin, now);
-        machine.dial_again(now);
         machine
     }
 

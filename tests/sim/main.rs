@@ -44,7 +44,7 @@ fn complain(seed: u64, verdict: &Verdict) {
     if let Some(failure) = &verdict.failure {
         panic!(
             "seed {seed}: {failure}\n{}replay: POSTCOPY_SIM_SEED={seed} cargo test \
-             --no-default-features --test sim one_seed -- --nocapture",
+             -p postcopy --no-default-features --test sim one_seed -- --nocapture",
             verdict.last_lines
         );
     }
@@ -112,6 +112,7 @@ fn must_happen() -> impl Iterator<Item = String> {
         "late hit",
         "request before the lanes are open",
         "restart",
+        "restart after an abort",
         "restart with an old epoch",
         "unwanted connection",
     ];

@@ -481,8 +481,6 @@ impl<L: Ledger> World<L> {
         self.source.session = None;
         self.source.armed = None;
         self.source.held.clear();
-        // Nobody is left who could tell the destination that the guest stays here.
-        self.source.may_leave_in_doubt |= self.vmm.word != 1;
         self.close_source_link();
         self.soon(50_000, Event::Vmm(VmmStep::ServerGone));
         let incarnation = self.source.incarnation;
@@ -491,8 +489,21 @@ impl<L: Ledger> World<L> {
     }
 
     fn restart(&mut self) {
-        if self.vmm.word != 1 {
-            return;
+        let (incarnation, limits) = (self.source.incarnation, self.limits);
+        match self.vmm.word {
+            // The VMM has not noticed yet.
+            0 => {
+                let step = SourceStep::Restart;
+                return self.soon(100_000, Event::Source { incarnation, step });
+            }
+            1 => {}
+            _ => {
+                let epoch = self.source.stored_epoch;
+                let session = SourceSession::recover_aborted(SESSION, epoch, limits, self.now);
+                self.mark("restart after an abort".into());
+                self.source.session = Some(session);
+                return self.perform_source_actions();
+            }
         }
         if self.source.released {
             // All was done but the report: there is nothing to recover.
@@ -508,7 +519,7 @@ impl<L: Ledger> World<L> {
         self.mark("restart".into());
         self.source.ledger = Arc::new(L::new(self.pages));
         self.source.policy = self.source.policy_kind.build(PolicyConfig::new(self.pages));
-        let (pages, limits) = (self.pages, self.limits);
+        let pages = self.pages;
         let session = SourceSession::recover(record, epoch, pages, limits, self.now);
         self.source.session = Some(session);
         self.perform_source_actions();

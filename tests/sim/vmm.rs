@@ -4,7 +4,6 @@ use crate::ledgers::Ledger;
 use crate::network::Side;
 use crate::source_side::SourceStep;
 use crate::world::{Event, Sabotage, World};
-use postcopy::proto::source::Outcome;
 
 #[derive(Debug, Default)]
 pub struct Vmm {
@@ -46,13 +45,7 @@ impl<L: Ledger> World<L> {
             }
             VmmStep::Resume | VmmStep::TakeBack if !self.vmm.paused => {}
             VmmStep::Resume | VmmStep::TakeBack => self.take_back(),
-            VmmStep::ServerGone => {
-                self.take_back();
-                if self.vmm.word != 1 && self.checker.outcome(Side::Source).is_none() {
-                    let why = "the fault-server died".into();
-                    self.checker.ends(Side::Source, Outcome::Aborted(why));
-                }
-            }
+            VmmStep::ServerGone => self.take_back(),
         }
     }
 
