@@ -218,6 +218,8 @@ struct Driver {
     full: (UnboundedSender<()>, UnboundedReceiver<()>),
     next_progress: Duration,
     workload_ended: bool,
+    /// The vCPUs were told to run.
+    started: bool,
     outcome: Option<Outcome>,
     facts: destination_report::Facts,
 }
@@ -267,6 +269,7 @@ impl Driver {
             full: unbounded_channel(),
             next_progress: Duration::ZERO,
             workload_ended: false,
+            started: false,
             outcome: None,
             facts: destination_report::Facts::default(),
         })
@@ -434,7 +437,10 @@ impl Driver {
                 self.facts.switchover_bytes = state.len() as u64;
                 self.guest.tell(GuestCommand::Restore(state));
             }
-            DestinationAction::RunGuest => self.guest.tell(GuestCommand::Run),
+            DestinationAction::RunGuest => {
+                self.started = true;
+                self.guest.tell(GuestCommand::Run);
+            }
             DestinationAction::SendPlaced => self.send_placed().await,
             DestinationAction::Unregister => self.unregister(),
             DestinationAction::MakeReport => self.guest.tell(GuestCommand::Figures),
@@ -622,7 +628,10 @@ impl Driver {
             last_words(&mut link.control, &link.connection).await;
             link.connection.close(CLOSE_DONE.into(), b"done");
         }
-        if outcome != Outcome::Completed {
+        // A guest that may be running must stay trapped: without the trap its missing pages
+        // would read as zero, and it would go on with wrong memory. It stands still instead.
+        let may_run = self.started && outcome != Outcome::Completed;
+        if !may_run && outcome != Outcome::Completed {
             // Nobody may wait for a page that will not come.
             self.unregister();
         }

@@ -13,6 +13,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// How long the VMM may take to come back from its last call.
+const END_MAX: Duration = Duration::from_secs(30);
 /// How often the guest's steps are looked at.
 const SAMPLE_EVERY: Duration = Duration::from_millis(5);
 /// The most samples kept; then every second one goes and they are taken half as often.
@@ -99,9 +101,18 @@ impl GuestThread {
         let _ = self.commands.send(command);
     }
 
-    /// Lets it end and takes the VMM back; `None` if the thread panicked.
+    /// Lets it end and takes the VMM back; `None` if the thread panicked, or waits in
+    /// the VMM for a page that does not come.
     pub fn end(self) -> Option<Box<dyn DestinationVm>> {
         drop(self.commands);
+        let asked = Instant::now();
+        while !self.thread.is_finished() {
+            if asked.elapsed() > END_MAX {
+                tracing::error!("the VMM does not answer; it is left behind");
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.thread.join().ok()
     }
 }

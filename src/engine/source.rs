@@ -187,6 +187,7 @@ struct Driver {
     guest_thread: Option<std::thread::JoinHandle<()>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    dial: Option<tokio::task::JoinHandle<()>>,
     captured: Option<Captured>,
     watch: Box<dyn FnMut(Progress) + Send>,
     settled: u64,
@@ -256,6 +257,7 @@ impl Driver {
             guest_thread: Some(guest_thread),
             push_lanes: Vec::new(),
             link: None,
+            dial: None,
             captured: None,
             watch,
             settled: 0,
@@ -424,7 +426,7 @@ impl Driver {
         self.drop_link("a new link is made");
         let (config, input) = (self.config.clone(), self.input.clone());
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
-        tokio::task::spawn_local(async move {
+        let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
             let input_of = match source_link::dial(&config, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
@@ -432,6 +434,9 @@ impl Driver {
             };
             let _ = input.send(input_of);
         });
+        if let Some(replaced) = self.dial.replace(dial) {
+            replaced.abort();
+        }
     }
 
     fn drop_link(&mut self, why: &str) {
@@ -559,6 +564,12 @@ impl Driver {
     async fn end(mut self) -> SourceEnd {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
+        if let Some(dial) = self.dial.take() {
+            // It holds the push lanes' commands, and they end only without them: joined
+            // while it lives, they would never end.
+            dial.abort();
+            let _ = dial.await;
+        }
         if let Some(mut link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             // What was said last should still arrive; not everybody listens.
