@@ -1,6 +1,6 @@
 //! `postcopy demo`: the whole life of a migration on one machine, verified.
 
-use super::exit::Failure;
+use super::exit::{Failure, write_report};
 use super::guest_args::GuestArgs;
 use super::migrate::PolicyArgs;
 use super::units::{parse_rate, parse_share, parse_time};
@@ -100,20 +100,16 @@ impl Demo {
         report.verified = read_report(&from_destination)?.verified;
         report.guest.backing = self.backing.to_string();
         report.link.bandwidth_limit_bps = self.bandwidth;
-        if let Some(path) = &self.report {
-            report
-                .write(path)
-                .with_context(|| format!("cannot write the report {}", path.display()))?;
-        }
         self.say(&render(&report));
         let wrong = report.check();
-        if report.verified != Some(true) {
-            return Err(Failure::Wrong("the destination did not verify the guest".into()).into());
-        }
-        if !wrong.is_empty() {
-            return Err(Failure::Wrong(wrong.join("; ")).into());
-        }
-        Ok(())
+        let session = if report.verified != Some(true) {
+            Err(Failure::Wrong("the destination did not verify the guest".into()).into())
+        } else if !wrong.is_empty() {
+            Err(Failure::Wrong(wrong.join("; ")).into())
+        } else {
+            Ok(())
+        };
+        write_report(&report, self.report.as_deref(), session)
     }
 
     fn say(&self, line: &str) {

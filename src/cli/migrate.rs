@@ -1,6 +1,6 @@
 //! `postcopy migrate`: attach to a guest and move it.
 
-use super::exit::{Failure, Side};
+use super::exit::{Failure, Side, write_report};
 use super::units::parse_time;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -78,9 +78,8 @@ impl Migrate {
     /// Migrates.
     pub fn run(self) -> anyhow::Result<()> {
         let ticket = read_ticket(&self.ticket)?;
-        if ticket.looks_expired(SystemTime::now()) {
-            eprintln!("postcopy: by this host's clock the ticket has expired; trying it");
-        }
+        // The other host's clock decides; this one's only helps to explain a failure.
+        let looks_expired = ticket.looks_expired(SystemTime::now());
         let attached = Attached::connect(&self.control)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))?;
         let guest = attached.guest.clone();
@@ -117,20 +116,20 @@ impl Migrate {
                 elapsed: now.elapsed,
             });
         })?;
-        let wrong = end.report.check();
-        if let Some(path) = &self.report {
-            end.report
-                .write(path)
-                .with_context(|| format!("cannot write the report {}", path.display()))?;
-        }
         if !self.quiet {
             println!("{}", render(&end.report));
         }
-        Failure::of(&end.outcome, Side::Source)?;
-        if !wrong.is_empty() {
-            return Err(Failure::Wrong(wrong.join("; ")).into());
+        let mut session = Failure::of(&end.outcome, Side::Source);
+        if let Err(Failure::Aborted { why, .. }) = &mut session
+            && looks_expired
+        {
+            why.push_str(" (by this host's clock the ticket has expired)");
         }
-        Ok(())
+        let wrong = end.report.check();
+        if session.is_ok() && !wrong.is_empty() {
+            session = Err(Failure::Wrong(wrong.join("; ")));
+        }
+        write_report(&end.report, self.report.as_deref(), session.map_err(Into::into))
     }
 }
 

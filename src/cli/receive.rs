@@ -1,6 +1,6 @@
 //! `postcopy receive`: take a guest in.
 
-use super::exit::{Failure, Side};
+use super::exit::{Failure, Side, write_report};
 use super::units::parse_time;
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -87,8 +87,7 @@ impl Receive {
         let mut report = end.report;
         if let Err(failure) = Failure::of(&end.outcome, Side::Destination) {
             let report = whole_report(report, &end.outcome, None, self.backing);
-            self.write(&report)?;
-            return Err(failure.into());
+            return self.end(&report, Err(failure.into()));
         }
         let mut guest = guest.ok_or_else(|| anyhow!("the engine lost the guest"))?;
         self.say("the guest runs here with all its memory");
@@ -104,11 +103,10 @@ impl Receive {
         };
         report.verified = verified.as_ref().map(Result::is_ok);
         let report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
-        self.write(&report)?;
         if !self.quiet {
             println!("{}", render(&report));
         }
-        verified.unwrap_or(Ok(()))
+        self.end(&report, verified.unwrap_or(Ok(())))
     }
 
     fn say(&self, line: &str) {
@@ -163,9 +161,8 @@ impl Receive {
         }
     }
 
-    fn write(&self, report: &Report) -> anyhow::Result<()> {
-        let Some(path) = &self.report else { return Ok(()) };
-        report.write(path).with_context(|| format!("cannot write the report {}", path.display()))
+    fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
+        write_report(report, self.report.as_deref(), session)
     }
 }
 
