@@ -83,7 +83,9 @@ impl Migrate {
         }
         let attached = Attached::connect(&self.control)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))?;
-        let guest = attached.guest.clone();
+        let (guest, machine, ram) =
+            (attached.guest.clone(), attached.machine.clone(), attached.ram.clone());
+        let vmm = AttachedVmm::new(attached)?;
         let workload =
             serde_json::from_str::<postcopy::host::GuestDescription>(&guest.workload_json)
                 .ok()
@@ -96,7 +98,7 @@ impl Migrate {
             policy: self.policy.policy.kind(),
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
-            machine: attached.machine.clone(),
+            machine,
             guest: guest.workload_json.into_bytes(),
             vcpus: guest.vcpus as u16,
             guest_kind: guest.kind,
@@ -104,10 +106,10 @@ impl Migrate {
         };
         let mode = if self.quiet { ProgressMode::Quiet } else { ProgressMode::Auto };
         let mut display = Progress::new(mode);
-        let migration = Migration::new(config, attached.ram.clone());
+        let migration = Migration::new(config, ram);
         let canceller = migration.canceller();
         super::on_interrupt(move || canceller.cancel("interrupted by the user"));
-        let end = migration.run(Box::new(AttachedVmm::new(attached)), move |now| {
+        let end = migration.run(Box::new(vmm), move |now| {
             display.update(Snapshot {
                 phase: phase(now.state),
                 pages_done: now.settled,
