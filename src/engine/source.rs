@@ -1,6 +1,6 @@
 //! A migration as the source sees it.
 //!
-//! [`migrate`] blocks until the session is over. The session machine decides; this
+//! [`Migration::run`] blocks until the session is over. The session machine decides; this
 //! file does what it says, in the order in which a migration goes: connect, propose,
 //! pause, send the state, commit, serve and push, release.
 
