@@ -1,6 +1,6 @@
 //! The engine: threads and wiring around the pure core.
 //!
-//! [`source::migrate`] and [`destination::Receiver`] each drive one session machine:
+//! [`source::Migration`] and [`destination::Receiver`] each drive one session machine:
 //! what happens on links, in the kernel and in the guest goes in as events, what the
 //! machine wants done comes out as actions. The engine branches on no page's state;
 //! that is the ledgers' business.
