@@ -1,11 +1,11 @@
 //! `postcopy demo`: the whole life of a migration on one machine, verified.
 
-use super::exit::Failure;
 use super::guest_args::GuestArgs;
-use super::migrate::PolicyArgs;
-use super::units::{parse_rate, parse_share, parse_time};
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
+use postcopy::fault_server::arguments::PolicyArgs;
+use postcopy::program::exit::Failure;
+use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
 use postcopy::transport::Ticket;
@@ -84,7 +84,7 @@ impl Demo {
         let mut source = Process::start("fault server", |command| {
             command.arg("migrate").arg("--control").arg(&control);
             command.args(["--ticket", "-"]).arg("--report").arg(&from_source);
-            command.args(self.policy_arguments());
+            command.args(self.policy.to_arguments());
             if self.quiet {
                 command.arg("--quiet");
             }
@@ -120,20 +120,6 @@ impl Demo {
         if !self.quiet {
             println!("{}", line.trim_end());
         }
-    }
-
-    fn policy_arguments(&self) -> Vec<String> {
-        let policy = self.policy.policy.to_possible_value();
-        let policy = policy.map(|value| value.get_name().to_owned()).unwrap_or_default();
-        let mut arguments = vec!["--policy".to_owned(), policy];
-        if let Some(pivots) = self.policy.pivots {
-            arguments.extend(["--pivots".to_owned(), pivots.to_string()]);
-        }
-        if let Some(after) = self.policy.drain_after {
-            let after = humantime::format_duration(after).to_string();
-            arguments.extend(["--drain-after".to_owned(), after]);
-        }
-        arguments
     }
 
     /// Puts an emulated link between the two sides, if one was asked for.

@@ -148,6 +148,7 @@ impl Receiver {
     pub fn run(self, vm: Box<dyn DestinationVm>) -> Result<DestinationEnd, TransportError> {
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
+            super::hurry();
             async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
         })?
         .join()?

@@ -123,7 +123,10 @@ pub fn spawn(
     tell: impl Fn(GuestEvent) -> bool + Send + 'static,
 ) -> std::io::Result<GuestThread> {
     let (commands, receiver) = crossbeam_channel::unbounded();
-    let run = move || Worker { vm, tell, steps: None, ended: false }.run(&receiver);
+    let run = move || {
+        super::hurry();
+        Worker { vm, tell, steps: None, ended: false }.run(&receiver)
+    };
     let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;
     Ok(GuestThread { commands, thread })
 }

@@ -41,3 +41,11 @@ pub(crate) fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
     }
     line
 }
+
+/// Puts the calling thread ahead of ordinary ones, where that is allowed: between a
+/// vCPU that waits and its page there should be no queue for a core.
+fn hurry() {
+    if let Err(error) = crate::transport::thread::prefer_this_thread() {
+        tracing::debug!(%error, "no real-time priority for a thread that vCPUs wait for");
+    }
+}

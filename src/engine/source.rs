@@ -144,6 +144,7 @@ impl Migration {
             let drive = async move {
                 Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
             };
+            super::hurry();
             async move { local.run_until(drive).await }
         })?
         .join()?
@@ -649,6 +650,7 @@ fn spawn_guest(
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
+        super::hurry();
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {

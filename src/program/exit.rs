@@ -1,6 +1,10 @@
 //! Exit codes, and the one line that says why.
+//!
+//! 0 done; 1 failed before anything moved; 2 wrong arguments (clap's); 3 aborted, the
+//! guest runs on at the source; 4 lost after the commit; 5 the memory or the report is
+//! not what it should be.
 
-use postcopy::proto::source::Outcome;
+use crate::proto::source::Outcome;
 use std::process::ExitCode;
 
 /// A failure with an exit code of its own.
@@ -48,7 +52,8 @@ impl Failure {
         }
     }
 
-    fn code(&self) -> u8 {
+    /// Its exit code.
+    pub fn code(&self) -> u8 {
         match self {
             Failure::Aborted { .. } => 3,
             Failure::Lost(_) => 4,
@@ -69,8 +74,8 @@ impl Failure {
     }
 }
 
-/// Prints the error in one line and returns its exit code.
-pub fn report(error: &anyhow::Error) -> ExitCode {
+/// Prints the error of `program` in one line and returns its exit code.
+pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
         // Some errors already say what their cause says.
@@ -78,7 +83,25 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
         }
     }
-    eprintln!("postcopy: {line}");
+    eprintln!("{program}: {line}");
     let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
     ExitCode::from(code.map_or(1, Failure::code))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outcome_has_the_same_code_behind_a_process_boundary() {
+        let outcomes = [(Outcome::Aborted("x".into()), 3), (Outcome::Lost("x".into()), 4)];
+        for (outcome, code) in outcomes {
+            let failure = Failure::of(&outcome, Side::Source).unwrap_err();
+            assert_eq!(failure.code(), code);
+            let child = Failure::of_child(Some(i32::from(code)), "the child");
+            assert_eq!(child.downcast_ref::<Failure>().map(Failure::code), Some(code));
+        }
+        assert!(Failure::of(&Outcome::Completed, Side::Source).is_ok());
+        assert!(Failure::of_child(Some(1), "it").downcast_ref::<Failure>().is_none());
+    }
 }
