@@ -335,6 +335,11 @@ impl Driver {
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
                 self.link = Some(*link);
+                if self.machine.state() == SourceState::Connecting {
+                    // While the two sides agree, and not when the pause is asked for: it
+                    // waits for a step of each vCPU, which is no part of the downtime.
+                    self.command(GuestCommand::ResetInstruments);
+                }
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
             Input::Captured(captured) => {
@@ -392,10 +397,7 @@ impl Driver {
             SourceAction::DropLink(why) => self.drop_link(&why),
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            SourceAction::PauseGuest => {
-                self.command(GuestCommand::ResetInstruments);
-                self.command(GuestCommand::Pause);
-            }
+            SourceAction::PauseGuest => self.command(GuestCommand::Pause),
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
