@@ -97,6 +97,9 @@ pub struct SourceEnd {
     pub outcome: Outcome,
     /// The report, the destination's part included if it came.
     pub report: Report,
+    /// Set if the migration was aborted with the guest paused, and the guest does not
+    /// run on: why not.
+    pub stranded: Option<String>,
 }
 
 /// Asks a running migration to stop; only heard before the commit.
@@ -184,7 +187,7 @@ struct Driver {
     inputs: UnboundedReceiver<Input>,
     input: UnboundedSender<Input>,
     guest: crossbeam_channel::Sender<GuestCommand>,
-    guest_thread: Option<std::thread::JoinHandle<()>>,
+    guest_thread: Option<std::thread::JoinHandle<Option<String>>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
     dial: Option<tokio::task::JoinHandle<()>>,
@@ -586,9 +589,9 @@ impl Driver {
             }
         }
         drop(self.guest);
-        if let Some(thread) = self.guest_thread.take() {
-            let _ = thread.join();
-        }
+        let stranded = self.guest_thread.take().and_then(|thread| {
+            thread.join().unwrap_or_else(|_| Some("the thread that drives it panicked".into()))
+        });
         let report = source_report::report(&source_report::Facts {
             config: &self.config,
             machine: &self.machine,
@@ -598,7 +601,7 @@ impl Driver {
             observed: &self.figures,
             outcome: &outcome,
         });
-        SourceEnd { outcome, report }
+        SourceEnd { outcome, report, stranded }
     }
 }
 
@@ -644,15 +647,17 @@ fn scan_zeros(
     Ok(())
 }
 
-/// The thread on which the VMM is called: its calls may block.
+/// The thread on which the VMM is called: its calls may block. It ends with the reason
+/// why the guest could not be resumed, if it was to be and could not.
 fn spawn_guest(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
+) -> std::io::Result<std::thread::JoinHandle<Option<String>>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
         super::hurry();
+        let mut stranded = None;
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {
@@ -674,7 +679,7 @@ fn spawn_guest(
                 GuestCommand::Resume => match vm.resume() {
                     Ok(()) => continue,
                     Err(error) => {
-                        warn!(error = said(error), "the guest could not be resumed");
+                        stranded = Some(said(error));
                         continue;
                     }
                 },
@@ -686,9 +691,10 @@ fn spawn_guest(
                 }
             };
             if input.send(event).is_err() {
-                return;
+                break;
             }
         }
+        stranded
     };
     std::thread::Builder::new().name("guest".into()).spawn(run)
 }

@@ -6,6 +6,7 @@ use crate::program::exit::{Failure, Side, write_report};
 use crate::program::signals::on_interrupt;
 use crate::program::units::parse_time;
 use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::Outcome;
 use crate::report::schema::Report;
 use crate::transport::Ticket;
 use crate::transport::ticket::TICKET_BYTES_MAX;
@@ -97,6 +98,9 @@ impl ServeArgs {
         let end = server.run(watch)?;
         show(&end.report);
         let mut session = Failure::of(&end.outcome, Side::Source);
+        if let (Outcome::Aborted(why), Some(stranded)) = (&end.outcome, end.stranded) {
+            session = Err(Failure::Stranded { why: why.clone(), stranded });
+        }
         if let Err(Failure::Aborted { why, .. }) = &mut session
             && looks_expired
         {
