@@ -96,8 +96,7 @@ struct Pausable(GuestRam);
 
 impl AttachedVm for Pausable {
     fn describe(&self) -> Description {
-        let guest =
-            GuestInfo { kind: "none".into(), vcpus: 1, workload_json: "{}".into(), pid: 1 };
+        let guest = GuestInfo { kind: "none".into(), vcpus: 1, workload_json: "{}".into(), pid: 1 };
         Description { layout: self.0.layout().clone(), machine: "none".into(), guest }
     }
     fn memory(&self) -> BorrowedFd<'_> {

@@ -27,6 +27,17 @@ pub struct PushPlan {
     pub drain_after: Option<Duration>,
 }
 
+/// Why a fault server cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultServerError {
+    /// There is no VMM, or it does not hand its guest over.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The guest left before.
+    #[error(transparent)]
+    GivenAway(#[from] GivenAway),
+}
+
 /// A fault server that is attached to its guest and has not begun to move it.
 #[derive(Debug)]
 pub struct FaultServer {
@@ -34,23 +45,16 @@ pub struct FaultServer {
     migration: Migration,
 }
 
-/// Why there is no guest to move.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The VMM could not be attached to.
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-    /// The guest left in an earlier migration.
-    #[error(transparent)]
-    GivenAway(#[from] GivenAway),
-}
-
 impl FaultServer {
     /// Attaches to the VMM whose control socket is at `control`; the guest runs on.
     ///
     /// # Errors
-    /// As [`Attached::connect`] and [`AttachedVmm::new`].
-    pub fn attach(control: &Path, ticket: Ticket, plan: PushPlan) -> Result<Self, StartError> {
+    /// As [`Attached::connect`], and if the VMM's guest has left already.
+    pub fn attach(
+        control: &Path,
+        ticket: Ticket,
+        plan: PushPlan,
+    ) -> Result<Self, FaultServerError> {
         let attached = Attached::connect(control)?;
         let config = source_config(&attached, ticket, plan);
         let migration = Migration::new(config, attached.ram.clone());
