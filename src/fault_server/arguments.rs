@@ -106,6 +106,9 @@ impl ServeArgs {
         {
             why.push_str(" (by this host's clock the ticket has expired)");
         }
+        if session.is_ok() && !end.report.has_destination_part() {
+            eprintln!("{program}: the destination's part of the report did not come");
+        }
         let wrong = end.report.check();
         if session.is_ok() && !wrong.is_empty() {
             session = Err(Failure::Wrong(wrong.join("; ")));
