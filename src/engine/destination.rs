@@ -36,6 +36,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -161,7 +162,7 @@ impl Receiver {
 enum Input {
     Event(DestinationEvent),
     Linked(Box<NewLink>),
-    Heard { generation: u64, message: ToDestination },
+    Heard { generation: u64, message: ToDestination, _room: OwnedSemaphorePermit },
     LinkEnded { generation: u64, error: LaneError },
     PushEnded(LaneError),
     TrapsEnded(LaneError),
@@ -349,7 +350,7 @@ impl Driver {
             }
             Input::Event(event) => self.handle(event),
             Input::Linked(link) => self.linked(*link).await,
-            Input::Heard { generation, message } if generation == self.generation => {
+            Input::Heard { generation, message, _room } if generation == self.generation => {
                 let ping = matches!(message, ToDestination::Ping(_));
                 self.handle(DestinationEvent::Message(message));
                 if ping && self.state() == Some(DestinationState::Running) {
@@ -799,11 +800,13 @@ fn spawn_listener(
     input: UnboundedSender<Input>,
 ) -> AbortHandle {
     tokio::task::spawn_local(async move {
+        let ear = control::ear();
         let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
             let heard = control::hear(&mut control).await;
             match heard.and_then(|body| Ok(ToDestination::decode(&body)?)) {
                 Ok(message) => {
-                    if input.send(Input::Heard { generation, message }).is_err() {
+                    if input.send(Input::Heard { generation, message, _room }).is_err() {
                         return;
                     }
                 }

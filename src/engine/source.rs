@@ -27,6 +27,7 @@ use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, info_span, warn};
@@ -159,7 +160,7 @@ impl Migration {
 enum Input {
     Event(SourceEvent),
     Linked(Box<Link>),
-    Heard { epoch: u32, message: ToSource },
+    Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
 }
@@ -363,7 +364,7 @@ impl Driver {
                 self.captured = Some(captured);
                 self.machine.handle(now, SourceEvent::Paused);
             }
-            Input::Heard { epoch, message } if epoch == self.machine.epoch() => {
+            Input::Heard { epoch, message, _room } if epoch == self.machine.epoch() => {
                 self.heard(now, message);
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
@@ -633,12 +634,14 @@ impl Driver {
 
 fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
     tokio::task::spawn_local(async move {
+        let ear = control::ear();
         let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
             let heard = control::hear(&mut control).await;
             let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
             match decoded {
                 Ok(message) => {
-                    if input.send(Input::Heard { epoch, message }).is_err() {
+                    if input.send(Input::Heard { epoch, message, _room }).is_err() {
                         return;
                     }
                 }
