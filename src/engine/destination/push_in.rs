@@ -8,7 +8,7 @@ use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
 use quinn::Connection;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
@@ -26,7 +26,6 @@ pub struct PushGate {
     links: Mutex<HashMap<u8, Connection>>,
     /// Bytes in UDP datagrams received and sent, of links that were replaced.
     replaced: [AtomicU64; 2],
-    failed: AtomicBool,
 }
 
 impl Default for PushGate {
@@ -37,7 +36,6 @@ impl Default for PushGate {
             pushed_bytes: AtomicU64::new(0),
             links: Mutex::default(),
             replaced: Default::default(),
-            failed: AtomicBool::new(false),
         }
     }
 }
@@ -95,9 +93,7 @@ pub async fn receive_lane(
             }
             error = receive => {
                 link = None;
-                if !gate.failed.swap(matches!(error, LaneError::Local(_)), Ordering::Relaxed) {
-                    ended(error);
-                }
+                ended(error);
             }
         }
     }

@@ -21,10 +21,11 @@ pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
+) -> std::io::Result<std::thread::JoinHandle<Option<String>>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
         crate::engine::hurry();
+        let mut stranded = None;
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {
@@ -46,7 +47,7 @@ pub fn spawn(
                 GuestCommand::Resume => match vm.resume() {
                     Ok(()) => continue,
                     Err(error) => {
-                        warn!(error = said(error), "the guest could not be resumed");
+                        stranded = Some(said(error));
                         continue;
                     }
                 },
@@ -58,9 +59,10 @@ pub fn spawn(
                 }
             };
             if input.send(event).is_err() {
-                return;
+                break;
             }
         }
+        stranded
     };
     std::thread::Builder::new().name("guest".into()).spawn(run)
 }

@@ -74,6 +74,9 @@ pub struct SourceEnd {
     pub outcome: Outcome,
     /// The report, the destination's part included if it came.
     pub report: Report,
+    /// Set if the migration was aborted with the guest paused, and the guest does not
+    /// run on: why not.
+    pub stranded: Option<String>,
 }
 
 /// Asks a running migration to stop; only heard before the commit.
