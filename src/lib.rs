@@ -7,9 +7,13 @@ pub mod checker;
 #[cfg(feature = "io")]
 pub mod engine;
 #[cfg(feature = "io")]
+pub mod fault_server;
+#[cfg(feature = "io")]
 pub mod host;
 #[cfg(feature = "io")]
 pub mod memory;
+#[cfg(feature = "io")]
+pub mod program;
 pub mod proto;
 #[cfg(feature = "io")]
 pub mod report;

@@ -1,2 +1,53 @@
-//! `fault-server`: serves a guest's memory from the source host.
-fn main() {}
+//! `fault-server`: attaches to a VMM's guest and serves its memory to a destination
+//! until the destination has it all. For scripts and supervisors: one status line a
+//! second on standard output, nothing that redraws; exit codes as of `postcopy migrate`.
+
+mod status;
+
+use clap::Parser;
+use postcopy::fault_server::arguments::ServeArgs;
+use postcopy::program::{exit, signals};
+use status::{Format, Status};
+use std::process::ExitCode;
+
+/// Serves a guest's memory from the source host of a post-copy migration.
+///
+/// Attaches to the VMM behind a control socket, has it pause its guest, sends the
+/// machine state to the destination that printed the ticket, and answers that
+/// destination's page faults until it has every page. The VMM may end before that.
+///
+/// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
+/// migration was aborted and the guest runs on in its VMM; 4 the link was lost after
+/// the commit and did not come back; 5 the report does not add up; 6 done, but the report
+/// could not be written.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(flatten)]
+    serve: ServeArgs,
+    /// What a status line is made of.
+    #[arg(long, value_enum, default_value = "text")]
+    status: Format,
+    /// What to log to standard error, as a tracing filter such as `info` or
+    /// `postcopy::engine=debug`.
+    #[arg(long, env = "POSTCOPY_LOG", default_value = "warn", value_name = "FILTER")]
+    log: String,
+    /// End as soon as the parent process does.
+    #[arg(long, hide = true)]
+    die_with_parent: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    signals::log_to_stderr("fault-server", &arguments.log);
+    if arguments.die_with_parent {
+        signals::die_with_parent();
+    }
+    let format = arguments.status;
+    let mut status = Status::new(format);
+    let watch = move |now| status.update(now);
+    match arguments.serve.run("fault-server", watch, |report| status::end(format, report)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit::report("fault-server", &error),
+    }
+}

@@ -1,9 +1,9 @@
 //! `postcopy check`: the independent checker as a program of its own.
 
-use super::exit::Failure;
 use anyhow::Context;
 use clap::Args;
 use postcopy::checker::{CheckParams, CheckPattern, check};
+use postcopy::program::exit::Failure;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;

@@ -1,11 +1,11 @@
 //! `postcopy demo`: the whole life of a migration on one machine, verified.
 
-use super::exit::{Failure, write_report};
 use super::guest_args::GuestArgs;
-use super::migrate::PolicyArgs;
-use super::units::{parse_rate, parse_share, parse_time};
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
+use postcopy::fault_server::arguments::PolicyArgs;
+use postcopy::program::exit::{Failure, write_report};
+use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
 use postcopy::transport::Ticket;
@@ -84,7 +84,7 @@ impl Demo {
         let mut source = Process::start("fault server", |command| {
             command.arg("migrate").arg("--control").arg(&control);
             command.args(["--ticket", "-"]).arg("--report").arg(&from_source);
-            command.args(self.policy_arguments());
+            command.args(self.policy.to_arguments());
             if self.quiet {
                 command.arg("--quiet");
             }
@@ -101,35 +101,21 @@ impl Demo {
         report.guest.backing = self.backing.to_string();
         report.link.bandwidth_limit_bps = self.bandwidth;
         self.say(&render(&report));
-        let wrong = report.check();
-        let session = if report.verified != Some(true) {
-            Err(Failure::Wrong("the destination did not verify the guest".into()).into())
-        } else if !wrong.is_empty() {
-            Err(Failure::Wrong(wrong.join("; ")).into())
-        } else {
-            Ok(())
+        let mut wrong = report.check();
+        if report.verified != Some(true) {
+            wrong.insert(0, "the destination did not verify the guest".into());
+        }
+        let session = match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Wrong(wrong.join("; ")).into()),
         };
-        write_report(&report, self.report.as_deref(), session)
+        write_report("postcopy", &report, self.report.as_deref(), session)
     }
 
     fn say(&self, line: &str) {
         if !self.quiet {
             println!("{}", line.trim_end());
         }
-    }
-
-    fn policy_arguments(&self) -> Vec<String> {
-        let policy = self.policy.policy.to_possible_value();
-        let policy = policy.map(|value| value.get_name().to_owned()).unwrap_or_default();
-        let mut arguments = vec!["--policy".to_owned(), policy];
-        if let Some(pivots) = self.policy.pivots {
-            arguments.extend(["--pivots".to_owned(), pivots.to_string()]);
-        }
-        if let Some(after) = self.policy.drain_after {
-            let after = humantime::format_duration(after).to_string();
-            arguments.extend(["--drain-after".to_owned(), after]);
-        }
-        arguments
     }
 
     /// Puts an emulated link between the two sides, if one was asked for.

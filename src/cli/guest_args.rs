@@ -1,11 +1,11 @@
 //! The arguments that describe a guest, and the guest made of them.
 
-use super::units::parse_memory;
 use anyhow::Context;
 use clap::Args;
 use postcopy::host::new_guest;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
+use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
 use postcopy::vmm::guest::{Guest, GuestKind};

@@ -2,16 +2,14 @@
 
 mod check;
 mod demo;
-mod exit;
 mod guest_args;
 mod migrate;
 mod receive;
 mod run;
-mod units;
 
 use clap::{Parser, Subcommand};
+use postcopy::program::{exit, signals};
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 /// Post-copy live migration of virtual machines.
 ///
@@ -55,16 +53,9 @@ enum Command {
 
 /// Runs the command and says how it went.
 pub fn run(arguments: Arguments) -> ExitCode {
-    let filter = EnvFilter::try_new(&arguments.log).unwrap_or_else(|error| {
-        eprintln!("postcopy: --log: {error}; logging warnings");
-        EnvFilter::new("warn")
-    });
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    signals::log_to_stderr("postcopy", &arguments.log);
     if arguments.die_with_parent {
-        let kill = nix::sys::signal::Signal::SIGKILL;
-        if let Err(error) = nix::sys::prctl::set_pdeathsig(kill) {
-            tracing::warn!(%error, "this process may outlive its parent");
-        }
+        signals::die_with_parent();
     }
     let done = match arguments.command {
         Command::Demo(demo) => demo.run(),
@@ -75,22 +66,6 @@ pub fn run(arguments: Arguments) -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::report(&error),
-    }
-}
-
-/// Calls `stop` on the first SIGINT or SIGTERM; a second one ends the process at once.
-fn on_interrupt(stop: impl Fn() + Send + 'static) {
-    let mut asked = false;
-    let handler = move || {
-        if std::mem::replace(&mut asked, true) {
-            eprintln!("postcopy: interrupted twice");
-            std::process::exit(130);
-        }
-        eprintln!("postcopy: interrupted; a migration is only stopped before its commit");
-        stop();
-    };
-    if let Err(error) = ctrlc::set_handler(handler) {
-        tracing::warn!(%error, "interrupts are not handled");
+        Err(error) => exit::report("postcopy", &error),
     }
 }

@@ -1,12 +1,13 @@
 //! `postcopy receive`: take a guest in.
 
-use super::exit::{Failure, Side, write_report};
-use super::units::parse_time;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use postcopy::engine::destination::{DestinationConfig, Receiver};
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
+use postcopy::program::exit::{Failure, Side, write_report};
+use postcopy::program::signals::on_interrupt;
+use postcopy::program::units::parse_time;
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::report::human::render;
@@ -77,7 +78,7 @@ impl Receive {
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
-        super::on_interrupt(move || {
+        on_interrupt("postcopy", move || {
             seen.store(true, Ordering::SeqCst);
             canceller.cancel("interrupted by the user");
         });
@@ -162,7 +163,7 @@ impl Receive {
     }
 
     fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
-        write_report(report, self.report.as_deref(), session)
+        write_report("postcopy", report, self.report.as_deref(), session)
     }
 }
 

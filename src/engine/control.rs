@@ -20,7 +20,7 @@ pub async fn say<M: Serialize>(stream: &mut SendStream, message: &M) -> Result<(
     stream
         .write_chunk(message::encode(message).into())
         .await
-        .map_err(|error| ControlError::Link(error.to_string()))
+        .map_err(|error| ControlError::Link(super::link_words(error)))
 }
 
 /// Receives one message's body.
@@ -29,7 +29,7 @@ pub async fn hear(stream: &mut RecvStream) -> Result<Vec<u8>, ControlError> {
         quinn::ReadExactError::FinishedEarly(_) => {
             ControlError::Link("the peer ended the control stream".into())
         }
-        quinn::ReadExactError::ReadError(error) => ControlError::Link(error.to_string()),
+        quinn::ReadExactError::ReadError(error) => ControlError::Link(super::link_words(error)),
     };
     let mut prefix = [0; 4];
     stream.read_exact(&mut prefix).await.map_err(link)?;

@@ -148,6 +148,7 @@ impl Receiver {
     pub fn run(self, vm: Box<dyn DestinationVm>) -> Result<DestinationEnd, TransportError> {
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
+            super::hurry();
             async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
         })?
         .join()?
@@ -217,6 +218,8 @@ struct Driver {
     full: (UnboundedSender<()>, UnboundedReceiver<()>),
     next_progress: Duration,
     workload_ended: bool,
+    /// The vCPUs were told to run.
+    started: bool,
     outcome: Option<Outcome>,
     facts: destination_report::Facts,
 }
@@ -266,6 +269,7 @@ impl Driver {
             full: unbounded_channel(),
             next_progress: Duration::ZERO,
             workload_ended: false,
+            started: false,
             outcome: None,
             facts: destination_report::Facts::default(),
         })
@@ -433,7 +437,10 @@ impl Driver {
                 self.facts.switchover_bytes = state.len() as u64;
                 self.guest.tell(GuestCommand::Restore(state));
             }
-            DestinationAction::RunGuest => self.guest.tell(GuestCommand::Run),
+            DestinationAction::RunGuest => {
+                self.started = true;
+                self.guest.tell(GuestCommand::Run);
+            }
             DestinationAction::SendPlaced => self.send_placed().await,
             DestinationAction::Unregister => self.unregister(),
             DestinationAction::MakeReport => self.guest.tell(GuestCommand::Figures),
@@ -485,6 +492,8 @@ impl Driver {
         if shell.machine != hello.machine {
             let field = "the machine configuration";
             let mismatch = Mismatch::new(field, &hello.machine, &shell.machine);
+            // No vCPU of it ever ran: its memory can go as it is.
+            let _ = shell.placer.unregister();
             return self.handle(DestinationEvent::Refused(mismatch));
         }
         let Shell { ram, trap, placer, threads, .. } = shell;
@@ -591,10 +600,9 @@ impl Driver {
     }
 
     fn unregister(&mut self) {
-        if let Some(installer) = &self.installer {
-            if let Err(error) = installer.placer.unregister() {
-                warn!(%error, "the guest's memory is still trapped");
-            }
+        let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
+        if let Some(Err(error)) = unregistered {
+            warn!(%error, "the guest's memory is still trapped");
         }
         if let Some(task) = self.trap_task.take() {
             task.abort();
@@ -622,7 +630,10 @@ impl Driver {
             last_words(&mut link.control, &link.connection).await;
             link.connection.close(CLOSE_DONE.into(), b"done");
         }
-        if outcome != Outcome::Completed {
+        // A guest that may be running must stay trapped: without the trap its missing pages
+        // would read as zero, and it would go on with wrong memory. It stands still instead.
+        let may_run = self.started && outcome != Outcome::Completed;
+        if !may_run && outcome != Outcome::Completed {
             // Nobody may wait for a page that will not come.
             self.unregister();
         }
@@ -658,7 +669,7 @@ impl DemandLanes {
     }
 
     async fn serve(&self, outgoing: Vec<UnboundedReceiver<PageRequest>>) -> Result<(), LaneError> {
-        let lost = |error: quinn::ConnectionError| LaneError::Link(error.to_string());
+        let lost = |error: quinn::ConnectionError| LaneError::Link(super::link_words(error));
         let mut serving = tokio::task::JoinSet::new();
         let mut seeds = self.connection.accept_uni().await.map_err(lost)?;
         greeted(&mut seeds).await?;
@@ -708,7 +719,7 @@ async fn send_requests(
         stream
             .write_all(&request.encode())
             .await
-            .map_err(|error| LaneError::Link(error.to_string()))?;
+            .map_err(|error| LaneError::Link(super::link_words(error)))?;
     }
     Ok(())
 }
@@ -716,7 +727,10 @@ async fn send_requests(
 /// Reads the index that a stream begins with.
 async fn greeted(stream: &mut RecvStream) -> Result<u16, LaneError> {
     let mut index = [0; 2];
-    stream.read_exact(&mut index).await.map_err(|error| LaneError::Link(error.to_string()))?;
+    stream
+        .read_exact(&mut index)
+        .await
+        .map_err(|error| LaneError::Link(super::link_words(error)))?;
     Ok(u16::from_le_bytes(index))
 }
 
@@ -750,7 +764,7 @@ async fn first_message(
 ) -> Result<(SendStream, RecvStream, Result<ToDestination, Mismatch>), ControlError> {
     let opened = connection.accept_bi().await;
     let (control, mut control_in) =
-        opened.map_err(|error| ControlError::Link(error.to_string()))?;
+        opened.map_err(|error| ControlError::Link(super::link_words(error)))?;
     let body = control::hear(&mut control_in).await?;
     let first = ToDestination::decode_first(&body)?;
     Ok((control, control_in, first))

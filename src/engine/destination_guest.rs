@@ -13,6 +13,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// How long the VMM may take to come back from its last call.
+const END_MAX: Duration = Duration::from_secs(30);
 /// How often the guest's steps are looked at.
 const SAMPLE_EVERY: Duration = Duration::from_millis(5);
 /// The most samples kept; then every second one goes and they are taken half as often.
@@ -99,9 +101,18 @@ impl GuestThread {
         let _ = self.commands.send(command);
     }
 
-    /// Lets it end and takes the VMM back; `None` if the thread panicked.
+    /// Lets it end and takes the VMM back; `None` if the thread panicked, or waits in
+    /// the VMM for a page that does not come.
     pub fn end(self) -> Option<Box<dyn DestinationVm>> {
         drop(self.commands);
+        let asked = Instant::now();
+        while !self.thread.is_finished() {
+            if asked.elapsed() > END_MAX {
+                tracing::error!("the VMM does not answer; it is left behind");
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.thread.join().ok()
     }
 }
@@ -112,7 +123,10 @@ pub fn spawn(
     tell: impl Fn(GuestEvent) -> bool + Send + 'static,
 ) -> std::io::Result<GuestThread> {
     let (commands, receiver) = crossbeam_channel::unbounded();
-    let run = move || Worker { vm, tell, steps: None, ended: false }.run(&receiver);
+    let run = move || {
+        super::hurry();
+        Worker { vm, tell, steps: None, ended: false }.run(&receiver)
+    };
     let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;
     Ok(GuestThread { commands, thread })
 }
@@ -191,7 +205,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         // touches the mapping.
         let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
             .map_err(|error| cannot("memory traps", error_chain(&error)))?;
-        let machine = self.vm.prepare(hello, ram.clone())?;
+        let machine = self.vm.prepare(hello, ram.clone()).inspect_err(|_| {
+            // No vCPU of it ever ran: its memory can go as it is.
+            let _ = placer.unregister();
+        })?;
         Ok(Shell { ram, trap, placer, threads: self.vm.vcpu_threads(), machine })
     }
 

@@ -29,6 +29,14 @@ mod source_report;
 pub mod trap_loop;
 pub mod vm;
 
+/// Why a link ended, in the words of whoever ended it.
+pub(crate) fn link_words(error: impl Into<crate::transport::TransportError>) -> String {
+    match error.into() {
+        crate::transport::TransportError::LinkLost { detail } => detail,
+        error => error.to_string(),
+    }
+}
+
 /// An error and its causes in one line.
 pub(crate) fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
@@ -40,4 +48,12 @@ pub(crate) fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
         }
     }
     line
+}
+
+/// Puts the calling thread ahead of ordinary ones, where that is allowed: between a
+/// vCPU that waits and its page there should be no queue for a core.
+fn hurry() {
+    if let Err(error) = crate::transport::thread::prefer_this_thread() {
+        tracing::debug!(%error, "no real-time priority for a thread that vCPUs wait for");
+    }
 }

@@ -54,7 +54,7 @@ impl PushShared {
             } else {
                 let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
                 if let Some(error) = connection.close_reason() {
-                    return Err(LaneError::Link(error.to_string()));
+                    return Err(LaneError::Link(super::link_words(error)));
                 }
             }
         }
@@ -90,7 +90,10 @@ impl PushShared {
         // Another lane or a request may have been faster; then the policy is asked anew.
         let Some(claim) = self.source.ledger.claim_within(suggestion.run) else { return Ok(()) };
         let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
-        stream.write_all_chunks(&mut frame).await.map_err(|e| LaneError::Link(e.to_string()))?;
+        stream
+            .write_all_chunks(&mut frame)
+            .await
+            .map_err(|e| LaneError::Link(super::link_words(e)))?;
         self.source.sent(claim, PageKind::Raw, origin);
         Ok(())
     }
@@ -107,7 +110,7 @@ impl PushShared {
             stream
                 .write_all_chunks(&mut frame)
                 .await
-                .map_err(|e| LaneError::Link(e.to_string()))?;
+                .map_err(|e| LaneError::Link(super::link_words(e)))?;
             self.source.sent(claim, kind, Origin::Push);
         }
         Ok(())

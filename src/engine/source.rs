@@ -144,6 +144,7 @@ impl Migration {
             let drive = async move {
                 Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
             };
+            super::hurry();
             async move { local.run_until(drive).await }
         })?
         .join()?
@@ -186,6 +187,7 @@ struct Driver {
     guest_thread: Option<std::thread::JoinHandle<()>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    dial: Option<tokio::task::JoinHandle<()>>,
     captured: Option<Captured>,
     watch: Box<dyn FnMut(Progress) + Send>,
     settled: u64,
@@ -255,6 +257,7 @@ impl Driver {
             guest_thread: Some(guest_thread),
             push_lanes: Vec::new(),
             link: None,
+            dial: None,
             captured: None,
             watch,
             settled: 0,
@@ -327,6 +330,10 @@ impl Driver {
                 if let Some(control) = link.control_in.take() {
                     spawn_listener(control, link.epoch, self.input.clone());
                 }
+                // The queue that push will build is not there yet.
+                let rtt_initial = Some(link.transport.connection.rtt());
+                let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
+                *lock(&self.push.pacer) = Pacer::new(config);
                 self.link = Some(*link);
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
@@ -419,7 +426,7 @@ impl Driver {
         self.drop_link("a new link is made");
         let (config, input) = (self.config.clone(), self.input.clone());
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
-        tokio::task::spawn_local(async move {
+        let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
             let input_of = match source_link::dial(&config, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
@@ -427,6 +434,9 @@ impl Driver {
             };
             let _ = input.send(input_of);
         });
+        if let Some(replaced) = self.dial.replace(dial) {
+            replaced.abort();
+        }
     }
 
     fn drop_link(&mut self, why: &str) {
@@ -475,7 +485,6 @@ impl Driver {
             }
         }
         self.machine.handle(self.now(), SourceEvent::StateSent);
-        self.spawn_zero_scan();
     }
 
     /// Looks for holes and zero pages while the guest is on its way: the set is only
@@ -501,6 +510,9 @@ impl Driver {
 
     fn start_push(&mut self) {
         self.pinging = true;
+        // Not earlier: it takes a core for a time that grows with the memory, which has
+        // no place in the blackout.
+        self.spawn_zero_scan();
         for lane in &self.push_lanes {
             let _ = lane.commands.send(PushCommand::Start { epoch: self.machine.epoch() });
         }
@@ -552,6 +564,12 @@ impl Driver {
     async fn end(mut self) -> SourceEnd {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
+        if let Some(dial) = self.dial.take() {
+            // It holds the push lanes' commands, and they end only without them: joined
+            // while it lives, they would never end.
+            dial.abort();
+            let _ = dial.await;
+        }
         if let Some(mut link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             // What was said last should still arrive; not everybody listens.
@@ -632,6 +650,7 @@ fn spawn_guest(
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
+        super::hurry();
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {

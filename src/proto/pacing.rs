@@ -54,7 +54,10 @@ const TARGET_MIN: Duration = Duration::from_millis(1);
 const TARGET_MAX: Duration = Duration::from_millis(5);
 /// What acknowledgements may be late by without any queue: the peer's ack delay
 /// and some scheduling.
-const ACK_DELAY: Duration = Duration::from_millis(2);
+const ACK_DELAY: Duration = Duration::from_millis(1);
+/// How far the window may be above what the rate and these times ask for, so that a rate
+/// that is still rising is found. What is beyond it is only waited for by faults.
+const SLACK: f64 = 1.25;
 /// What the base round trip is taken for before it is known.
 const RTT_UNKNOWN: Duration = Duration::from_millis(1);
 /// How long a base round trip is believed: one to two of these.
@@ -262,7 +265,7 @@ impl Pacer {
             let (base, target) = (self.base_rtt().as_secs_f64(), self.target().as_secs_f64());
             let least =
                 (rate * (base + target / 2.0)).max(self.rate.peak * PEAK_SHARE.as_secs_f64());
-            let most = 2.0 * rate * (base + target + ACK_DELAY.as_secs_f64());
+            let most = SLACK * rate * (base + target + ACK_DELAY.as_secs_f64());
             self.window = self.window.min(most).max(least);
         }
         let (min, max) = (self.config.window_min as f64, self.config.window_max as f64);

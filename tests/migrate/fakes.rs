@@ -1,6 +1,6 @@
 //! A source and a destination that say what the test wants, over the real transport.
 //!
-//! Each has a runtime of its own, driven from the test's thread, and a limit on every step.
+//! Each has a runtime of its own, and a limit on every step.
 
 use super::harness::SOON;
 use postcopy::host::GuestDescription;
@@ -20,7 +20,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
 
 fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().expect("a runtime")
+    // Its worker keeps the connections going while the test looks elsewhere.
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
 }
 
 /// Runs one step under a limit.
@@ -153,7 +154,7 @@ impl FakeSource {
     /// Goes away without a word, as a process that is killed or a host that loses power.
     pub fn vanish(self) {
         // What drives the connections stops first, so that no close is sent.
-        self.runtime.shutdown_background();
+        self.runtime.shutdown_timeout(SOON);
     }
 }
 
@@ -289,7 +290,7 @@ impl FakeDestination {
 
     /// Goes away without a word, as a process that is killed or a host that loses power.
     pub fn vanish(self) {
-        self.runtime.shutdown_background();
+        self.runtime.shutdown_timeout(SOON);
     }
 }
 

@@ -1,3 +1,5 @@
+//! Tests of the relay over real sockets.
+
 use super::*;
 use crate::transport::tests::Watchdog;
 use std::time::Instant;

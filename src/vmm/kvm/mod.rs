@@ -80,7 +80,11 @@ impl Phase {
     }
 }
 
-/// A virtual machine under KVM. Dropping it ends its threads.
+/// A virtual machine under KVM.
+///
+/// Dropping it ends its threads. Before that, memory registered with userfaultfd should
+/// be unregistered, or its faults be served by another thread than the one that drops:
+/// the kernel's own accesses to a missing page can be waited for, but not interrupted.
 pub struct KvmGuest {
     /// Before `machine`: the threads end while the memory slots stand.
     vcpus: Vec<Vcpu>,

@@ -149,6 +149,40 @@ fn a_guest_moves_with_its_pages_following_on_demand() {
 }
 
 #[test]
+fn a_guest_is_dropped_while_its_pages_are_missing() {
+    if !kvm() || !userfaultfd() {
+        return;
+    }
+    let _watchdog = watchdog(100);
+    for _ in 0..4 {
+        let workload = workload(Pattern::Random, 2, 0);
+        let mut source = KvmGuest::new(memory(flat()), workload.clone()).unwrap();
+        let state = source.capture().unwrap();
+        let ram = memory(flat());
+        let pager = Pager::start(Arc::clone(&ram), Arc::clone(source.ram()), None);
+        let mut target = KvmGuest::prepare(Arc::clone(&ram), workload).unwrap();
+        target.restore(&state).unwrap();
+        target.resume().unwrap();
+        while pager.served.load(Ordering::SeqCst) < 60 {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        pager.holding.store(true, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(5));
+        let (dropped, is_dropped) = channel();
+        let dropper = std::thread::spawn(move || {
+            drop(target);
+            let _ = dropped.send(());
+        });
+        let in_time = is_dropped.recv_timeout(Duration::from_secs(15));
+        // Whatever happened, the pages come now: a process that waits for them in the
+        // kernel could not even be killed.
+        pager.finish();
+        dropper.join().unwrap();
+        in_time.expect("drop waits for a missing page");
+    }
+}
+
+#[test]
 fn a_vcpu_that_waits_in_kvm_for_a_page_hangs_neither_pause_nor_drop() {
     if !kvm() || !userfaultfd() {
         return;
@@ -229,8 +263,9 @@ fn a_lost_page_ends_the_vcpu_and_not_the_process() {
         }
         let failure = target.failure().unwrap();
         assert!(ends.iter().any(|end| failure.contains(end)), "{failure}");
-        drop(target);
+        // First of all, so that nothing can wait for a page any more.
         uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+        drop(target);
         // SAFETY: nobody uses the memory now.
         unsafe {
             let start = ram.host_start().cast();

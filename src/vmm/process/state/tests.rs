@@ -1,3 +1,5 @@
+//! Tests of the process guest's machine state.
+
 use super::*;
 use crate::vmm::clock::GuestClock;
 use proptest::prelude::*;

@@ -1,8 +1,12 @@
 //! Exit codes, and the one line that says why.
+//!
+//! 0 done; 1 failed before anything moved; 2 wrong arguments (clap's); 3 aborted, the
+//! guest runs on at the source; 4 lost after the commit; 5 the memory or the report is
+//! not what it should be; 6 done, but the report could not be written.
 
-use postcopy::proto::message::printable;
-use postcopy::proto::source::Outcome;
-use postcopy::report::schema::Report;
+use crate::proto::message::printable;
+use crate::proto::source::Outcome;
+use crate::report::schema::Report;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -54,7 +58,8 @@ impl Failure {
         }
     }
 
-    fn code(&self) -> u8 {
+    /// Its exit code.
+    pub fn code(&self) -> u8 {
         match self {
             Failure::Aborted { .. } => 3,
             Failure::Lost(_) => 4,
@@ -77,9 +82,10 @@ impl Failure {
     }
 }
 
-/// Writes the report, if one was asked for. How the session went still comes last and
-/// decides the exit code: a report that cannot be written must not hide it.
+/// Writes the report as JSON, if that was asked for. How the session went still comes
+/// last and decides the exit code: a report that cannot be written must not hide it.
 pub fn write_report(
+    program: &str,
     report: &Report,
     path: Option<&Path>,
     session: anyhow::Result<()>,
@@ -90,14 +96,14 @@ pub fn write_report(
     match session {
         Ok(()) => Err(Failure::Unreported(why).into()),
         Err(failure) => {
-            eprintln!("postcopy: {}", printable(why));
+            eprintln!("{program}: {}", printable(why));
             Err(failure)
         }
     }
 }
 
-/// Prints the error in one line and returns its exit code.
-pub fn report(error: &anyhow::Error) -> ExitCode {
+/// Prints the error of `program` in one line and returns its exit code.
+pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
         // Some errors already say what their cause says.
@@ -105,8 +111,26 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
         }
     }
-    // Paths and arguments may hold anything; this is one line all the same.
-    eprintln!("postcopy: {}", printable(line));
+    // Paths, arguments and peers may hold anything; this is one line all the same.
+    eprintln!("{program}: {}", printable(line));
     let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
     ExitCode::from(code.map_or(1, Failure::code))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outcome_has_the_same_code_behind_a_process_boundary() {
+        let outcomes = [(Outcome::Aborted("x".into()), 3), (Outcome::Lost("x".into()), 4)];
+        for (outcome, code) in outcomes {
+            let failure = Failure::of(&outcome, Side::Source).unwrap_err();
+            assert_eq!(failure.code(), code);
+            let child = Failure::of_child(Some(i32::from(code)), "the child");
+            assert_eq!(child.downcast_ref::<Failure>().map(Failure::code), Some(code));
+        }
+        assert!(Failure::of(&Outcome::Completed, Side::Source).is_ok());
+        assert!(Failure::of_child(Some(1), "it").downcast_ref::<Failure>().is_none());
+    }
 }

@@ -1,0 +1,145 @@
+//! Status lines: how a migration stands, one line a second and one at each change of
+//! phase, as text or as JSON; and a last line that says how it ended.
+
+use clap::ValueEnum;
+use postcopy::engine::source::Progress;
+use postcopy::fault_server::phase;
+use postcopy::report::schema::Report;
+use std::io::Write;
+use std::time::Duration;
+
+/// Lines come no closer together than this, unless the phase changes.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a line is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people and logs.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The status of one migration.
+#[derive(Debug)]
+pub struct Status {
+    format: Format,
+    last: Option<(&'static str, Duration)>,
+}
+
+impl Status {
+    /// Nothing said yet.
+    pub fn new(format: Format) -> Self {
+        Self { format, last: None }
+    }
+
+    /// Prints a line if it is time to.
+    pub fn update(&mut self, now: Progress) {
+        if let Some(line) = self.line(now) {
+            print(&line);
+        }
+    }
+
+    fn line(&mut self, now: Progress) -> Option<String> {
+        let phase = phase(now.state);
+        let due = self
+            .last
+            .is_none_or(|(last, at)| last != phase || now.elapsed.saturating_sub(at) >= INTERVAL);
+        if !due {
+            return None;
+        }
+        self.last = Some((phase, now.elapsed));
+        Some(match self.format {
+            Format::Text => format!(
+                "{:.1} s {phase}: {} of {} pages, {} network faults, {} MiB of pages",
+                now.elapsed.as_secs_f64(),
+                now.settled,
+                now.pages,
+                now.network_faults,
+                now.wire_bytes >> 20,
+            ),
+            Format::Json => serde_json::json!({
+                "elapsed_us": now.elapsed.as_micros() as u64,
+                "phase": phase,
+                "pages_settled": now.settled,
+                "pages_total": now.pages,
+                "network_faults": now.network_faults,
+                "page_bytes": now.wire_bytes,
+            })
+            .to_string(),
+        })
+    }
+}
+
+/// Prints how the migration ended.
+pub fn end(format: Format, report: &Report) {
+    print(&end_line(format, report));
+}
+
+fn end_line(format: Format, report: &Report) -> String {
+    let outcome = serde_json::to_value(report.outcome).unwrap_or_default();
+    match format {
+        Format::Text => {
+            let outcome = outcome.as_str().unwrap_or("over");
+            let why = report.reason.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+            let downtime = report
+                .downtime_us
+                .map(|us| format!(", downtime {:.1} ms", us as f64 / 1000.0))
+                .unwrap_or_default();
+            format!("{outcome}{why}{downtime}")
+        }
+        Format::Json => serde_json::json!({
+            "outcome": outcome,
+            "reason": report.reason,
+            "downtime_us": report.downtime_us,
+            "total_us": report.total_us,
+        })
+        .to_string(),
+    }
+}
+
+fn print(line: &str) {
+    // A reader that went away must not end a migration.
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use postcopy::proto::source::SourceState;
+
+    fn at(millis: u64, state: SourceState) -> Progress {
+        Progress {
+            state,
+            settled: 3,
+            pages: 4,
+            network_faults: 2,
+            wire_bytes: 5 << 20,
+            elapsed: Duration::from_millis(millis),
+        }
+    }
+
+    #[test]
+    fn a_line_comes_each_second_and_at_each_change_of_phase() {
+        let mut status = Status::new(Format::Text);
+        assert!(status.line(at(0, SourceState::Connecting)).is_some());
+        assert!(status.line(at(10, SourceState::Negotiating)).is_none());
+        assert!(status.line(at(20, SourceState::Blackout)).is_some());
+        assert!(status.line(at(1019, SourceState::Committed)).is_none());
+        assert!(status.line(at(1020, SourceState::Committed)).is_some());
+        let line = status.line(at(2500, SourceState::Brownout)).unwrap();
+        let expected = "2.5 s target brownout: 3 of 4 pages, 2 network faults, 5 MiB of pages";
+        assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn a_json_line_is_an_object_with_units_in_its_names() {
+        let line = Status::new(Format::Json).line(at(2500, SourceState::Brownout)).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let expected = serde_json::json!({
+            "elapsed_us": 2_500_000, "phase": "target brownout", "pages_settled": 3,
+            "pages_total": 4, "network_faults": 2, "page_bytes": 5 << 20,
+        });
+        assert_eq!(value, expected);
+    }
+}

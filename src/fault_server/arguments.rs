@@ -1,0 +1,148 @@
+//! The command line of a fault server, and its run from arguments to exit.
+
+use super::{FaultServer, PushPlan};
+use crate::engine::source::Progress;
+use crate::program::exit::{Failure, Side, write_report};
+use crate::program::signals::on_interrupt;
+use crate::program::units::parse_time;
+use crate::proto::prepaging::PolicyKind;
+use crate::report::schema::Report;
+use crate::transport::Ticket;
+use crate::transport::ticket::TICKET_BYTES_MAX;
+use anyhow::Context;
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+/// Which guest goes where, and how.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The guest's control socket.
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+    /// The line that `postcopy receive` printed; `-` reads it from standard input, so
+    /// that other users of this host do not see it.
+    #[arg(long, value_name = "TICKET")]
+    ticket: String,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    /// Write the report as JSON.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+/// How pages are pushed.
+#[derive(Clone, Debug, Args)]
+pub struct PolicyArgs {
+    /// Which pages are pushed before they are asked for: none (demand-only), upward
+    /// from the last fault (linear), or around the last faults (bubbling).
+    #[arg(long, default_value_t, value_parser = policy_names(), value_name = "POLICY")]
+    pub policy: PolicyKind,
+    /// Pivots of the bubbling policy.
+    #[arg(long, value_name = "K")]
+    pub pivots: Option<usize>,
+    /// Push all that is left after the guest ran for so long at the destination;
+    /// without it the demand-only policy waits for the end of the workload.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    pub drain_after: Option<Duration>,
+}
+
+fn policy_names() -> impl TypedValueParser<Value = PolicyKind> {
+    PossibleValuesParser::new(PolicyKind::ALL.map(PolicyKind::name))
+        .try_map(|name| name.parse::<PolicyKind>())
+}
+
+impl PolicyArgs {
+    /// The same arguments for a child process.
+    pub fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["--policy".to_owned(), self.policy.to_string()];
+        if let Some(pivots) = self.pivots {
+            arguments.extend(["--pivots".to_owned(), pivots.to_string()]);
+        }
+        if let Some(after) = self.drain_after {
+            let after = humantime::format_duration(after).to_string();
+            arguments.extend(["--drain-after".to_owned(), after]);
+        }
+        arguments
+    }
+}
+
+impl ServeArgs {
+    /// Attaches, migrates, and writes the report if one was asked for; an interrupt
+    /// stops it before the commit. `watch` shows how it goes on, `show` the report.
+    ///
+    /// # Errors
+    /// A [`Failure`] if the migration did not complete or its report does not add up;
+    /// others if it could not begin.
+    pub fn run(
+        &self,
+        program: &'static str,
+        watch: impl FnMut(Progress) + Send + 'static,
+        show: impl FnOnce(&Report),
+    ) -> anyhow::Result<()> {
+        let ticket = read_ticket(&self.ticket)?;
+        let shown = ticket.clone();
+        let plan = PushPlan {
+            policy: self.policy.policy,
+            pivots: self.policy.pivots,
+            drain_after: self.policy.drain_after,
+        };
+        let server = FaultServer::attach(&self.control, ticket, plan)
+            .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))?;
+        let canceller = server.canceller();
+        on_interrupt(program, move || canceller.cancel("interrupted by the user"));
+        let end = server.run(watch)?;
+        show(&end.report);
+        let mut session = Failure::of(&end.outcome, Side::Source);
+        if let Err(Failure::Aborted { why, .. }) = &mut session
+            && shown.looks_expired(SystemTime::now())
+        {
+            // The other host's clock decided; this one's helps to explain.
+            why.push_str(" (by this host's clock the ticket has expired)");
+        }
+        let wrong = end.report.check();
+        if session.is_ok() && !wrong.is_empty() {
+            session = Err(Failure::Wrong(wrong.join("; ")));
+        }
+        write_report(program, &end.report, self.report.as_deref(), session.map_err(Into::into))
+    }
+}
+
+fn read_ticket(text: &str) -> anyhow::Result<Ticket> {
+    if text != "-" {
+        return Ok(text.trim().parse()?);
+    }
+    // A ticket is a line; whatever pours in here has a limit.
+    let limit = 4 * TICKET_BYTES_MAX as u64;
+    let mut line = String::new();
+    std::io::stdin().take(limit).read_to_string(&mut line).context("cannot read the ticket")?;
+    Ok(line.trim().parse()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        policy: PolicyArgs,
+    }
+
+    #[test]
+    fn every_policy_can_be_named_and_passed_on() {
+        for kind in PolicyKind::ALL {
+            let text = ["x", "--policy", kind.name(), "--pivots", "3", "--drain-after", "2s"];
+            let line = Line::try_parse_from(text).unwrap();
+            assert_eq!(line.policy.policy, kind);
+            let passed_on = [vec!["x".to_owned()], line.policy.to_arguments()].concat();
+            let again = Line::try_parse_from(passed_on).unwrap();
+            assert_eq!(format!("{again:?}"), format!("{line:?}"));
+        }
+        let error = Line::try_parse_from(["x", "--policy", "best"]).unwrap_err().to_string();
+        assert!(error.contains("bubbling"), "{error}");
+    }
+}

@@ -1,0 +1,117 @@
+//! The fault server: attach to a VMM's guest and move it, holding the guest's memory
+//! until the destination has it all, so that the VMM itself may go.
+//!
+//! [`FaultServer::attach`], then [`FaultServer::run`]. The `fault-server` program and
+//! `postcopy migrate` are this with a display; neither is needed to use it.
+
+pub mod arguments;
+
+use crate::attach::client::{AttachError, Attached};
+use crate::engine::attached::AttachedVmm;
+use crate::engine::source::{Canceller, Migration, Progress, SourceConfig, SourceEnd};
+use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::{SessionLimits, SourceState};
+use crate::transport::{LinkOptions, Ticket, TransportError};
+use std::path::Path;
+use std::time::Duration;
+
+/// Which pages are pushed, and when.
+#[derive(Clone, Debug, Default)]
+pub struct PushPlan {
+    /// The pre-paging policy.
+    pub policy: PolicyKind,
+    /// Pivots of the bubbling policy.
+    pub pivots: Option<usize>,
+    /// When to push all that is left, counted from the guest's first instruction at the
+    /// destination.
+    pub drain_after: Option<Duration>,
+}
+
+/// A fault server that is attached to its guest and has not begun to move it.
+#[derive(Debug)]
+pub struct FaultServer {
+    attached: Attached,
+    migration: Migration,
+}
+
+impl FaultServer {
+    /// Attaches to the VMM whose control socket is at `control`; the guest runs on.
+    ///
+    /// # Errors
+    /// As [`Attached::connect`].
+    pub fn attach(control: &Path, ticket: Ticket, plan: PushPlan) -> Result<Self, AttachError> {
+        let attached = Attached::connect(control)?;
+        let config = source_config(&attached, ticket, plan);
+        let migration = Migration::new(config, attached.ram.clone());
+        Ok(Self { attached, migration })
+    }
+
+    /// A handle that stops it, for as long as nothing is committed.
+    pub fn canceller(&self) -> Canceller {
+        self.migration.canceller()
+    }
+
+    /// Moves the guest. Blocks until the session is over; `watch` is called some times a
+    /// second.
+    ///
+    /// # Errors
+    /// As [`Migration::run`]: only if no thread could be made.
+    pub fn run(
+        self,
+        watch: impl FnMut(Progress) + Send + 'static,
+    ) -> Result<SourceEnd, TransportError> {
+        self.migration.run(Box::new(AttachedVmm::new(self.attached)), watch)
+    }
+}
+
+/// What the engine must know, from what the VMM says of its guest.
+fn source_config(attached: &Attached, ticket: Ticket, plan: PushPlan) -> SourceConfig {
+    let guest = attached.guest.clone();
+    SourceConfig {
+        ticket,
+        link: LinkOptions::default(),
+        limits: SessionLimits::default(),
+        policy: plan.policy,
+        pivots: plan.pivots,
+        drain_after: plan.drain_after,
+        machine: attached.machine.clone(),
+        workload: workload_name(&guest.workload_json),
+        guest: guest.workload_json.into_bytes(),
+        vcpus: guest.vcpus as u16,
+        guest_kind: guest.kind,
+    }
+}
+
+/// The name of the guest's workload, for the report, if its VMM gives it one.
+fn workload_name(description: &str) -> Option<String> {
+    let description: serde_json::Value = serde_json::from_str(description).ok()?;
+    Some(description.pointer("/workload/pattern")?.as_str()?.to_owned())
+}
+
+/// The phase that a state of the session belongs to, in the field's word.
+pub fn phase(state: SourceState) -> &'static str {
+    match state {
+        SourceState::Connecting | SourceState::Negotiating => "handshake",
+        SourceState::Pausing
+        | SourceState::Unpausing
+        | SourceState::Blackout
+        | SourceState::Committing
+        | SourceState::Committed => "blackout",
+        SourceState::Brownout => "target brownout",
+        SourceState::Releasing | SourceState::Over => "release",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_of_any_vmm_may_have_a_workload_without_a_name() {
+        let named = r#"{"kind":"kvm","workload":{"pattern":"random","seed":1}}"#;
+        assert_eq!(workload_name(named).as_deref(), Some("random"));
+        for other in ["", "not JSON", "{}", "[1]", r#"{"workload":{"pattern":7}}"#] {
+            assert_eq!(workload_name(other), None, "{other}");
+        }
+    }
+}

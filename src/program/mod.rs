@@ -1,0 +1,7 @@
+//! How a program of this crate behaves: [exit codes](exit), [arguments as people write
+//! them](units), its [log, and what an interrupt does](signals). `postcopy` and
+//! `fault-server` share it, so that scripts can treat both alike.
+
+pub mod exit;
+pub mod signals;
+pub mod units;
