@@ -172,7 +172,10 @@ mod source {
             ("said Placed, more to come", placed(5, false)),
             ("said Placed, last", placed(5, true)),
             ("said Placed, out of range", placed(PAGES, true)),
-            ("said Progress", said(ToSource::Progress { settled: 1, network_faults: 1 })),
+            (
+                "said Progress",
+                said(ToSource::Progress { settled: 1, network_faults: 1, pushed_bytes: 1 }),
+            ),
             ("said WorkloadEnded", said(ToSource::WorkloadEnded)),
             ("said Drained", drained()),
             ("said Report", said(ToSource::Report(vec![]))),

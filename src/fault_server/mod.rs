@@ -94,6 +94,7 @@ pub fn phase(state: SourceState) -> &'static str {
         SourceState::Connecting | SourceState::Negotiating => "handshake",
         SourceState::Pausing
         | SourceState::Unpausing
+        | SourceState::Retracting
         | SourceState::Blackout
         | SourceState::Committing
         | SourceState::Committed => "blackout",

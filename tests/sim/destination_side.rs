@@ -130,7 +130,8 @@ impl<L: Ledger> World<L> {
                 }
             }
             DestinationStep::Progress => {
-                let progress = ToSource::Progress { settled: 1, network_faults: 2 };
+                let progress =
+                    ToSource::Progress { settled: 1, network_faults: 2, pushed_bytes: 3 };
                 self.destination_says(&progress);
                 if self.destination.accepts() {
                     let step = DestinationStep::Progress;
