@@ -48,6 +48,8 @@ const PLACED_RUNS: usize = 16 << 10;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// QUIC error code for a ticket that has been used.
 const CLOSE_USED: u32 = 2;
+/// QUIC error code for a link that comes back too late.
+const CLOSE_STALE: u32 = 3;
 /// QUIC error code of an orderly end.
 const CLOSE_DONE: u32 = 0;
 /// How long a peer with a ticket may take to propose.
@@ -218,6 +220,7 @@ struct Driver {
     full: (UnboundedSender<()>, UnboundedReceiver<()>),
     next_progress: Duration,
     workload_ended: bool,
+    workload_end_told: bool,
     /// The vCPUs were told to run.
     started: bool,
     outcome: Option<Outcome>,
@@ -269,6 +272,7 @@ impl Driver {
             full: unbounded_channel(),
             next_progress: Duration::ZERO,
             workload_ended: false,
+            workload_end_told: false,
             started: false,
             outcome: None,
             facts: destination_report::Facts::default(),
@@ -284,6 +288,7 @@ impl Driver {
             if self.outcome.is_some() {
                 break;
             }
+            self.tell_workload_end().await;
             let wake = tokio::time::Instant::from_std(self.began + self.wake_at());
             tokio::select! {
                 biased;
@@ -374,7 +379,13 @@ impl Driver {
                 let machine = DestinationSession::new(self.config.limits, Duration::ZERO);
                 self.machine = Some(machine);
             }
-            (Ok(ToDestination::Reattach { .. }), Some(_)) => {
+            (Ok(ToDestination::Reattach { session, epoch, .. }), Some(_)) => {
+                let may = |machine: &DestinationSession| machine.may_reattach(*session, *epoch);
+                if !self.machine.as_ref().is_some_and(may) {
+                    // An attempt that comes late must not cost the link that stands.
+                    connection.close(CLOSE_STALE.into(), b"not a link to come back on");
+                    return;
+                }
                 if self.link.is_some() {
                     self.link_ended(LaneError::Link("the source made a new link".into()));
                 }
@@ -398,6 +409,8 @@ impl Driver {
         if let Ok(first) = first {
             self.handle(DestinationEvent::Message(first));
         }
+        // What was said on a link that is gone may not have arrived.
+        self.workload_end_told = false;
     }
 
     fn link_ended(&mut self, error: LaneError) {
@@ -457,6 +470,14 @@ impl Driver {
         }
     }
 
+    async fn tell_workload_end(&mut self) {
+        let running = self.state() == Some(DestinationState::Running) && self.link.is_some();
+        if self.workload_ended && running && !self.workload_end_told {
+            self.workload_end_told = true;
+            self.say(ToSource::WorkloadEnded).await;
+        }
+    }
+
     async fn guest_event(&mut self, event: GuestEvent) {
         match event {
             GuestEvent::Prepared(shell) => self.prepared(*shell),
@@ -480,10 +501,6 @@ impl Driver {
                 let report = self.report().to_json();
                 self.handle(DestinationEvent::ReportReady(report));
             }
-        }
-        if self.workload_ended && self.state() == Some(DestinationState::Running) {
-            self.workload_ended = false;
-            self.say(ToSource::WorkloadEnded).await;
         }
     }
 

@@ -23,11 +23,12 @@ use crate::proto::source::{
 };
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
-use quinn::RecvStream;
+use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::AbortHandle;
 use tracing::{debug, info, info_span, warn};
 
 /// How often the urgent lane is timed while pages are pushed.
@@ -175,6 +176,15 @@ struct PushLane {
     thread: LaneThread<()>,
 }
 
+/// A stream whose unsent bytes are forgotten with it: they lie in the guest's memory.
+struct ResetOnDrop(SendStream);
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.reset(CLOSE_DONE.into());
+    }
+}
+
 struct Driver {
     config: SourceConfig,
     machine: SourceSession,
@@ -187,6 +197,7 @@ struct Driver {
     guest_thread: Option<std::thread::JoinHandle<()>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    lane_tasks: Vec<AbortHandle>,
     dial: Option<tokio::task::JoinHandle<()>>,
     captured: Option<Captured>,
     watch: Box<dyn FnMut(Progress) + Send>,
@@ -257,6 +268,7 @@ impl Driver {
             guest_thread: Some(guest_thread),
             push_lanes: Vec::new(),
             link: None,
+            lane_tasks: Vec::new(),
             dial: None,
             captured: None,
             watch,
@@ -326,6 +338,8 @@ impl Driver {
         let now = self.now();
         match input {
             Input::Event(event) => self.machine.handle(now, event),
+            // Made for an epoch that has passed.
+            Input::Linked(link) if link.epoch != self.machine.epoch() => {}
             Input::Linked(mut link) => {
                 if let Some(control) = link.control_in.take() {
                     spawn_listener(control, link.epoch, self.input.clone());
@@ -379,11 +393,10 @@ impl Driver {
     }
 
     fn drain(&mut self, why: &str) {
-        if self.drain_at.take().is_some() || self.machine.state() == SourceState::Brownout {
-            info!(why, "draining");
-            lock(&self.push.policy).drain();
-            self.shared.push_wake.notify_one();
-        }
+        self.drain_at = None;
+        info!(why, "draining");
+        lock(&self.push.policy).drain();
+        self.shared.push_wake.notify_one();
     }
 
     async fn perform(&mut self, action: SourceAction) {
@@ -399,7 +412,7 @@ impl Driver {
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
-                self.drop_link("the migration was aborted");
+                self.close_lanes();
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
                 if let Err(error) = self.shared.ledger.void(next) {
                     warn!(%error, "claims stay as they are");
@@ -439,7 +452,18 @@ impl Driver {
         }
     }
 
+    /// No page leaves any more, and none that is in a send buffer is read again: the
+    /// guest may change its memory from now on. The control stream stays.
+    fn close_lanes(&mut self) {
+        self.lane_tasks.drain(..).for_each(|task| task.abort());
+        if let Some(link) = &mut self.link {
+            let _ = link.seeds.reset(CLOSE_DONE.into());
+            link.demand.clear();
+        }
+    }
+
     fn drop_link(&mut self, why: &str) {
+        self.close_lanes();
         if let Some(link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
@@ -457,14 +481,16 @@ impl Driver {
     /// Answers page requests from now on. Before the guest is paused nobody asks.
     fn open_lanes(&mut self, epoch: u32) {
         let Some(link) = &mut self.link else { return };
-        for (mut pages, mut requests) in link.demand.drain(..) {
+        for (pages, mut requests) in link.demand.drain(..) {
             let (shared, input) = (self.shared.clone(), self.input.clone());
-            tokio::task::spawn_local(async move {
-                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages).await;
+            let answer = async move {
+                let mut pages = ResetOnDrop(pages);
+                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages.0).await;
                 if let Err(error) = ended {
                     let _ = input.send(Input::LinkEnded { epoch, error });
                 }
-            });
+            };
+            self.lane_tasks.push(tokio::task::spawn_local(answer).abort_handle());
         }
     }
 
