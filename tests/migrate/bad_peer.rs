@@ -25,7 +25,7 @@ fn refused(edit: fn(&mut Hello), parts: &[&str]) {
         }
         other => panic!("{parts:?}: answered with {other:?}"),
     }
-    drop(source);
+    source.close("goodbye");
     receiver.fails_with(3, parts);
 }
 
@@ -177,8 +177,8 @@ fn a_source_that_goes_away_before_the_blackout_leaves_no_guest_behind() {
 
     let receiver = Receiver::start();
     let source = FakeSource::accepted(&receiver.ticket, proposal(PAGES));
-    drop(source);
-    receiver.fails_with(3, &["the link was lost", "no guest is here"]);
+    source.close("changed its mind");
+    receiver.fails_with(3, &["the link was lost", "changed its mind", "no guest is here"]);
 }
 
 /// A migration to a destination that does something wrong aborts with this reason, and
