@@ -239,7 +239,7 @@ fn every_failure_before_the_commit(guest: &[&str]) {
             destination.say(&accept);
             destination.close("not today");
         },
-        &["the link was lost", "not today"],
+        &["not today"],
     );
     aborts(
         &guest,

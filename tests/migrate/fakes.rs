@@ -143,16 +143,21 @@ impl FakeSource {
         driver.run("hearing", hear(control_in, ToSource::decode))
     }
 
-    /// Opens the stream for seeds and sends `bytes` on it.
+    /// Opens the streams for seeds and for the demands of one vCPU and of nobody, as a
+    /// source does, and sends `bytes` as seeds.
     pub fn send_seeds(&mut self, bytes: &[u8]) {
-        let Self { driver, link, .. } = self;
-        let stream = driver.run("sending seeds", async {
-            let mut stream = link.connection.open_uni().await.expect("a stream");
-            stream.write_all(&[0, 0]).await.expect("the link stands");
-            stream.write_all(bytes).await.expect("the link stands");
-            stream
+        let Self { driver, link, streams, .. } = self;
+        driver.run("sending seeds", async {
+            let mut seeds = link.connection.open_uni().await.expect("a stream");
+            seeds.write_all(&[0, 0]).await.expect("the link stands");
+            for index in [0, 1] {
+                let (mut demand, _) = link.connection.open_bi().await.expect("a stream");
+                demand.write_all(&[index, 0]).await.expect("the link stands");
+                streams.push(demand);
+            }
+            seeds.write_all(bytes).await.expect("the link stands");
+            streams.push(seeds);
         });
-        self.streams.push(stream);
     }
 
     /// Connects the first push lane and sends `bytes` on it.
