@@ -101,13 +101,13 @@ impl Demo {
         report.guest.backing = self.backing.to_string();
         report.link.bandwidth_limit_bps = self.bandwidth;
         self.say(&render(&report));
-        let wrong = report.check();
-        let session = if report.verified != Some(true) {
-            Err(Failure::Wrong("the destination did not verify the guest".into()).into())
-        } else if !wrong.is_empty() {
-            Err(Failure::Wrong(wrong.join("; ")).into())
-        } else {
-            Ok(())
+        let mut wrong = report.check();
+        if report.verified != Some(true) {
+            wrong.insert(0, "the destination did not verify the guest".into());
+        }
+        let session = match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Wrong(wrong.join("; ")).into()),
         };
         write_report("postcopy", &report, self.report.as_deref(), session)
     }

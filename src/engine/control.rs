@@ -35,7 +35,7 @@ pub fn ear() -> Arc<Semaphore> {
 pub async fn say<M: Serialize>(stream: &mut SendStream, message: &M) -> Result<(), ControlError> {
     let written = stream.write_chunk(message::encode(message).into());
     match tokio::time::timeout(ROOM_MAX, written).await {
-        Ok(written) => written.map_err(|error| ControlError::Link(error.to_string())),
+        Ok(written) => written.map_err(|error| ControlError::Link(super::link_words(error))),
         Err(_) => Err(ControlError::Link("the peer takes no messages".into())),
     }
 }
@@ -46,7 +46,7 @@ pub async fn hear(stream: &mut RecvStream) -> Result<Vec<u8>, ControlError> {
         quinn::ReadExactError::FinishedEarly(_) => {
             ControlError::Link("the peer ended the control stream".into())
         }
-        quinn::ReadExactError::ReadError(error) => ControlError::Link(error.to_string()),
+        quinn::ReadExactError::ReadError(error) => ControlError::Link(super::link_words(error)),
     };
     let mut prefix = [0; 4];
     stream.read_exact(&mut prefix).await.map_err(link)?;

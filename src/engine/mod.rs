@@ -20,6 +20,14 @@ mod process_figures;
 pub mod source;
 pub mod vm;
 
+/// Why a link ended, in the words of whoever ended it.
+pub(crate) fn link_words(error: impl Into<crate::transport::TransportError>) -> String {
+    match error.into() {
+        crate::transport::TransportError::LinkLost { detail } => detail,
+        error => error.to_string(),
+    }
+}
+
 /// An error and its causes in one line.
 pub(crate) fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());

@@ -84,8 +84,7 @@ impl ServeArgs {
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
         let ticket = read_ticket(&self.ticket)?;
-        // The other host's clock decides; this one's only helps to explain a failure.
-        let looks_expired = ticket.looks_expired(SystemTime::now());
+        let shown = ticket.clone();
         let plan = PushPlan {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
@@ -102,8 +101,9 @@ impl ServeArgs {
             session = Err(Failure::Stranded { why: why.clone(), stranded });
         }
         if let Err(Failure::Aborted { why, .. }) = &mut session
-            && looks_expired
+            && shown.looks_expired(SystemTime::now())
         {
+            // The other host's clock decided; this one's helps to explain.
             why.push_str(" (by this host's clock the ticket has expired)");
         }
         if session.is_ok() && !end.report.has_destination_part() {

@@ -90,8 +90,8 @@ impl Failure {
     }
 }
 
-/// Writes the report, if one was asked for. How the session went still comes last and
-/// decides the exit code: a report that cannot be written must not hide it.
+/// Writes the report as JSON, if that was asked for. How the session went still comes
+/// last and decides the exit code: a report that cannot be written must not hide it.
 pub fn write_report(
     program: &str,
     report: &Report,
@@ -119,7 +119,7 @@ pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
             line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
         }
     }
-    // Paths and arguments may hold anything; this is one line all the same.
+    // Paths, arguments and peers may hold anything; this is one line all the same.
     eprintln!("{program}: {}", printable(line));
     let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
     ExitCode::from(code.map_or(1, Failure::code))

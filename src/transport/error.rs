@@ -300,6 +300,17 @@ impl From<quinn::ReadError> for TransportError {
     }
 }
 
+impl From<quinn::ReadExactError> for TransportError {
+    fn from(error: quinn::ReadExactError) -> Self {
+        match error {
+            quinn::ReadExactError::ReadError(error) => error.into(),
+            quinn::ReadExactError::FinishedEarly(_) => {
+                Self::LinkLost { detail: "the peer ended a stream".into() }
+            }
+        }
+    }
+}
+
 impl From<quinn::WriteError> for TransportError {
     fn from(error: quinn::WriteError) -> Self {
         match error {

@@ -2,7 +2,7 @@
 //! who may is kept out, and the guest runs on.
 
 use super::fakes::{FakeDestination, forged};
-use super::harness::{Guest, MIGRATION, Receiver, SOON, check_report, read_report};
+use super::harness::{Guest, MIGRATION, Receiver, SOON, check_report, poll, read_report};
 use postcopy::proto::message;
 use postcopy::transport::{Lane, Ticket};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -53,27 +53,40 @@ fn a_wrong_ticket_lets_nobody_in_and_spoils_nothing() {
 }
 
 #[test]
-fn a_used_ticket_is_refused_while_the_first_guest_moves_and_after() {
+fn a_used_ticket_is_refused() {
     let (first, second) = (Guest::start(), Guest::start());
     let receiver = Receiver::start_with(&["--verify-after", "8s"]);
     let report = first.path("report.json");
-    let slow = ["--policy", "demand-only", "--drain-after", "2s", "--report", &report];
+    first.migrate(&receiver.ticket, &["--report", &report]).succeed(MIGRATION);
+    first.has_left();
+    let mut whole = read_report(&report);
+    // The guest runs there now; nobody listens any more.
+    let ended = second.migrate(&receiver.ticket, &[]).wait(SOON);
+    ended.failed_with(3, &["no answer from 127.0.0.1", RUNS_ON]);
+    second.runs_on();
+    whole["verified"] = receiver.report()["verified"].clone();
+    check_report(&whole);
+}
+
+/// Two sources with one ticket, the second in the middle of the first one's migration:
+/// the second is refused, and each guest is whole in exactly one place.
+#[test]
+fn a_ticket_in_use_moves_one_guest() {
+    let (first, second) = (Guest::start(), Guest::start());
+    let receiver = Receiver::start();
+    let slow = ["--policy", "demand-only", "--drain-after", "3s"];
     let mut migration = first.migrate(&receiver.ticket, &slow);
     migration.is_attached();
+    // It is used up once the urgent lane's proposal was accepted: the pause follows.
+    poll("a guest that is not at its source", SOON, || first.stands_still().then_some(()));
     let meanwhile = second.migrate(&receiver.ticket, &[]).wait(SOON);
-    assert!(migration.runs(), "the first migration was to be under way");
     meanwhile.failed_with(3, &["this ticket has been used", RUNS_ON]);
     second.runs_on();
 
     migration.succeed(MIGRATION);
     first.has_left();
-    let mut whole = read_report(&report);
-    // Now nobody listens there any more, though the process still runs.
-    let afterwards = second.migrate(&receiver.ticket, &[]).wait(SOON);
-    afterwards.failed_with(3, &["no answer from 127.0.0.1", RUNS_ON]);
-    second.runs_on();
-    whole["verified"] = receiver.report()["verified"].clone();
-    check_report(&whole);
+    // The second one's connection may have cost the first one a link, not more.
+    assert_eq!(receiver.report()["verified"], true);
 }
 
 #[test]

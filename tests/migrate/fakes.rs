@@ -1,6 +1,6 @@
 //! A source and a destination that say what the test wants, over the real transport.
 //!
-//! Each has a runtime of its own, driven from the test's thread, and a limit on every step.
+//! Each has a runtime of its own, and a limit on every step.
 
 use super::harness::SOON;
 use postcopy::host::GuestDescription;
@@ -15,18 +15,44 @@ use postcopy::vmm::guest::GuestKind;
 use postcopy::vmm::workload::{Pattern, Workload};
 use quinn::{RecvStream, SendStream};
 use std::net::{IpAddr, Ipv4Addr};
+use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().expect("a runtime")
+/// A runtime on a thread of its own, which keeps connections going while the test looks
+/// elsewhere.
+struct Driver {
+    handle: Handle,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
-/// Runs one step under a limit.
-fn within_limit<T>(runtime: &Runtime, what: &str, step: impl Future<Output = T>) -> T {
-    let limited = runtime.block_on(async { timeout(SOON, step).await });
-    limited.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"))
+impl Driver {
+    fn start() -> Self {
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel();
+        let drive = move || drop(runtime.block_on(stopped));
+        Self { handle, stop: Some(stop), thread: Some(std::thread::spawn(drive)) }
+    }
+
+    /// Runs one step under a limit.
+    fn run<T>(&self, what: &str, step: impl Future<Output = T>) -> T {
+        let limited = self.handle.block_on(async { timeout(SOON, step).await });
+        limited.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"))
+    }
+}
+
+impl Drop for Driver {
+    /// Nothing is sent or heard any more after this.
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Reads one message; what ended the link if none comes.
@@ -67,7 +93,7 @@ pub fn proposal(pages: u64) -> Hello {
 
 /// A source with the ticket, and nothing behind it.
 pub struct FakeSource {
-    runtime: Runtime,
+    driver: Driver,
     ticket: Ticket,
     link: Link,
     control: SendStream,
@@ -81,14 +107,14 @@ impl FakeSource {
     /// Connects the urgent lane and opens the control stream.
     pub fn connect(ticket: &str) -> Self {
         let ticket: Ticket = ticket.parse().expect("the binary prints tickets");
-        let runtime = runtime();
+        let driver = Driver::start();
         let options = LinkOptions::default();
-        let (link, control, control_in) = within_limit(&runtime, "connecting", async {
+        let (link, control, control_in) = driver.run("connecting", async {
             let link = connect(&ticket, Lane::Urgent, &options).await.expect("admitted");
             let (control, control_in) = link.connection.open_bi().await.expect("a stream");
             (link, control, control_in)
         });
-        Self { runtime, ticket, link, control, control_in, streams: Vec::new(), push: None }
+        Self { driver, ticket, link, control, control_in, streams: Vec::new(), push: None }
     }
 
     /// Connects and has this proposal accepted.
@@ -107,33 +133,38 @@ impl FakeSource {
 
     /// Sends bytes on the control stream.
     pub fn say_bytes(&mut self, bytes: &[u8]) {
-        let Self { runtime, control, .. } = self;
-        within_limit(runtime, "saying", control.write_all(bytes)).expect("the link stands");
+        let Self { driver, control, .. } = self;
+        driver.run("saying", control.write_all(bytes)).expect("the link stands");
     }
 
     /// Hears something, or why nothing more comes.
     pub fn hear(&mut self) -> Result<ToSource, String> {
-        let Self { runtime, control_in, .. } = self;
-        within_limit(runtime, "hearing", hear(control_in, ToSource::decode))
+        let Self { driver, control_in, .. } = self;
+        driver.run("hearing", hear(control_in, ToSource::decode))
     }
 
-    /// Opens the stream for seeds and sends `bytes` on it.
+    /// Opens the streams for seeds and for the demands of one vCPU and of nobody, as a
+    /// source does, and sends `bytes` as seeds.
     pub fn send_seeds(&mut self, bytes: &[u8]) {
-        let Self { runtime, link, .. } = self;
-        let stream = within_limit(runtime, "sending seeds", async {
-            let mut stream = link.connection.open_uni().await.expect("a stream");
-            stream.write_all(&[0, 0]).await.expect("the link stands");
-            stream.write_all(bytes).await.expect("the link stands");
-            stream
+        let Self { driver, link, streams, .. } = self;
+        driver.run("sending seeds", async {
+            let mut seeds = link.connection.open_uni().await.expect("a stream");
+            seeds.write_all(&[0, 0]).await.expect("the link stands");
+            for index in [0, 1] {
+                let (mut demand, _) = link.connection.open_bi().await.expect("a stream");
+                demand.write_all(&[index, 0]).await.expect("the link stands");
+                streams.push(demand);
+            }
+            seeds.write_all(bytes).await.expect("the link stands");
+            streams.push(seeds);
         });
-        self.streams.push(stream);
     }
 
     /// Connects the first push lane and sends `bytes` on it.
     pub fn push(&mut self, bytes: &[u8]) {
-        let Self { runtime, ticket, .. } = self;
+        let Self { driver, ticket, .. } = self;
         let options = LinkOptions::default();
-        let (link, stream) = within_limit(runtime, "pushing", async {
+        let (link, stream) = driver.run("pushing", async {
             let link = connect(ticket, Lane::Push(0), &options).await.expect("admitted");
             let mut stream = link.connection.open_uni().await.expect("a stream");
             stream.write_all(&[0, 0]).await.expect("the link stands");
@@ -146,20 +177,25 @@ impl FakeSource {
 
     /// Waits until the link has ended and says why.
     pub fn ended(&mut self) -> String {
-        let Self { runtime, link, .. } = self;
-        within_limit(runtime, "the end of the link", link.connection.closed()).to_string()
+        let Self { driver, link, .. } = self;
+        driver.run("the end of the link", link.connection.closed()).to_string()
+    }
+
+    /// Closes the link, with this reason.
+    pub fn close(self, reason: &str) {
+        self.driver.run("closing", self.link.close(1, reason));
     }
 
     /// Goes away without a word, as a process that is killed or a host that loses power.
     pub fn vanish(self) {
         // What drives the connections stops first, so that no close is sent.
-        self.runtime.shutdown_background();
+        drop(self.driver);
     }
 }
 
 /// A destination with a ticket, and nothing behind it.
 pub struct FakeDestination {
-    runtime: Runtime,
+    driver: Driver,
     /// Lets a source in.
     pub ticket: String,
     urgent: LaneServer,
@@ -182,7 +218,7 @@ impl FakeDestination {
     }
 
     fn listen_until(expires: u64) -> Self {
-        let runtime = runtime();
+        let driver = Driver::start();
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let options = LinkOptions::default();
         let identity = Identity::generate(expires).expect("an identity");
@@ -190,7 +226,7 @@ impl FakeDestination {
         let ports: Vec<u16> = sockets.iter().map(|socket| socket.local_addr().port()).collect();
         let ticket = identity.ticket(Host::from(host), ports[0], vec![ports[1]]);
         let ticket = ticket.expect("a ticket").to_string();
-        let entered = runtime.enter();
+        let entered = driver.handle.enter();
         let mut servers = [Lane::Urgent, Lane::Push(0)]
             .into_iter()
             .zip(sockets)
@@ -198,13 +234,13 @@ impl FakeDestination {
         let mut server = || servers.next().expect("two lanes").expect("listens");
         let (urgent, push) = (server(), server());
         drop(entered);
-        Self { runtime, ticket, urgent, push, links: Vec::new(), control: None, demand: Vec::new() }
+        Self { driver, ticket, urgent, push, links: Vec::new(), control: None, demand: Vec::new() }
     }
 
     /// Runs for as long as `process` does, and lets nobody in.
     pub fn refuse_while(&mut self, mut runs: impl FnMut() -> bool) {
-        let Self { runtime, urgent, .. } = self;
-        within_limit(runtime, "a refused source's end", async {
+        let Self { driver, urgent, .. } = self;
+        driver.run("a refused source's end", async {
             while runs() {
                 let accepted: Result<Result<Link, TransportError>, _> =
                     timeout(std::time::Duration::from_millis(20), urgent.accept()).await;
@@ -215,8 +251,8 @@ impl FakeDestination {
 
     /// Takes a source's links and its proposal.
     pub fn proposed(&mut self) -> Hello {
-        let Self { runtime, urgent, push, .. } = self;
-        let (links, control, first) = within_limit(runtime, "a proposal", async {
+        let Self { driver, urgent, push, .. } = self;
+        let (links, control, first) = driver.run("a proposal", async {
             let urgent = urgent.accept().await.expect("the source's urgent link");
             let (control, mut control_in) =
                 urgent.connection.accept_bi().await.expect("the control stream");
@@ -239,16 +275,16 @@ impl FakeDestination {
 
     /// Sends bytes on the control stream.
     pub fn say_bytes(&mut self, bytes: &[u8]) {
-        let Self { runtime, control, .. } = self;
+        let Self { driver, control, .. } = self;
         let (control, _) = control.as_mut().expect("a link");
-        within_limit(runtime, "saying", control.write_all(bytes)).expect("the link stands");
+        driver.run("saying", control.write_all(bytes)).expect("the link stands");
     }
 
     /// Hears something.
     pub fn hear(&mut self) -> Result<ToDestination, String> {
-        let Self { runtime, control, .. } = self;
+        let Self { driver, control, .. } = self;
         let (_, control) = control.as_mut().expect("a link");
-        within_limit(runtime, "hearing", hear(control, ToDestination::decode))
+        driver.run("hearing", hear(control, ToDestination::decode))
     }
 
     /// Accepts the proposal and takes the machine state: the guest runs nowhere now.
@@ -268,8 +304,8 @@ impl FakeDestination {
             &[0; 12],
         ]
         .concat();
-        let Self { runtime, links, .. } = self;
-        let stream = within_limit(runtime, "asking", async {
+        let Self { driver, links, .. } = self;
+        let stream = driver.run("asking", async {
             let (mut requests, pages) = links[0].connection.accept_bi().await.expect("a stream");
             requests.write_all(&request).await.expect("the link stands");
             (requests, pages)
@@ -279,8 +315,8 @@ impl FakeDestination {
 
     /// Closes the links, with this reason.
     pub fn close(self, reason: &str) {
-        let Self { runtime, links, .. } = self;
-        within_limit(&runtime, "closing", async {
+        let Self { driver, links, .. } = self;
+        driver.run("closing", async {
             for link in links {
                 link.close(1, reason).await;
             }
@@ -289,7 +325,7 @@ impl FakeDestination {
 
     /// Goes away without a word, as a process that is killed or a host that loses power.
     pub fn vanish(self) {
-        self.runtime.shutdown_background();
+        drop(self.driver);
     }
 }
 

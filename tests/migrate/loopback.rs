@@ -55,10 +55,11 @@ fn migrates(arguments: &str) {
         assert!(faults > 0, "{report:#}");
     }
     if option("--zero", "0") == "30" {
-        // Half of the zero tail was never written, half was written with zeros.
+        // Half of the tail was written with zeros; of the other half the guest has read
+        // some, which fills holes. A page that was asked for first counts as demanded.
         let tail = pages("total") * 30 / 100;
-        assert!(pages("hole") > tail / 4 && pages("zero") > tail / 4, "{report:#}");
-        assert!(pages("hole") + pages("zero") >= tail * 9 / 10, "{report:#}");
+        assert!(pages("zero") >= tail / 3 && pages("hole") > 0, "{report:#}");
+        assert!(pages("zero") + pages("hole") >= tail * 9 / 10, "{report:#}");
     }
 }
 

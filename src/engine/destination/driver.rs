@@ -368,6 +368,8 @@ impl Driver {
         if shell.machine != hello.machine {
             let field = "the machine configuration";
             let mismatch = Mismatch::new(field, &hello.machine, &shell.machine);
+            // No vCPU of it ever ran: its memory can go as it is.
+            let _ = shell.placer.unregister();
             return self.handle(DestinationEvent::Refused(mismatch));
         }
         let Shell { ram, trap, placer, threads, .. } = shell;

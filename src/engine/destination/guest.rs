@@ -205,7 +205,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         // touches the mapping.
         let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
             .map_err(|error| cannot("memory traps", error_chain(&error)))?;
-        let machine = self.vm.prepare(hello, ram.clone())?;
+        let machine = self.vm.prepare(hello, ram.clone()).inspect_err(|_| {
+            // No vCPU of it ever ran: its memory can go as it is.
+            let _ = placer.unregister();
+        })?;
         Ok(Shell { ram, trap, placer, threads: self.vm.vcpu_threads(), machine })
     }
 

@@ -55,7 +55,7 @@ async fn first_message(
 ) -> Result<(SendStream, RecvStream, Result<ToDestination, Mismatch>), ControlError> {
     let opened = connection.accept_bi().await;
     let (control, mut control_in) =
-        opened.map_err(|error| ControlError::Link(error.to_string()))?;
+        opened.map_err(|error| ControlError::Link(crate::engine::link_words(error)))?;
     let body = control::hear(&mut control_in).await?;
     let first = ToDestination::decode_first(&body)?;
     Ok((control, control_in, first))

@@ -111,10 +111,9 @@ async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {
 }
 
 async fn receive_frames(link: &Link, gate: &PushGate) -> Result<(), LaneError> {
-    let lost = |error: &dyn std::fmt::Display| LaneError::Link(error.to_string());
-    let mut stream = link.connection.accept_uni().await.map_err(|e| lost(&e))?;
+    let mut stream = link.connection.accept_uni().await.map_err(LaneError::lost)?;
     let mut index = [0; 2];
-    stream.read_exact(&mut index).await.map_err(|e| lost(&e))?;
+    stream.read_exact(&mut index).await.map_err(LaneError::lost)?;
     let mut open = gate.open.subscribe();
     // Nothing of a peer is looked at before its proposal was accepted.
     let opened = open.wait_for(Option::is_some).await.map(|gate| gate.clone());
