@@ -1,7 +1,7 @@
 //! The destination's push lanes: page frames in, pages placed.
 
 use super::install::Installer;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
@@ -152,8 +152,8 @@ pub fn parse(
 pub fn wire(error: TransportError) -> LaneError {
     match error {
         TransportError::Malformed { .. } | TransportError::TooLong { .. } => {
-            LaneError::Violation(super::error_chain(&error))
+            LaneError::Violation(crate::engine::error_chain(&error))
         }
-        error => LaneError::Link(super::error_chain(&error)),
+        error => LaneError::Link(crate::engine::error_chain(&error)),
     }
 }
