@@ -16,7 +16,8 @@ pub enum GuestCommand {
     Release,
 }
 
-/// The thread on which the VMM is called: its calls may block.
+/// The thread on which the VMM is called: its calls may block. It ends with the reason
+/// why the guest could not be resumed, if it was to be and could not.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
