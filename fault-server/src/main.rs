@@ -18,7 +18,8 @@ use std::process::ExitCode;
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
 /// migration was aborted and the guest runs on in its VMM; 4 the link was lost after
-/// the commit and did not come back; 5 the report does not add up.
+/// the commit and did not come back; 5 the report does not add up; 6 done, but the report
+/// could not be written.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {

@@ -4,7 +4,7 @@ use super::guest_args::GuestArgs;
 use anyhow::Context;
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
-use postcopy::program::exit::Failure;
+use postcopy::program::exit::{Failure, write_report};
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
@@ -100,20 +100,16 @@ impl Demo {
         report.verified = read_report(&from_destination)?.verified;
         report.guest.backing = self.backing.to_string();
         report.link.bandwidth_limit_bps = self.bandwidth;
-        if let Some(path) = &self.report {
-            report
-                .write(path)
-                .with_context(|| format!("cannot write the report {}", path.display()))?;
-        }
         self.say(&render(&report));
         let wrong = report.check();
-        if report.verified != Some(true) {
-            return Err(Failure::Wrong("the destination did not verify the guest".into()).into());
-        }
-        if !wrong.is_empty() {
-            return Err(Failure::Wrong(wrong.join("; ")).into());
-        }
-        Ok(())
+        let session = if report.verified != Some(true) {
+            Err(Failure::Wrong("the destination did not verify the guest".into()).into())
+        } else if !wrong.is_empty() {
+            Err(Failure::Wrong(wrong.join("; ")).into())
+        } else {
+            Ok(())
+        };
+        write_report("postcopy", &report, self.report.as_deref(), session)
     }
 
     fn say(&self, line: &str) {

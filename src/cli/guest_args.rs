@@ -1,11 +1,11 @@
 //! The arguments that describe a guest, and the guest made of them.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::Args;
 use postcopy::host::new_guest;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
-use postcopy::program::units::parse_size;
+use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
 use postcopy::vmm::guest::{Guest, GuestKind};
@@ -20,7 +20,7 @@ pub struct GuestArgs {
     #[arg(long, value_enum)]
     pub guest: Option<GuestKind>,
     /// Guest memory, for instance 512M or 4G.
-    #[arg(long, default_value = "512M", value_parser = parse_size, value_name = "SIZE")]
+    #[arg(long, default_value = "512M", value_parser = parse_memory, value_name = "SIZE")]
     pub memory: u64,
     /// Virtual CPUs, 1 to 4.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
@@ -71,10 +71,6 @@ impl GuestArgs {
 
     /// Makes the guest; it does not run yet.
     pub fn create(&self) -> anyhow::Result<Box<dyn Guest>> {
-        ensure!(
-            self.memory.is_multiple_of(2 << 20) && self.memory >= 8 << 20,
-            "--memory must be a multiple of 2 MiB and at least 8 MiB"
-        );
         let kind = self.kind();
         if kind == GuestKind::Kvm {
             kvm_available().map_err(anyhow::Error::msg).context("KVM does not work here")?;

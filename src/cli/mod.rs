@@ -15,7 +15,8 @@ use std::process::ExitCode;
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
 /// migration was aborted and the guest runs on at the source; 4 the link was lost
-/// after the commit and did not come back; 5 the memory is not what it should be.
+/// after the commit and did not come back; 5 the memory is not what it should be; 6 done,
+/// but the report could not be written.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]
 pub struct Arguments {

@@ -5,7 +5,7 @@ use clap::Args;
 use postcopy::engine::destination::{DestinationConfig, Receiver};
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
-use postcopy::program::exit::{Failure, Side};
+use postcopy::program::exit::{Failure, Side, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::page::{PageIndex, PageRun};
@@ -88,8 +88,7 @@ impl Receive {
         let mut report = end.report;
         if let Err(failure) = Failure::of(&end.outcome, Side::Destination) {
             let report = whole_report(report, &end.outcome, None, self.backing);
-            self.write(&report)?;
-            return Err(failure.into());
+            return self.end(&report, Err(failure.into()));
         }
         let mut guest = guest.ok_or_else(|| anyhow!("the engine lost the guest"))?;
         self.say("the guest runs here with all its memory");
@@ -105,11 +104,10 @@ impl Receive {
         };
         report.verified = verified.as_ref().map(Result::is_ok);
         let report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
-        self.write(&report)?;
         if !self.quiet {
             println!("{}", render(&report));
         }
-        verified.unwrap_or(Ok(()))
+        self.end(&report, verified.unwrap_or(Ok(())))
     }
 
     fn say(&self, line: &str) {
@@ -164,9 +162,8 @@ impl Receive {
         }
     }
 
-    fn write(&self, report: &Report) -> anyhow::Result<()> {
-        let Some(path) = &self.report else { return Ok(()) };
-        report.write(path).with_context(|| format!("cannot write the report {}", path.display()))
+    fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
+        write_report("postcopy", report, self.report.as_deref(), session)
     }
 }
 

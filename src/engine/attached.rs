@@ -2,8 +2,16 @@
 
 use super::vm::{Captured, SourceVm, VmError};
 use crate::attach::client::Attached;
-use crate::attach::commit_word::Committed;
+use crate::attach::commit_word::{Committed, Decision};
 use std::time::Duration;
+
+/// The guest left in an earlier migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest was given to a destination in an earlier migration and may be running there; \
+     this VMM only holds its memory"
+)]
+pub struct GivenAway;
 
 /// A VMM that this process is attached to.
 #[derive(Debug)]
@@ -14,8 +22,18 @@ pub struct AttachedVmm {
 
 impl AttachedVmm {
     /// Drives the VMM behind `attached`.
-    pub fn new(attached: Attached) -> Self {
-        Self { attached: Some(attached), committed: None }
+    ///
+    /// # Errors
+    /// [`GivenAway`] if its guest was committed before: the VMM would hand out the same
+    /// capture again, for a fault-server that goes on with the same migration, and a
+    /// second destination would run the guest a second time.
+    pub fn new(attached: Attached) -> Result<Self, GivenAway> {
+        match attached.word.decision() {
+            Decision::Undecided | Decision::Aborted => {
+                Ok(Self { attached: Some(attached), committed: None })
+            }
+            Decision::Committed | Decision::Damaged(_) => Err(GivenAway),
+        }
     }
 
     fn attached(&mut self) -> Result<&mut Attached, VmError> {
@@ -49,6 +67,10 @@ impl SourceVm for AttachedVmm {
 
     fn resume(&mut self) -> Result<(), VmError> {
         let attached = self.attached.take().ok_or("the VMM was left already")?;
+        // It loses patience with a fault-server that is silent, and has then resumed it.
+        if attached.word.decision() == Decision::Aborted {
+            return Ok(());
+        }
         Ok(attached.resume()?)
     }
 

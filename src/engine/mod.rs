@@ -13,20 +13,11 @@
 //! | `zero-scan` | holes and zero pages, after the pause | |
 
 pub mod attached;
-pub mod control;
+mod control;
 pub mod destination;
-mod destination_guest;
-mod destination_report;
-pub mod fault_book;
-pub mod install;
+mod lane;
 mod process_figures;
-pub mod push;
-mod push_in;
-pub mod serve;
 pub mod source;
-pub mod source_link;
-mod source_report;
-pub mod trap_loop;
 pub mod vm;
 
 /// An error and its causes in one line.

@@ -2,10 +2,11 @@
 
 use super::{FaultServer, PushPlan};
 use crate::engine::source::Progress;
-use crate::program::exit::{Failure, Side};
+use crate::program::exit::{Failure, Side, write_report};
 use crate::program::signals::on_interrupt;
 use crate::program::units::parse_time;
 use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::Outcome;
 use crate::report::schema::Report;
 use crate::transport::Ticket;
 use crate::transport::ticket::TICKET_BYTES_MAX;
@@ -13,7 +14,7 @@ use anyhow::Context;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 /// Which guest goes where, and how.
@@ -83,9 +84,8 @@ impl ServeArgs {
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
         let ticket = read_ticket(&self.ticket)?;
-        if ticket.looks_expired(SystemTime::now()) {
-            eprintln!("{program}: by this host's clock the ticket has expired; trying it");
-        }
+        // The other host's clock decides; this one's only helps to explain a failure.
+        let looks_expired = ticket.looks_expired(SystemTime::now());
         let plan = PushPlan {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
@@ -96,22 +96,25 @@ impl ServeArgs {
         let canceller = server.canceller();
         on_interrupt(program, move || canceller.cancel("interrupted by the user"));
         let end = server.run(watch)?;
-        if let Some(path) = &self.report {
-            write_report(&end.report, path)?;
-        }
         show(&end.report);
-        Failure::of(&end.outcome, Side::Source)?;
-        let wrong = end.report.check();
-        if !wrong.is_empty() {
-            return Err(Failure::Wrong(wrong.join("; ")).into());
+        let mut session = Failure::of(&end.outcome, Side::Source);
+        if let (Outcome::Aborted(why), Some(stranded)) = (&end.outcome, end.stranded) {
+            session = Err(Failure::Stranded { why: why.clone(), stranded });
         }
-        Ok(())
+        if let Err(Failure::Aborted { why, .. }) = &mut session
+            && looks_expired
+        {
+            why.push_str(" (by this host's clock the ticket has expired)");
+        }
+        if session.is_ok() && !end.report.has_destination_part() {
+            eprintln!("{program}: the destination's part of the report did not come");
+        }
+        let wrong = end.report.check();
+        if session.is_ok() && !wrong.is_empty() {
+            session = Err(Failure::Wrong(wrong.join("; ")));
+        }
+        write_report(program, &end.report, self.report.as_deref(), session.map_err(Into::into))
     }
-}
-
-/// Writes a report as JSON.
-pub fn write_report(report: &Report, path: &Path) -> anyhow::Result<()> {
-    report.write(path).with_context(|| format!("cannot write the report {}", path.display()))
 }
 
 fn read_ticket(text: &str) -> anyhow::Result<Ticket> {

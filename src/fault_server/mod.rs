@@ -7,7 +7,7 @@
 pub mod arguments;
 
 use crate::attach::client::{AttachError, Attached};
-use crate::engine::attached::AttachedVmm;
+use crate::engine::attached::{AttachedVmm, GivenAway};
 use crate::engine::source::{Canceller, Migration, Progress, SourceConfig, SourceEnd};
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::{SessionLimits, SourceState};
@@ -27,10 +27,21 @@ pub struct PushPlan {
     pub drain_after: Option<Duration>,
 }
 
+/// Why a fault server cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultServerError {
+    /// There is no VMM, or it does not hand its guest over.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The guest left before.
+    #[error(transparent)]
+    GivenAway(#[from] GivenAway),
+}
+
 /// A fault server that is attached to its guest and has not begun to move it.
 #[derive(Debug)]
 pub struct FaultServer {
-    attached: Attached,
+    vmm: AttachedVmm,
     migration: Migration,
 }
 
@@ -38,12 +49,16 @@ impl FaultServer {
     /// Attaches to the VMM whose control socket is at `control`; the guest runs on.
     ///
     /// # Errors
-    /// As [`Attached::connect`].
-    pub fn attach(control: &Path, ticket: Ticket, plan: PushPlan) -> Result<Self, AttachError> {
+    /// As [`Attached::connect`], and if the VMM's guest has left already.
+    pub fn attach(
+        control: &Path,
+        ticket: Ticket,
+        plan: PushPlan,
+    ) -> Result<Self, FaultServerError> {
         let attached = Attached::connect(control)?;
         let config = source_config(&attached, ticket, plan);
         let migration = Migration::new(config, attached.ram.clone());
-        Ok(Self { attached, migration })
+        Ok(Self { vmm: AttachedVmm::new(attached)?, migration })
     }
 
     /// A handle that stops it, for as long as nothing is committed.
@@ -60,7 +75,7 @@ impl FaultServer {
         self,
         watch: impl FnMut(Progress) + Send + 'static,
     ) -> Result<SourceEnd, TransportError> {
-        self.migration.run(Box::new(AttachedVmm::new(self.attached)), watch)
+        self.migration.run(Box::new(self.vmm), watch)
     }
 }
 
@@ -94,6 +109,7 @@ pub fn phase(state: SourceState) -> &'static str {
         SourceState::Connecting | SourceState::Negotiating => "handshake",
         SourceState::Pausing
         | SourceState::Unpausing
+        | SourceState::Retracting
         | SourceState::Blackout
         | SourceState::Committing
         | SourceState::Committed => "blackout",

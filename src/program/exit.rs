@@ -2,9 +2,12 @@
 //!
 //! 0 done; 1 failed before anything moved; 2 wrong arguments (clap's); 3 aborted, the
 //! guest runs on at the source; 4 lost after the commit; 5 the memory or the report is
-//! not what it should be.
+//! not what it should be; 6 done, but the report could not be written.
 
+use crate::proto::message::printable;
 use crate::proto::source::Outcome;
+use crate::report::schema::Report;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// A failure with an exit code of its own.
@@ -18,12 +21,23 @@ pub enum Failure {
         /// Which side says so.
         side: Side,
     },
+    /// Before the commit, and yet the guest does not run.
+    #[error("the migration was aborted: {why}; and the guest could not be resumed: {stranded}")]
+    Stranded {
+        /// Why it was aborted.
+        why: String,
+        /// Why the guest does not run on.
+        stranded: String,
+    },
     /// After the commit, and the link did not come back.
     #[error("the migration was lost after the commit: {0}")]
     Lost(String),
     /// A page is not what it should be.
     #[error("verification failed: {0}")]
     Wrong(String),
+    /// All is well but for the report.
+    #[error("the migration completed, but there is no report of it: {0}")]
+    Unreported(String),
 }
 
 /// Which side a failure is told on.
@@ -56,8 +70,9 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Failure::Aborted { .. } => 3,
-            Failure::Lost(_) => 4,
+            Failure::Lost(_) | Failure::Stranded { .. } => 4,
             Failure::Wrong(_) => 5,
+            Failure::Unreported(_) => 6,
         }
     }
 
@@ -68,8 +83,29 @@ impl Failure {
             Some(3) => Failure::Aborted { why, side: Side::Source }.into(),
             Some(4) => Failure::Lost(why).into(),
             Some(5) => Failure::Wrong(why).into(),
+            Some(6) => Failure::Unreported(why).into(),
             Some(code) => anyhow::anyhow!("{name} ended with exit code {code}"),
             None => anyhow::anyhow!("{name} was killed"),
+        }
+    }
+}
+
+/// Writes the report, if one was asked for. How the session went still comes last and
+/// decides the exit code: a report that cannot be written must not hide it.
+pub fn write_report(
+    program: &str,
+    report: &Report,
+    path: Option<&Path>,
+    session: anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let Some(path) = path else { return session };
+    let Err(error) = report.write(path) else { return session };
+    let why = format!("cannot write the report {}: {error}", path.display());
+    match session {
+        Ok(()) => Err(Failure::Unreported(why).into()),
+        Err(failure) => {
+            eprintln!("{program}: {}", printable(why));
+            Err(failure)
         }
     }
 }
@@ -83,7 +119,8 @@ pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
             line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
         }
     }
-    eprintln!("{program}: {line}");
+    // Paths and arguments may hold anything; this is one line all the same.
+    eprintln!("{program}: {}", printable(line));
     let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
     ExitCode::from(code.map_or(1, Failure::code))
 }

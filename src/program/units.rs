@@ -34,9 +34,26 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     bits.ok_or_else(|| format!("{text:?} is no rate; write it like 1Gbit or 500Mbit"))
 }
 
-/// A time: `1ms`, `10s`, `2m`.
+/// The longest time taken: it can be added to any clock without an overflow.
+const TIME_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A time of a year at most: `1ms`, `10s`, `2m`.
 pub fn parse_time(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("{text:?} is no time: {error}"))
+    let time = humantime::parse_duration(text);
+    let time = time.map_err(|error| format!("{text:?} is no time: {error}"))?;
+    if time > TIME_MAX {
+        return Err(format!("{text:?} is no time to wait: it is longer than a year"));
+    }
+    Ok(time)
+}
+
+/// A guest's memory in bytes, as [`parse_size`] reads it.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes < 8 << 20 || !bytes.is_multiple_of(2 << 20) {
+        return Err("it must be a multiple of 2 MiB and at least 8 MiB".into());
+    }
+    Ok(bytes)
 }
 
 /// A part of all packets: `0.01` or `1%`.
@@ -68,8 +85,16 @@ mod tests {
         assert_eq!(parse_rate("1Gbit"), Ok(1_000_000_000));
         assert_eq!(parse_rate("2.5gbit"), Ok(2_500_000_000));
         assert_eq!(parse_share("1%"), Ok(0.01));
+        assert_eq!(parse_time("1m 500ms"), Ok(Duration::from_millis(60_500)));
+        assert_eq!(parse_memory("8M"), Ok(8 << 20));
         for wrong in ["", "M", "-1", "1.5G", "12X", "99999999999999999G"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+        for wrong in ["7M", "9M", "4096", "8388609"] {
+            assert!(parse_memory(wrong).is_err(), "{wrong}");
+        }
+        for wrong in ["", "1", "1x", "2y", "500000000000y"] {
+            assert!(parse_time(wrong).is_err(), "{wrong}");
         }
         for wrong in ["", "0", "1Xbit", "NaN", "-1Gbit", "0.1"] {
             assert!(parse_rate(wrong).is_err(), "{wrong}");

@@ -10,14 +10,21 @@
 //!   Starting --> Running: a vCPU entered / Running
 //!   Running --> Full: no page is missing / Drained
 //!   Full --> Over: Released / report
+//!   InDoubt --> Over: Abort
 //!   Waiting --> Over: any failure up to Restoring leaves the guest at the source
 //! ```
 //!
 //! In `InDoubt` this side cannot know whether the source committed: it neither runs
 //! the guest nor forgets it, but waits for the source to come back. From `Starting`
-//! on the guest is here; a lost link only stalls vCPUs that need a missing page.
+//! on the guest is here; a lost link only stalls vCPUs that need a missing page. In
+//! `Full` the source is still waited for: it would take the guest for lost if it never
+//! heard that it has nothing more to give.
 //!
-//! The contract is that of the [source's machine](super::source).
+//! The contract is that of the [source's machine](super::source), with the same rule
+//! for links: only the connection that the machine was last told of, by its first
+//! message, has a say. When the source comes back before the loss of the old link was
+//! noticed, and [`may_reattach`](DestinationSession::may_reattach) says yes, `LinkLost`
+//! is fed first and then the `Reattach`.
 
 use super::message::{CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, cut};
 use super::source::{Outcome, SessionLimits};
@@ -26,7 +33,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Where the session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum DestinationState {
     /// No proposal yet.
     Waiting,
@@ -137,7 +144,8 @@ pub struct DestinationSession {
     epoch: u32,
     linked: bool,
     released: bool,
-    settled: u64,
+    /// Pages settled, once the ledger is full; it may be before the guest runs.
+    full: Option<u64>,
     deadline: Option<Duration>,
     actions: VecDeque<DestinationAction>,
     timeline: Timeline,
@@ -155,7 +163,7 @@ impl DestinationSession {
             epoch: 0,
             linked: true,
             released: false,
-            settled: 0,
+            full: None,
             deadline: Some(now + limits.handshake),
             actions: VecDeque::new(),
             timeline,
@@ -175,6 +183,13 @@ impl DestinationSession {
     /// Whether a link stands.
     pub fn linked(&self) -> bool {
         self.linked
+    }
+
+    /// Whether a [`ToDestination::Reattach`] on a new connection is this session's,
+    /// in a later epoch. If not, that connection is to be closed and nothing else: an
+    /// attempt that comes late must not cost the link that stands.
+    pub fn may_reattach(&self, session: SessionId, epoch: u32) -> bool {
+        Some(session) == self.session && epoch > self.epoch && self.state != DestinationState::Over
     }
 
     /// When each step happened.
@@ -217,14 +232,13 @@ impl DestinationSession {
                 self.timeline.stamp(Stamp::Running, at);
                 self.enter(S::Running, self.deadline);
                 self.say_running();
+                if let Some(settled) = self.full {
+                    self.drained(now, settled);
+                }
             }
-            (S::Running, E::LedgerFull { settled }) => {
-                self.timeline.stamp(Stamp::Drained, now);
-                self.settled = settled;
-                self.push(DestinationAction::Unregister);
-                self.say(ToSource::Drained { settled });
-                self.enter(S::Full, Some(now + self.limits.recovery));
-            }
+            (S::Running, E::LedgerFull { settled }) => self.drained(now, settled),
+            // Until the vCPUs run nobody is told: the guest may still stay at the source.
+            (_, E::LedgerFull { settled }) => self.full = Some(settled),
             (S::Full, E::ReportReady(report)) if self.released => {
                 self.say(ToSource::Report(report));
                 self.finish(now, Outcome::Completed);
@@ -237,10 +251,13 @@ impl DestinationSession {
                 | E::Restored
                 | E::RestoreFailed(_)
                 | E::Entered(_)
-                | E::LedgerFull { .. }
                 | E::ReportReady(_),
             ) => {}
 
+            // Without a link only the first message of a new one counts; anything else
+            // is left over from one that was given up.
+            (_, E::Message(message))
+                if !self.linked && !matches!(message, ToDestination::Reattach { .. }) => {}
             (_, E::Message(message)) => self.message(now, message),
         }
     }
@@ -283,6 +300,8 @@ impl DestinationSession {
                 self.violated(now, format!("it wanted to abort after the commit: {reason}"));
             }
             (_, M::Abort { reason }) => {
+                // The source waits to hear that nobody is in doubt.
+                self.say(ToSource::Abort { reason: reason.clone() });
                 self.finish_aborted(now, format!("the source aborted: {reason}"));
             }
             (_, message) => {
@@ -308,9 +327,12 @@ impl DestinationSession {
         epoch: u32,
         committed: Option<CommitRecord>,
     ) {
-        if Some(session) != self.session || epoch <= self.epoch {
+        if !self.may_reattach(session, epoch) {
             let why = format!("link epoch {epoch} of session {session} is not one to come back in");
             return self.violated(now, why);
+        }
+        if committed.is_none() && self.state != DestinationState::InDoubt {
+            return self.violated(now, "it came back without the commit it had made".into());
         }
         self.epoch = epoch;
         self.linked = true;
@@ -325,10 +347,24 @@ impl DestinationSession {
             DestinationState::Running => self.say_running(),
             DestinationState::Full => {
                 self.say_running();
-                self.say(ToSource::Drained { settled: self.settled });
+                self.say_drained();
                 self.deadline = Some(now + self.limits.recovery);
             }
             _ => {}
+        }
+    }
+
+    fn drained(&mut self, now: Duration, settled: u64) {
+        self.timeline.stamp(Stamp::Drained, now);
+        self.full = Some(settled);
+        self.push(DestinationAction::Unregister);
+        self.say_drained();
+        self.enter(DestinationState::Full, Some(now + self.limits.recovery));
+    }
+
+    fn say_drained(&mut self) {
+        if let Some(settled) = self.full {
+            self.say(ToSource::Drained { settled });
         }
     }
 
@@ -344,16 +380,19 @@ impl DestinationSession {
 
     fn link_lost(&mut self, now: Duration, why: String) {
         use DestinationState as S;
-        self.linked = false;
+        // The loss that is known already, heard of in another way, extends no limit.
+        if !std::mem::replace(&mut self.linked, false) {
+            return;
+        }
         match self.state {
             S::Waiting | S::Preparing | S::Agreed | S::Restoring => {
                 self.finish_aborted(now, format!("the link was lost: {why}"));
             }
-            S::InDoubt | S::Starting | S::Running => {
+            // The source knows that nothing is missing: it will not come back.
+            S::Full if self.released => self.finish(now, Outcome::Completed),
+            S::InDoubt | S::Starting | S::Running | S::Full => {
                 self.deadline = Some(now + self.limits.recovery);
             }
-            // Nothing is missing: the source is not needed any more.
-            S::Full => self.finish(now, Outcome::Completed),
             S::Over => {}
         }
     }

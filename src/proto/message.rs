@@ -95,12 +95,12 @@ pub struct Mismatch {
 }
 
 impl Mismatch {
-    /// A mismatch of `field`, its texts cut to [`TEXT_MAX`].
+    /// A mismatch of `field`, its texts made printable and cut to [`TEXT_MAX`].
     pub fn new(field: &str, source: impl fmt::Display, destination: impl fmt::Display) -> Self {
         Self {
             field: field.into(),
-            source_value: cut(source.to_string()),
-            destination_value: cut(destination.to_string()),
+            source_value: cut(printable(source.to_string())),
+            destination_value: cut(printable(destination.to_string())),
         }
     }
 }
@@ -109,6 +109,17 @@ impl Mismatch {
 pub fn cut(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(TEXT_MAX));
     text
+}
+
+/// A peer's text as it may go to a terminal or a log: characters that print nothing but
+/// move, reorder or hide what stands around them become `?`.
+pub fn printable(text: String) -> String {
+    let hides = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+            || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    if text.contains(hides) { text.replace(hides, "?") } else { text }
 }
 
 /// The record that a commit leaves: from then on the guest belongs to the destination.
@@ -256,6 +267,7 @@ impl ToDestination {
             Self::Abort { reason } if reason.len() > TEXT_MAX => {
                 Err(MessageError::FieldTooLong("a reason"))
             }
+            Self::Abort { reason } => Ok(Self::Abort { reason: printable(reason.clone()) }),
             _ => Ok(message),
         }
     }
@@ -294,6 +306,14 @@ impl ToSource {
                     || mismatch.field.len() > TEXT_MAX =>
             {
                 Err(MessageError::FieldTooLong("a refusal"))
+            }
+            Self::Abort { reason } => Ok(Self::Abort { reason: printable(reason.clone()) }),
+            Self::Refuse(Mismatch { field, source_value, destination_value }) => {
+                Ok(Self::Refuse(Mismatch {
+                    field: printable(field.clone()),
+                    source_value: printable(source_value.clone()),
+                    destination_value: printable(destination_value.clone()),
+                }))
             }
             _ => Ok(message),
         }
@@ -365,6 +385,25 @@ mod tests {
             mismatch.to_string(),
             "the two sides differ in the protocol version: source 2, destination 1"
         );
+    }
+
+    #[test]
+    fn what_a_peer_says_is_made_printable() {
+        let said = "no\x1b[2J\n\u{202e}room".to_owned();
+        let shown = "no?[2J??room".to_owned();
+        let body = encode(&ToSource::Abort { reason: said.clone() });
+        let heard = ToSource::decode(&body[4..]);
+        assert_eq!(heard, Ok(ToSource::Abort { reason: shown.clone() }));
+        let body = encode(&ToDestination::Abort { reason: said.clone() });
+        let heard = ToDestination::decode(&body[4..]);
+        assert_eq!(heard, Ok(ToDestination::Abort { reason: shown.clone() }));
+        let mismatch = |text: &str| Mismatch {
+            field: text.into(),
+            source_value: text.into(),
+            destination_value: text.into(),
+        };
+        let body = encode(&ToSource::Refuse(mismatch(&said)));
+        assert_eq!(ToSource::decode(&body[4..]), Ok(ToSource::Refuse(mismatch(&shown))));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Making the source's links: the urgent connection with its streams, and the push
 //! lanes' own connections, each on its own thread.
 
+use super::SourceConfig;
 use super::push::PushShared;
-use super::serve::LaneError;
-use super::source::SourceConfig;
+use crate::engine::lane::LaneError;
 use crate::transport::{self, Lane};
 use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
@@ -132,7 +132,7 @@ pub async fn push_lane(
 async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, LaneError> {
     transport::connect(&config.ticket, lane, &config.link)
         .await
-        .map_err(|error| LaneError::Link(super::error_chain(&error)))
+        .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
 }
 
 async fn connect_push(

@@ -1,33 +1,33 @@
-//! A migration as the source sees it.
-//!
-//! [`Migration::run`] blocks until the session is over. The session machine decides; this
-//! file does what it says, in the order in which a migration goes: connect, propose,
-//! pause, send the state, commit, serve and push, release.
+//! The source's driver: what the session machine says is done here, in the order in
+//! which a migration goes: connect, propose, pause, send the state, commit, serve and
+//! push, release.
 
-use super::control::{self, ControlError};
+use super::guest::{self, GuestCommand};
+use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
-use super::serve::{LaneError, SourceFigures, SourceShared, answer_requests, send_page};
-use super::source_link::{self, Link, PushCommand};
-use super::vm::{Captured, SourceVm, VmError};
-use super::{error_chain, source_report};
+use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
+use super::zero_scan::scan_zeros;
+use super::{Progress, SourceConfig, SourceEnd, report};
+use crate::engine::control::{self, ControlError};
+use crate::engine::error_chain;
+use crate::engine::lane::LaneError;
+use crate::engine::vm::{Captured, SourceVm};
 use crate::memory::ram::GuestRam;
-use crate::memory::scan::{self, ScanError, ZeroScan};
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
 use crate::proto::message::{Hello, SessionId, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
-use crate::proto::prepaging::{PolicyConfig, PolicyKind};
-use crate::proto::source::{
-    Outcome, SessionLimits, SourceAction, SourceEvent, SourceSession, SourceState,
-};
-use crate::report::schema::Report;
-use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
-use quinn::RecvStream;
+use crate::proto::prepaging::PolicyConfig;
+use crate::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
+use crate::transport::{LaneThread, TransportError};
+use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::AbortHandle;
 use tracing::{debug, info, info_span, warn};
 
 /// How often the urgent lane is timed while pages are pushed.
@@ -36,8 +36,6 @@ const PING_EVERY: Duration = Duration::from_millis(4);
 const NOTES_MAX: usize = 4096;
 /// The most runs of zero pages that wait to be sent.
 const ZERO_RUNS_MAX: usize = 1024;
-/// Pages that the zero scan looks at between two looks at its end.
-const SCAN_PAGES: u64 = 4096;
 /// How often the watcher is called at least.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// QUIC error code of a close that the session machine asked for.
@@ -45,128 +43,13 @@ const CLOSE_DONE: u32 = 0;
 /// How long the last message may take to be acknowledged.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// What a source needs to know.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Where to go, and with what right.
-    pub ticket: Ticket,
-    /// Socket and QUIC settings.
-    pub link: LinkOptions,
-    /// Time limits.
-    pub limits: SessionLimits,
-    /// The pre-paging policy.
-    pub policy: PolicyKind,
-    /// Pivots of the bubbling policy.
-    pub pivots: Option<usize>,
-    /// When to push everything that is left, whatever the policy says; counted from
-    /// the moment the guest runs at the destination.
-    pub drain_after: Option<Duration>,
-    /// The machine configuration, see [`Hello::machine`].
-    pub machine: String,
-    /// The VMM's description of the guest, see [`Hello::guest`].
-    pub guest: Vec<u8>,
-    /// The guest's vCPUs.
-    pub vcpus: u16,
-    /// The kind of guest, for the report.
-    pub guest_kind: String,
-    /// What the guest does, for the report.
-    pub workload: Option<String>,
-}
-
-/// Where a migration is, for whoever watches.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// The session machine's state.
-    pub state: SourceState,
-    /// Pages that the destination has, as it said last.
-    pub settled: u64,
-    /// Pages of the guest.
-    pub pages: u64,
-    /// Network faults, as the destination said last.
-    pub network_faults: u64,
-    /// Bytes of pages that the destination has received, as it said last.
-    pub wire_bytes: u64,
-    /// Since the session began.
-    pub elapsed: Duration,
-}
-
-/// How it ended.
-#[derive(Debug)]
-pub struct SourceEnd {
-    /// The session machine's word.
-    pub outcome: Outcome,
-    /// The report, the destination's part included if it came.
-    pub report: Report,
-}
-
-/// Asks a running migration to stop; only heard before the commit.
-#[derive(Clone, Debug)]
-pub struct Canceller(UnboundedSender<Input>);
-
-impl Canceller {
-    /// Cancels, for this reason.
-    pub fn cancel(&self, why: &str) {
-        let _ = self.0.send(Input::Event(SourceEvent::Cancel(why.into())));
-    }
-}
-
-/// A migration that is ready to begin.
-#[derive(Debug)]
-pub struct Migration {
-    config: SourceConfig,
-    ram: Arc<GuestRam>,
-    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
-}
-
-impl Migration {
-    /// Prepares to move the guest whose memory is `ram`.
-    pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
-        Self { config, ram, inputs: unbounded_channel() }
-    }
-
-    /// A handle that cancels it.
-    pub fn canceller(&self) -> Canceller {
-        Canceller(self.inputs.0.clone())
-    }
-
-    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
-    ///
-    /// # Errors
-    /// Only if no thread could be made: every other failure is an [`Outcome`].
-    pub fn run(
-        self,
-        vm: Box<dyn SourceVm>,
-        watch: impl FnMut(Progress) + Send + 'static,
-    ) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, inputs } = self;
-        LaneThread::spawn("urgent", move || {
-            let local = tokio::task::LocalSet::new();
-            let drive = async move {
-                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
-            };
-            super::hurry();
-            async move { local.run_until(drive).await }
-        })?
-        .join()?
-    }
-}
-
 /// What the driver waits for.
-enum Input {
+pub enum Input {
     Event(SourceEvent),
     Linked(Box<Link>),
-    Heard { epoch: u32, message: ToSource },
+    Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
-}
-
-/// What the guest thread is told.
-enum GuestCommand {
-    ResetInstruments,
-    Pause,
-    Commit,
-    Resume,
-    Release,
 }
 
 /// A push lane's thread and how it is told things.
@@ -175,7 +58,16 @@ struct PushLane {
     thread: LaneThread<()>,
 }
 
-struct Driver {
+/// A stream whose unsent bytes are forgotten with it: they lie in the guest's memory.
+struct ResetOnDrop(SendStream);
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.reset(CLOSE_DONE.into());
+    }
+}
+
+pub struct Driver {
     config: SourceConfig,
     machine: SourceSession,
     shared: Arc<SourceShared>,
@@ -184,9 +76,11 @@ struct Driver {
     inputs: UnboundedReceiver<Input>,
     input: UnboundedSender<Input>,
     guest: crossbeam_channel::Sender<GuestCommand>,
-    guest_thread: Option<std::thread::JoinHandle<()>>,
+    guest_thread: Option<std::thread::JoinHandle<Option<String>>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    lane_tasks: Vec<AbortHandle>,
+    dial: Option<tokio::task::JoinHandle<()>>,
     captured: Option<Captured>,
     watch: Box<dyn FnMut(Progress) + Send>,
     settled: u64,
@@ -196,11 +90,11 @@ struct Driver {
     drain_at: Option<Duration>,
     next_watch: Duration,
     outcome: Option<Outcome>,
-    figures: source_report::Observed,
+    figures: report::Observed,
 }
 
 impl Driver {
-    fn new(
+    pub fn new(
         config: SourceConfig,
         ram: Arc<GuestRam>,
         vm: Box<dyn SourceVm>,
@@ -242,7 +136,7 @@ impl Driver {
         });
         let (input, inputs) = inputs;
         let (guest, commands) = crossbeam_channel::unbounded();
-        let guest_thread = spawn_guest(vm, commands, input.clone())
+        let guest_thread = guest::spawn(vm, commands, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
         Ok(Self {
             config,
@@ -256,6 +150,8 @@ impl Driver {
             guest_thread: Some(guest_thread),
             push_lanes: Vec::new(),
             link: None,
+            lane_tasks: Vec::new(),
+            dial: None,
             captured: None,
             watch,
             settled: 0,
@@ -265,11 +161,11 @@ impl Driver {
             drain_at: None,
             next_watch: Duration::ZERO,
             outcome: None,
-            figures: source_report::Observed::default(),
+            figures: report::Observed::default(),
         })
     }
 
-    async fn run(mut self) -> SourceEnd {
+    pub async fn run(mut self) -> SourceEnd {
         let span = info_span!("migration", side = "source");
         let _entered = span.enter();
         self.spawn_push_lanes();
@@ -324,6 +220,8 @@ impl Driver {
         let now = self.now();
         match input {
             Input::Event(event) => self.machine.handle(now, event),
+            // Made for an epoch that has passed.
+            Input::Linked(link) if link.epoch != self.machine.epoch() => {}
             Input::Linked(mut link) => {
                 if let Some(control) = link.control_in.take() {
                     spawn_listener(control, link.epoch, self.input.clone());
@@ -333,13 +231,18 @@ impl Driver {
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
                 self.link = Some(*link);
+                if self.machine.state() == SourceState::Connecting {
+                    // While the two sides agree, and not when the pause is asked for: it
+                    // waits for a step of each vCPU, which is no part of the downtime.
+                    self.command(GuestCommand::ResetInstruments);
+                }
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
             Input::Captured(captured) => {
                 self.captured = Some(captured);
                 self.machine.handle(now, SourceEvent::Paused);
             }
-            Input::Heard { epoch, message } if epoch == self.machine.epoch() => {
+            Input::Heard { epoch, message, _room } if epoch == self.machine.epoch() => {
                 self.heard(now, message);
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
@@ -377,11 +280,10 @@ impl Driver {
     }
 
     fn drain(&mut self, why: &str) {
-        if self.drain_at.take().is_some() || self.machine.state() == SourceState::Brownout {
-            info!(why, "draining");
-            lock(&self.push.policy).drain();
-            self.shared.push_wake.notify_one();
-        }
+        self.drain_at = None;
+        info!(why, "draining");
+        lock(&self.push.policy).drain();
+        self.shared.push_wake.notify_one();
     }
 
     async fn perform(&mut self, action: SourceAction) {
@@ -390,14 +292,11 @@ impl Driver {
             SourceAction::DropLink(why) => self.drop_link(&why),
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            SourceAction::PauseGuest => {
-                self.command(GuestCommand::ResetInstruments);
-                self.command(GuestCommand::Pause);
-            }
+            SourceAction::PauseGuest => self.command(GuestCommand::Pause),
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
-                self.drop_link("the migration was aborted");
+                self.close_lanes();
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
                 if let Err(error) = self.shared.ledger.void(next) {
                     warn!(%error, "claims stay as they are");
@@ -424,17 +323,31 @@ impl Driver {
         self.drop_link("a new link is made");
         let (config, input) = (self.config.clone(), self.input.clone());
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
-        tokio::task::spawn_local(async move {
+        let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
-            let input_of = match source_link::dial(&config, epoch, &lanes).await {
+            let input_of = match link::dial(&config, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
                 Err(error) => Input::LinkEnded { epoch, error },
             };
             let _ = input.send(input_of);
         });
+        if let Some(replaced) = self.dial.replace(dial) {
+            replaced.abort();
+        }
+    }
+
+    /// No page leaves any more, and none that is in a send buffer is read again: the
+    /// guest may change its memory from now on. The control stream stays.
+    fn close_lanes(&mut self) {
+        self.lane_tasks.drain(..).for_each(|task| task.abort());
+        if let Some(link) = &mut self.link {
+            let _ = link.seeds.reset(CLOSE_DONE.into());
+            link.demand.clear();
+        }
     }
 
     fn drop_link(&mut self, why: &str) {
+        self.close_lanes();
         if let Some(link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
@@ -452,14 +365,16 @@ impl Driver {
     /// Answers page requests from now on. Before the guest is paused nobody asks.
     fn open_lanes(&mut self, epoch: u32) {
         let Some(link) = &mut self.link else { return };
-        for (mut pages, mut requests) in link.demand.drain(..) {
+        for (pages, mut requests) in link.demand.drain(..) {
             let (shared, input) = (self.shared.clone(), self.input.clone());
-            tokio::task::spawn_local(async move {
-                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages).await;
+            let answer = async move {
+                let mut pages = ResetOnDrop(pages);
+                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages.0).await;
                 if let Err(error) = ended {
                     let _ = input.send(Input::LinkEnded { epoch, error });
                 }
-            });
+            };
+            self.lane_tasks.push(tokio::task::spawn_local(answer).abort_handle());
         }
     }
 
@@ -522,7 +437,7 @@ impl Driver {
                 let _ = input.send(Input::LinkEnded { epoch, error });
             };
             let lane = LaneThread::spawn(format!("push-{index}"), move || {
-                source_link::push_lane(push, config, index, receiver, ended)
+                link::push_lane(push, config, index, receiver, ended)
             });
             match lane {
                 Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),
@@ -559,6 +474,12 @@ impl Driver {
     async fn end(mut self) -> SourceEnd {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
+        if let Some(dial) = self.dial.take() {
+            // It holds the push lanes' commands, and they end only without them: joined
+            // while it lives, they would never end.
+            dial.abort();
+            let _ = dial.await;
+        }
         if let Some(mut link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             // What was said last should still arrive; not everybody listens.
@@ -573,10 +494,10 @@ impl Driver {
             }
         }
         drop(self.guest);
-        if let Some(thread) = self.guest_thread.take() {
-            let _ = thread.join();
-        }
-        let report = source_report::report(&source_report::Facts {
+        let stranded = self.guest_thread.take().and_then(|thread| {
+            thread.join().unwrap_or_else(|_| Some("the thread that drives it panicked".into()))
+        });
+        let report = report::report(&report::Facts {
             config: &self.config,
             machine: &self.machine,
             shared: &self.shared,
@@ -585,18 +506,20 @@ impl Driver {
             observed: &self.figures,
             outcome: &outcome,
         });
-        SourceEnd { outcome, report }
+        SourceEnd { outcome, report, stranded }
     }
 }
 
 fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
     tokio::task::spawn_local(async move {
+        let ear = control::ear();
         let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
             let heard = control::hear(&mut control).await;
             let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
             match decoded {
                 Ok(message) => {
-                    if input.send(Input::Heard { epoch, message }).is_err() {
+                    if input.send(Input::Heard { epoch, message, _room }).is_err() {
                         return;
                     }
                 }
@@ -609,73 +532,4 @@ fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<In
         };
         let _ = input.send(Input::LinkEnded { epoch, error });
     });
-}
-
-/// Finds holes and zero pages and hands each run to `found`, until it says `false`.
-fn scan_zeros(
-    ram: Arc<GuestRam>,
-    mut found: impl FnMut(PageRun, PageKind) -> bool,
-) -> Result<(), ScanError> {
-    let mut scan = ZeroScan::new(ram)?;
-    while let Some(runs) = scan.next(SCAN_PAGES)? {
-        for (run, kind) in runs {
-            let kind = match kind {
-                scan::Kind::Zero => PageKind::Zero,
-                scan::Kind::Hole => PageKind::Hole,
-            };
-            if !found(run, kind) {
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The thread on which the VMM is called: its calls may block.
-fn spawn_guest(
-    mut vm: Box<dyn SourceVm>,
-    commands: crossbeam_channel::Receiver<GuestCommand>,
-    input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let said = |error: VmError| error_chain(error.as_ref());
-    let run = move || {
-        super::hurry();
-        for command in commands {
-            let event = match command {
-                GuestCommand::ResetInstruments => {
-                    vm.reset_instruments();
-                    continue;
-                }
-                GuestCommand::Pause => match vm.pause() {
-                    Ok(captured) => Input::Captured(captured),
-                    Err(error) => Input::Event(SourceEvent::PauseFailed(said(error))),
-                },
-                GuestCommand::Commit => match vm.commit() {
-                    Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
-                    // The VMM cannot be asked any more: whoever holds the word decided.
-                    Err(error) => {
-                        warn!(error = said(error), "the commit word could not be written");
-                        Input::Event(SourceEvent::CommitWord(false))
-                    }
-                },
-                GuestCommand::Resume => match vm.resume() {
-                    Ok(()) => continue,
-                    Err(error) => {
-                        warn!(error = said(error), "the guest could not be resumed");
-                        continue;
-                    }
-                },
-                GuestCommand::Release => {
-                    if let Err(error) = vm.release() {
-                        warn!(error = said(error), "the VMM was not told that it may go");
-                    }
-                    continue;
-                }
-            };
-            if input.send(event).is_err() {
-                return;
-            }
-        }
-    };
-    std::thread::Builder::new().name("guest".into()).spawn(run)
 }

@@ -1,8 +1,8 @@
 //! The destination's guest thread: everything of the VMM that may block, and the
 //! watch over the guest's steps once it runs.
 
-use super::error_chain;
-use super::vm::{DestinationVm, GuestFigures};
+use crate::engine::error_chain;
+use crate::engine::vm::{DestinationVm, GuestFigures};
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
@@ -13,6 +13,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// How long the VMM may take to come back from its last call.
+const END_MAX: Duration = Duration::from_secs(30);
 /// How often the guest's steps are looked at.
 const SAMPLE_EVERY: Duration = Duration::from_millis(5);
 /// The most samples kept; then every second one goes and they are taken half as often.
@@ -99,9 +101,18 @@ impl GuestThread {
         let _ = self.commands.send(command);
     }
 
-    /// Lets it end and takes the VMM back; `None` if the thread panicked.
+    /// Lets it end and takes the VMM back; `None` if the thread panicked, or waits in
+    /// the VMM for a page that does not come.
     pub fn end(self) -> Option<Box<dyn DestinationVm>> {
         drop(self.commands);
+        let asked = Instant::now();
+        while !self.thread.is_finished() {
+            if asked.elapsed() > END_MAX {
+                tracing::error!("the VMM does not answer; it is left behind");
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.thread.join().ok()
     }
 }
@@ -113,7 +124,7 @@ pub fn spawn(
 ) -> std::io::Result<GuestThread> {
     let (commands, receiver) = crossbeam_channel::unbounded();
     let run = move || {
-        super::hurry();
+        crate::engine::hurry();
         Worker { vm, tell, steps: None, ended: false }.run(&receiver)
     };
     let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;

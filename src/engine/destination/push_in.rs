@@ -1,14 +1,14 @@
 //! The destination's push lanes: page frames in, pages placed.
 
 use super::install::Installer;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
 use quinn::Connection;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
@@ -26,7 +26,6 @@ pub struct PushGate {
     links: Mutex<HashMap<u8, Connection>>,
     /// Bytes in UDP datagrams received and sent, of links that were replaced.
     replaced: [AtomicU64; 2],
-    failed: AtomicBool,
 }
 
 impl Default for PushGate {
@@ -37,7 +36,6 @@ impl Default for PushGate {
             pushed_bytes: AtomicU64::new(0),
             links: Mutex::default(),
             replaced: Default::default(),
-            failed: AtomicBool::new(false),
         }
     }
 }
@@ -95,9 +93,7 @@ pub async fn receive_lane(
             }
             error = receive => {
                 link = None;
-                if !gate.failed.swap(matches!(error, LaneError::Local(_)), Ordering::Relaxed) {
-                    ended(error);
-                }
+                ended(error);
             }
         }
     }
@@ -156,8 +152,8 @@ pub fn parse(
 pub fn wire(error: TransportError) -> LaneError {
     match error {
         TransportError::Malformed { .. } | TransportError::TooLong { .. } => {
-            LaneError::Violation(super::error_chain(&error))
+            LaneError::Violation(crate::engine::error_chain(&error))
         }
-        error => LaneError::Link(super::error_chain(&error)),
+        error => LaneError::Link(crate::engine::error_chain(&error)),
     }
 }

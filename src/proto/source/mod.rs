@@ -10,155 +10,46 @@
 //!   Committed --> Brownout: Running
 //!   Brownout --> Releasing: Drained / Released
 //!   Releasing --> Over: Report
-//!   Connecting --> Over: any failure up to here leaves the guest at the source
-//!   Committing --> Over: the VMM had aborted already
+//!   Connecting --> Over: any failure up to Pausing leaves the guest at the source
+//!   Pausing --> Unpausing: a failure / the guest is resumed once it is paused
+//!   Blackout --> Retracting: a failure / resume the guest, Abort
+//!   Committing --> Retracting: the VMM had aborted already / Abort
+//!   Retracting --> Over: Abort, or nobody there to say it
 //! ```
 //!
 //! Before the commit word is written every failure aborts and the guest runs on at
 //! the source. After it the guest is never resumed here: a lost link is replaced by
-//! a new one, in a new link epoch, however long that takes.
+//! a new one, in a new link epoch, as long as the limits allow.
+//!
+//! A destination that was given the state may be in doubt whether the guest is its
+//! own. So a source that aborts after that point resumes its guest at once, and then
+//! stays a while to make sure that the destination hears of it.
+//!
+//! What comes from a link ([`SourceEvent::LinkUp`], `LinkLost`, `Message`,
+//! `Violation`) is to be fed only while the epoch it was made for is the session's
+//! [`epoch`](SourceSession::epoch): a link that was replaced, or given up by
+//! `DropLink`, may still have something to say that would be taken for the new one's.
 //!
 //! The contract is quinn-proto's: `handle` takes what happened and when, then
 //! `poll_action` is called until it returns `None`, then `timeout` tells when to
 //! call `handle` with [`SourceEvent::Timer`] at the latest.
 
-use super::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
-use super::page_set::PageSet;
-use super::timeline::{Stamp, Timeline};
+mod terms;
+
+pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
+
+use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
+use crate::proto::page_set::PageSet;
+use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// Time limits of a session.
-#[derive(Clone, Copy, Debug)]
-pub struct SessionLimits {
-    /// From the start until both sides agree.
-    pub handshake: Duration,
-    /// From the state's departure until the destination is ready, or, there, from
-    /// the agreement until the state arrives.
-    pub restore: Duration,
-    /// How long a side without a link stays in doubt or in recovery before it gives up.
-    pub recovery: Duration,
-    /// The longest pause between two attempts to connect again.
-    pub backoff_max: Duration,
-}
-
-impl Default for SessionLimits {
-    fn default() -> Self {
-        Self {
-            handshake: Duration::from_secs(10),
-            restore: Duration::from_secs(30),
-            recovery: Duration::from_secs(60),
-            backoff_max: Duration::from_millis(300),
-        }
-    }
-}
 
 /// The first pause between two attempts to connect again; it doubles up to the limit.
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// The most runs that the destination's set of placed pages may have.
 const PLACED_RUNS_MAX: usize = 1 << 22;
 
-/// Where the session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SourceState {
-    /// Waiting for the first connection.
-    Connecting,
-    /// Proposed; waiting for the answer.
-    Negotiating,
-    /// The VMM is pausing the guest and taking its state.
-    Pausing,
-    /// As before, but the migration is off: the guest is resumed once it is paused.
-    Unpausing,
-    /// The state is on its way; the guest runs nowhere.
-    Blackout,
-    /// The destination is ready and the commit word is being written.
-    Committing,
-    /// The commit is made; the destination has not yet said that the guest runs.
-    Committed,
-    /// The guest runs at the destination.
-    Brownout,
-    /// All pages are there; waiting for the destination's report.
-    Releasing,
-    /// The end.
-    Over,
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum SourceEvent {
-    /// The connection that `Connect` asked for stands.
-    LinkUp,
-    /// The connection failed, or could not be made.
-    LinkLost(String),
-    /// The destination said something.
-    Message(ToSource),
-    /// The destination broke the protocol.
-    Violation(String),
-    /// The guest is paused and its state captured.
-    Paused,
-    /// The guest could not be paused; it runs on.
-    PauseFailed(String),
-    /// The state was handed to the link.
-    StateSent,
-    /// The commit word is written (`true`), or the VMM had aborted before (`false`).
-    CommitWord(bool),
-    /// The user wants no migration.
-    Cancel(String),
-    /// The time that `timeout` named has come.
-    Timer,
-}
-
-/// What to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceAction {
-    /// Connect, for this link epoch, not before the pause is over. Whoever keeps the
-    /// session across a restart stores the epoch first.
-    Connect {
-        /// The epoch to be.
-        epoch: u32,
-        /// How long to wait before.
-        after: Duration,
-    },
-    /// Close the connection: the peer broke the protocol on it.
-    DropLink(String),
-    /// Send a control message.
-    Say(ToDestination),
-    /// Answer page requests of this epoch from now on.
-    OpenLanes {
-        /// The epoch.
-        epoch: u32,
-    },
-    /// Pause the guest and capture its state.
-    PauseGuest,
-    /// Send the captured state, and the seeds.
-    SendState,
-    /// Write the commit word: the point of no return.
-    WriteCommitWord,
-    /// The claims made so far are void and the guest runs on here.
-    ResumeGuest,
-    /// The destination holds these pages; all others are unsent again.
-    ResumeLedger(PageSet),
-    /// Push pages from now on.
-    StartPush,
-    /// The guest lives elsewhere: its VMM may go.
-    ReleaseGuest,
-    /// The session is over; nothing follows.
-    Finish(Outcome),
-}
-
-/// How a session ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The guest runs at the destination with all its memory.
-    Completed,
-    /// Nothing was moved: the guest is whole at the source.
-    Aborted(String),
-    /// The link never came back after the commit. The guest's memory is still held
-    /// at the source, and what the destination had of it there.
-    Lost(String),
-}
-
-/// What ends `recover`-able work: see [`SourceSession::recover`].
+/// The link, as far as this side knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
     Up,
@@ -174,6 +65,7 @@ pub struct SourceSession {
     state: SourceState,
     session: SessionId,
     hello: Option<Hello>,
+    committed: Option<CommitRecord>,
     limits: SessionLimits,
     epoch: u32,
     link: Link,
@@ -196,6 +88,7 @@ impl SourceSession {
             session: hello.session,
             pages: hello.layout.pages(),
             hello: Some(hello),
+            committed: None,
             limits,
             epoch: 0,
             link: Link::Dialing,
@@ -222,15 +115,45 @@ impl SourceSession {
         limits: SessionLimits,
         now: Duration,
     ) -> Self {
+        let mut machine = Self::restarted(record.session, last_epoch, limits, now);
+        machine.state = SourceState::Committed;
+        machine.committed = Some(record);
+        machine.pages = pages;
+        machine.dial_again(now);
+        machine
+    }
+
+    /// A session whose process has died before the commit, once the VMM has taken its
+    /// guest back (the commit word says so): it connects only to tell the destination,
+    /// which may be in doubt, and ends aborted whether or not it gets through.
+    pub fn recover_aborted(
+        session: SessionId,
+        last_epoch: u32,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
+        let mut machine = Self::restarted(session, last_epoch, limits, now);
+        machine.retract(now, "the fault-server died before the commit".into());
+        machine
+    }
+
+    /// What a process that has died leaves of its session: no link, and a name.
+    fn restarted(
+        session: SessionId,
+        last_epoch: u32,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
         let mut machine = Self {
-            state: SourceState::Committed,
-            session: record.session,
+            state: SourceState::Retracting,
+            session,
             hello: None,
+            committed: None,
             limits,
             epoch: last_epoch,
-            link: Link::Up,
+            link: Link::Dialing,
             placed: PageSet::new(),
-            pages,
+            pages: 0,
             backoff: Duration::ZERO,
             deadline: None,
             abort_reason: String::new(),
@@ -240,7 +163,6 @@ impl SourceSession {
             report: None,
         };
         machine.timeline.stamp(Stamp::Begin, now);
-        machine.dial_again(now);
         machine
     }
 
@@ -284,10 +206,16 @@ impl SourceSession {
         }
         match (self.state, event) {
             (S::Connecting, E::LinkUp) => self.propose(),
-            (_, E::LinkUp) if self.link == Link::Dialing => self.reattach(),
+            (S::Committed | S::Brownout | S::Retracting, E::LinkUp)
+                if self.link == Link::Dialing =>
+            {
+                self.reattach();
+            }
             (_, E::LinkUp) => {}
 
             (_, E::LinkLost(why)) => self.link_lost(now, why),
+            // Without a link these are left over from one that was given up.
+            (_, E::Violation(_) | E::Message(_)) if self.link == Link::Dialing => {}
             (_, E::Violation(why)) => self.violated(now, why),
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
@@ -297,7 +225,11 @@ impl SourceSession {
                 self.push(SourceAction::SendState);
                 self.enter(S::Blackout, Some(now + self.limits.restore));
             }
-            (S::Pausing, E::PauseFailed(why)) => self.abort(now, why),
+            (S::Pausing, E::PauseFailed(why)) => {
+                self.abort_reason = why;
+                self.say_abort();
+                self.finish_aborted(now);
+            }
             (S::Unpausing, E::Paused) => {
                 self.push(SourceAction::ResumeGuest);
                 self.finish_aborted(now);
@@ -306,9 +238,7 @@ impl SourceSession {
             (S::Blackout, E::StateSent) => self.timeline.stamp(Stamp::StateSent, now),
             (S::Committing, E::CommitWord(true)) => self.committed(now),
             (S::Committing, E::CommitWord(false)) => {
-                self.abort_reason = "the VMM had already taken its guest back".into();
-                self.say_abort();
-                self.finish_aborted(now);
+                self.retract(now, "the VMM had already taken its guest back".into());
             }
             // A late echo of something asked for before.
             (_, E::Paused | E::PauseFailed(_) | E::StateSent | E::CommitWord(_)) => {}
@@ -361,6 +291,8 @@ impl SourceSession {
             (S::Brownout, M::Running { .. }) => {}
             (S::Brownout, M::Drained { .. }) => {
                 self.timeline.stamp(Stamp::Drained, now);
+                // Released is said when nothing is left that a crash could undo.
+                self.push(SourceAction::ReleaseGuest);
                 self.push(SourceAction::Say(ToDestination::Released));
                 self.enter(S::Releasing, Some(now + self.limits.restore));
             }
@@ -368,13 +300,25 @@ impl SourceSession {
                 self.report = Some(report);
                 self.complete(now);
             }
-            (S::Brownout | S::Committed, M::Progress { .. } | M::WorkloadEnded | M::Pong(_)) => {}
-            (S::Releasing, M::Progress { .. } | M::WorkloadEnded | M::Pong(_)) => {}
+            // Sent by the engine, at any time.
+            (
+                S::Pausing
+                | S::Blackout
+                | S::Committing
+                | S::Committed
+                | S::Brownout
+                | S::Releasing,
+                M::Progress { .. } | M::WorkloadEnded | M::Pong(_),
+            ) => {}
+            // The destination has heard it, too, and nobody is in doubt.
+            (S::Retracting, M::Abort { .. }) => self.finish_aborted(now),
+            // It is over; what matters is only that the guest is resumed.
+            (S::Unpausing | S::Retracting, _) => {}
             (S::Committing | S::Committed | S::Brownout | S::Releasing, M::Abort { reason }) => {
                 self.violated(now, format!("it wanted to abort after the commit: {reason}"));
             }
             (_, M::Abort { reason }) => {
-                self.abort(now, format!("the destination aborted: {reason}"))
+                self.aborted_there(now, format!("the destination aborted: {reason}"));
             }
             (_, message) => {
                 let name = name_of(&message);
@@ -392,15 +336,16 @@ impl SourceSession {
 
     fn reattach(&mut self) {
         self.link = Link::Reattaching;
-        self.backoff = Duration::ZERO;
         self.placed = PageSet::new();
-        let record = CommitRecord { session: self.session, epoch: self.epoch };
-        let (session, epoch) = (self.session, self.epoch);
         self.push(SourceAction::Say(ToDestination::Reattach {
-            session,
-            epoch,
-            committed: Some(record),
+            session: self.session,
+            epoch: self.epoch,
+            committed: self.committed,
         }));
+        if self.state == SourceState::Retracting {
+            self.link = Link::Up;
+            self.say_abort();
+        }
     }
 
     fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
@@ -413,6 +358,7 @@ impl SourceSession {
         }
         if last {
             self.link = Link::Up;
+            self.backoff = Duration::ZERO;
             self.deadline = None;
             let placed = std::mem::take(&mut self.placed);
             self.push(SourceAction::ResumeLedger(placed));
@@ -424,8 +370,9 @@ impl SourceSession {
     fn committed(&mut self, now: Duration) {
         self.timeline.stamp(Stamp::Committed, now);
         self.enter(SourceState::Committed, None);
+        let record = CommitRecord { session: self.session, epoch: self.epoch };
+        self.committed = Some(record);
         if self.link == Link::Up {
-            let record = CommitRecord { session: self.session, epoch: self.epoch };
             self.push(SourceAction::Say(ToDestination::Commit(record)));
             self.push(SourceAction::StartPush);
         } else {
@@ -435,11 +382,17 @@ impl SourceSession {
 
     fn link_lost(&mut self, now: Duration, why: String) {
         use SourceState as S;
+        self.link = Link::Dialing;
         match self.state {
             S::Connecting | S::Negotiating => self.abort(now, why),
-            S::Pausing | S::Blackout => self.abort(now, format!("the link was lost: {why}")),
+            S::Pausing => self.abort(now, format!("the link was lost: {why}")),
+            S::Blackout => {
+                self.push(SourceAction::ResumeGuest);
+                self.retract(now, format!("the link was lost: {why}"));
+            }
+            S::Retracting => self.dial_again(now),
             // The word decides; the link is looked at after it.
-            S::Committing => self.link = Link::Dialing,
+            S::Committing => {}
             S::Committed | S::Brownout => self.dial_again(now),
             // The destination has all pages and has been told so, or will time out
             // with all of them: nothing is left to do but its report.
@@ -451,11 +404,15 @@ impl SourceSession {
     fn violated(&mut self, now: Duration, why: String) {
         let why = format!("the destination broke the protocol: {why}");
         match self.state {
-            SourceState::Committing | SourceState::Committed | SourceState::Brownout => {
+            SourceState::Retracting
+            | SourceState::Committing
+            | SourceState::Committed
+            | SourceState::Brownout => {
                 self.push(SourceAction::DropLink(cut(why.clone())));
                 self.link_lost(now, why);
             }
             SourceState::Releasing => self.complete(now),
+            SourceState::Unpausing => {}
             _ => self.abort(now, why),
         }
     }
@@ -463,7 +420,8 @@ impl SourceSession {
     fn dial_again(&mut self, now: Duration) {
         self.link = Link::Dialing;
         self.deadline.get_or_insert(now + self.limits.recovery);
-        self.epoch += 1;
+        // A stored epoch may be any number; the destination refuses one that is not new.
+        self.epoch = self.epoch.saturating_add(1);
         let (epoch, after) = (self.epoch, self.backoff);
         self.backoff = (self.backoff * 2).clamp(BACKOFF_MIN, self.limits.backoff_max);
         self.push(SourceAction::Connect { epoch, after });
@@ -485,6 +443,7 @@ impl SourceSession {
                 self.finish(now, Outcome::Lost(why));
             }
             S::Releasing => self.complete(now),
+            S::Retracting => self.finish_aborted(now),
             S::Pausing | S::Unpausing | S::Committing | S::Over => {}
         }
     }
@@ -493,21 +452,48 @@ impl SourceSession {
         use SourceState as S;
         match self.state {
             S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
+            S::Retracting => self.finish_aborted(now),
             // Too late (or already on its way out): the guest is the destination's.
             S::Unpausing | S::Committing | S::Committed | S::Brownout | S::Releasing | S::Over => {}
         }
     }
 
-    /// Ends a session before the commit; the guest is, or will be, running here.
+    /// Ends a session before the commit, for a reason of this side; the guest is, or
+    /// will be, running here.
     fn abort(&mut self, now: Duration, why: String) {
+        if self.state == SourceState::Blackout {
+            self.push(SourceAction::ResumeGuest);
+            return self.retract(now, why);
+        }
         self.abort_reason = why;
         self.say_abort();
-        match self.state {
-            SourceState::Pausing => return self.enter(SourceState::Unpausing, None),
-            SourceState::Blackout => self.push(SourceAction::ResumeGuest),
-            _ => {}
+        self.unpause_and_finish(now);
+    }
+
+    /// As [`abort`](Self::abort), for a reason of the destination's: it knows.
+    fn aborted_there(&mut self, now: Duration, why: String) {
+        self.abort_reason = why;
+        if self.state == SourceState::Blackout {
+            self.push(SourceAction::ResumeGuest);
+        }
+        self.unpause_and_finish(now);
+    }
+
+    fn unpause_and_finish(&mut self, now: Duration) {
+        if self.state == SourceState::Pausing {
+            return self.enter(SourceState::Unpausing, None);
         }
         self.finish_aborted(now);
+    }
+
+    /// The guest stays here, and the destination may be in doubt about that.
+    fn retract(&mut self, now: Duration, why: String) {
+        self.abort_reason = why;
+        self.enter(SourceState::Retracting, Some(now + self.limits.handshake));
+        match self.link {
+            Link::Up => self.say_abort(),
+            Link::Dialing | Link::Reattaching => self.dial_again(now),
+        }
     }
 
     fn say_abort(&mut self) {
@@ -523,7 +509,6 @@ impl SourceSession {
     }
 
     fn complete(&mut self, now: Duration) {
-        self.push(SourceAction::ReleaseGuest);
         self.finish(now, Outcome::Completed);
     }
 

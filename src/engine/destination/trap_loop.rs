@@ -4,7 +4,7 @@
 //! fault costs no hand-over between threads.
 
 use super::install::Installer;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::PageRequest;
 use crate::proto::ledger::FaultAnswer;
 use crate::proto::page::{PageIndex, PageRun};
@@ -111,7 +111,7 @@ impl<R: Requests> TrapLoop<R> {
             .trap
             .get_ref()
             .read(&mut events)
-            .map_err(|error| LaneError::Local(super::error_chain(&error)))?;
+            .map_err(|error| LaneError::Local(crate::engine::error_chain(&error)))?;
         let now = Instant::now();
         for event in &events {
             self.event(event, now)?;
@@ -155,8 +155,12 @@ impl<R: Requests> TrapLoop<R> {
             }
             FaultAnswer::Wait => waits(&self.counts.waits),
             FaultAnswer::Wake => {
-                self.counts.crossed.fetch_add(1, Ordering::Relaxed);
-                self.installer.book.strike(page);
+                if self.installer.book.strike(page) {
+                    self.counts.crossed.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    // Placed after it was entered: its wait is in the figures.
+                    waits(&self.counts.waits);
+                }
                 self.installer.wake(PageRun::single(page))?;
             }
             FaultAnswer::Zero(landing) => {

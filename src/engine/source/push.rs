@@ -1,7 +1,8 @@
 //! The source's push lanes: the pre-paging policy's suggestions, claimed late and
 //! sent as page frames.
 
-use super::serve::{FaultNote, LaneError, SourceShared};
+use super::serve::{FaultNote, SourceShared};
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PageRun;

@@ -1,0 +1,339 @@
+//! A source and a destination that say what the test wants, over the real transport.
+//!
+//! Each has a runtime of its own, driven from the test's thread, and a limit on every step.
+
+use super::harness::SOON;
+use postcopy::host::GuestDescription;
+use postcopy::proto::layout::MemoryLayout;
+use postcopy::proto::message::{self, Hello, SessionId, ToDestination, ToSource};
+use postcopy::proto::page::PAGE_SIZE;
+use postcopy::transport::ticket::{Host, Secret};
+use postcopy::transport::{
+    Identity, Lane, LaneServer, Link, LinkOptions, Ticket, TransportError, bind_ports, connect,
+};
+use postcopy::vmm::guest::GuestKind;
+use postcopy::vmm::workload::{Pattern, Workload};
+use quinn::{RecvStream, SendStream};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Runs one step under a limit.
+fn within_limit<T>(runtime: &Runtime, what: &str, step: impl Future<Output = T>) -> T {
+    let limited = runtime.block_on(async { timeout(SOON, step).await });
+    limited.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"))
+}
+
+/// Reads one message; what ended the link if none comes.
+async fn hear<M>(
+    stream: &mut RecvStream,
+    decode: impl FnOnce(&[u8]) -> Result<M, message::MessageError>,
+) -> Result<M, String> {
+    let mut prefix = [0; 4];
+    stream.read_exact(&mut prefix).await.map_err(|error| format!("{error:?}"))?;
+    let length = message::body_len(prefix).expect("the binary sends no such length");
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.map_err(|error| format!("{error:?}"))?;
+    Ok(decode(&body).expect("the binary sends proper messages"))
+}
+
+/// The proposal that a real source would make for a process guest of `pages` pages.
+/// It is taken by every destination of this build.
+pub fn proposal(pages: u64) -> Hello {
+    let workload = Workload {
+        pattern: Pattern::Random,
+        seed: 1,
+        vcpus: 1,
+        think_ns: 0,
+        step_limit: 0,
+        zero_pages: 0,
+    };
+    let guest = GuestDescription { kind: GuestKind::Process, workload };
+    let layout = MemoryLayout::pc(pages).expect("a layout");
+    let arch = std::env::consts::ARCH;
+    let machine = format!(
+        "process guest 1, {arch}, 1 vCPUs, {pages} pages, 0 zero pages, pattern Random, seed 0x1"
+    );
+    Hello {
+        guest: guest.to_json().into_bytes(),
+        ..Hello::new(SessionId(rand::random()), layout, machine)
+    }
+}
+
+/// A source with the ticket, and nothing behind it.
+pub struct FakeSource {
+    runtime: Runtime,
+    ticket: Ticket,
+    link: Link,
+    control: SendStream,
+    control_in: RecvStream,
+    /// Kept open: a stream that is dropped is reset.
+    streams: Vec<SendStream>,
+    push: Option<Link>,
+}
+
+impl FakeSource {
+    /// Connects the urgent lane and opens the control stream.
+    pub fn connect(ticket: &str) -> Self {
+        let ticket: Ticket = ticket.parse().expect("the binary prints tickets");
+        let runtime = runtime();
+        let options = LinkOptions::default();
+        let (link, control, control_in) = within_limit(&runtime, "connecting", async {
+            let link = connect(&ticket, Lane::Urgent, &options).await.expect("admitted");
+            let (control, control_in) = link.connection.open_bi().await.expect("a stream");
+            (link, control, control_in)
+        });
+        Self { runtime, ticket, link, control, control_in, streams: Vec::new(), push: None }
+    }
+
+    /// Connects and has this proposal accepted.
+    pub fn accepted(ticket: &str, hello: Hello) -> Self {
+        let mut source = Self::connect(ticket);
+        source.say(&ToDestination::Hello(hello));
+        let answer = source.hear();
+        assert!(matches!(answer, Ok(ToSource::Accept { .. })), "{answer:?}");
+        source
+    }
+
+    /// Says something.
+    pub fn say(&mut self, message: &ToDestination) {
+        self.say_bytes(&message::encode(message));
+    }
+
+    /// Sends bytes on the control stream.
+    pub fn say_bytes(&mut self, bytes: &[u8]) {
+        let Self { runtime, control, .. } = self;
+        within_limit(runtime, "saying", control.write_all(bytes)).expect("the link stands");
+    }
+
+    /// Hears something, or why nothing more comes.
+    pub fn hear(&mut self) -> Result<ToSource, String> {
+        let Self { runtime, control_in, .. } = self;
+        within_limit(runtime, "hearing", hear(control_in, ToSource::decode))
+    }
+
+    /// Opens the stream for seeds and sends `bytes` on it.
+    pub fn send_seeds(&mut self, bytes: &[u8]) {
+        let Self { runtime, link, .. } = self;
+        let stream = within_limit(runtime, "sending seeds", async {
+            let mut stream = link.connection.open_uni().await.expect("a stream");
+            stream.write_all(&[0, 0]).await.expect("the link stands");
+            stream.write_all(bytes).await.expect("the link stands");
+            stream
+        });
+        self.streams.push(stream);
+    }
+
+    /// Connects the first push lane and sends `bytes` on it.
+    pub fn push(&mut self, bytes: &[u8]) {
+        let Self { runtime, ticket, .. } = self;
+        let options = LinkOptions::default();
+        let (link, stream) = within_limit(runtime, "pushing", async {
+            let link = connect(ticket, Lane::Push(0), &options).await.expect("admitted");
+            let mut stream = link.connection.open_uni().await.expect("a stream");
+            stream.write_all(&[0, 0]).await.expect("the link stands");
+            stream.write_all(bytes).await.expect("the link stands");
+            (link, stream)
+        });
+        self.streams.push(stream);
+        self.push = Some(link);
+    }
+
+    /// Waits until the link has ended and says why.
+    pub fn ended(&mut self) -> String {
+        let Self { runtime, link, .. } = self;
+        within_limit(runtime, "the end of the link", link.connection.closed()).to_string()
+    }
+
+    /// Goes away without a word, as a process that is killed or a host that loses power.
+    pub fn vanish(self) {
+        // What drives the connections stops first, so that no close is sent.
+        self.runtime.shutdown_background();
+    }
+}
+
+/// A destination with a ticket, and nothing behind it.
+pub struct FakeDestination {
+    runtime: Runtime,
+    /// Lets a source in.
+    pub ticket: String,
+    urgent: LaneServer,
+    push: LaneServer,
+    links: Vec<Link>,
+    control: Option<(SendStream, RecvStream)>,
+    /// Kept open: a stream that is dropped is reset.
+    demand: Vec<(SendStream, RecvStream)>,
+}
+
+impl FakeDestination {
+    /// Listens; the ticket is good for ten minutes.
+    pub fn listen() -> Self {
+        Self::listen_until(now() + 600)
+    }
+
+    /// Listens with a ticket that has expired.
+    pub fn listen_expired() -> Self {
+        Self::listen_until(now() - 60)
+    }
+
+    fn listen_until(expires: u64) -> Self {
+        let runtime = runtime();
+        let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let options = LinkOptions::default();
+        let identity = Identity::generate(expires).expect("an identity");
+        let sockets = bind_ports(host, 0, 1, &options).expect("two free ports");
+        let ports: Vec<u16> = sockets.iter().map(|socket| socket.local_addr().port()).collect();
+        let ticket = identity.ticket(Host::from(host), ports[0], vec![ports[1]]);
+        let ticket = ticket.expect("a ticket").to_string();
+        let entered = runtime.enter();
+        let mut servers = [Lane::Urgent, Lane::Push(0)]
+            .into_iter()
+            .zip(sockets)
+            .map(|(lane, socket)| LaneServer::listen(socket, &identity, lane, options.clone()));
+        let mut server = || servers.next().expect("two lanes").expect("listens");
+        let (urgent, push) = (server(), server());
+        drop(entered);
+        Self { runtime, ticket, urgent, push, links: Vec::new(), control: None, demand: Vec::new() }
+    }
+
+    /// Runs for as long as `process` does, and lets nobody in.
+    pub fn refuse_while(&mut self, mut runs: impl FnMut() -> bool) {
+        let Self { runtime, urgent, .. } = self;
+        within_limit(runtime, "a refused source's end", async {
+            while runs() {
+                let accepted: Result<Result<Link, TransportError>, _> =
+                    timeout(std::time::Duration::from_millis(20), urgent.accept()).await;
+                assert!(accepted.is_err(), "a source was admitted: {accepted:?}");
+            }
+        });
+    }
+
+    /// Takes a source's links and its proposal.
+    pub fn proposed(&mut self) -> Hello {
+        let Self { runtime, urgent, push, .. } = self;
+        let (links, control, first) = within_limit(runtime, "a proposal", async {
+            let urgent = urgent.accept().await.expect("the source's urgent link");
+            let (control, mut control_in) =
+                urgent.connection.accept_bi().await.expect("the control stream");
+            let push = push.accept().await.expect("the source's push link");
+            let first = hear(&mut control_in, ToDestination::decode).await;
+            (vec![urgent, push], (control, control_in), first)
+        });
+        self.links = links;
+        self.control = Some(control);
+        match first {
+            Ok(ToDestination::Hello(hello)) => hello,
+            other => panic!("the source began with {other:?}"),
+        }
+    }
+
+    /// Says something.
+    pub fn say(&mut self, message: &ToSource) {
+        self.say_bytes(&message::encode(message));
+    }
+
+    /// Sends bytes on the control stream.
+    pub fn say_bytes(&mut self, bytes: &[u8]) {
+        let Self { runtime, control, .. } = self;
+        let (control, _) = control.as_mut().expect("a link");
+        within_limit(runtime, "saying", control.write_all(bytes)).expect("the link stands");
+    }
+
+    /// Hears something.
+    pub fn hear(&mut self) -> Result<ToDestination, String> {
+        let Self { runtime, control, .. } = self;
+        let (_, control) = control.as_mut().expect("a link");
+        within_limit(runtime, "hearing", hear(control, ToDestination::decode))
+    }
+
+    /// Accepts the proposal and takes the machine state: the guest runs nowhere now.
+    pub fn takes_state(&mut self) {
+        self.proposed();
+        self.say(&ToSource::Accept { version: message::PROTOCOL_VERSION });
+        let state = self.hear();
+        assert!(matches!(state, Ok(ToDestination::State(_))), "{state:?}");
+    }
+
+    /// Asks for pages, as a vCPU's network fault does.
+    pub fn ask(&mut self, first: u64, count: u32) {
+        let request = [
+            &first.to_le_bytes()[..],
+            &count.to_le_bytes(),
+            // vCPU 0, a reserved field, link epoch 0, a reserved field.
+            &[0; 12],
+        ]
+        .concat();
+        let Self { runtime, links, .. } = self;
+        let stream = within_limit(runtime, "asking", async {
+            let (mut requests, pages) = links[0].connection.accept_bi().await.expect("a stream");
+            requests.write_all(&request).await.expect("the link stands");
+            (requests, pages)
+        });
+        self.demand.push(stream);
+    }
+
+    /// Closes the links, with this reason.
+    pub fn close(self, reason: &str) {
+        let Self { runtime, links, .. } = self;
+        within_limit(&runtime, "closing", async {
+            for link in links {
+                link.close(1, reason).await;
+            }
+        });
+    }
+
+    /// Goes away without a word, as a process that is killed or a host that loses power.
+    pub fn vanish(self) {
+        self.runtime.shutdown_background();
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+}
+
+/// The same ticket but for its secret or its fingerprint, in which a bit is flipped.
+pub fn forged(ticket: &str, secret_flip: u8, fingerprint_flip: u8) -> String {
+    let ticket: Ticket = ticket.parse().expect("the binary prints tickets");
+    let mut secret = *ticket.secret().expose();
+    secret[7] ^= secret_flip;
+    let mut fingerprint = *ticket.server_fingerprint();
+    fingerprint[7] ^= fingerprint_flip;
+    let port = |lane| ticket.port(lane).expect("a port");
+    let push = (0..ticket.push_lanes() as u8).map(|lane| port(Lane::Push(lane))).collect();
+    let host = ticket.host().clone();
+    let secret = Secret::new(secret);
+    let forged = Ticket::new(host, port(Lane::Urgent), push, fingerprint, secret, ticket.expires());
+    forged.expect("a ticket").to_string()
+}
+
+/// A page frame's header as it goes over the wire.
+pub fn frame_header(
+    kind: u8,
+    origin: u8,
+    epoch: u32,
+    first: u64,
+    count: u32,
+    length: u32,
+) -> Vec<u8> {
+    [
+        &[kind, origin, 0, 0][..],
+        &epoch.to_le_bytes(),
+        &first.to_le_bytes(),
+        &count.to_le_bytes(),
+        &length.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// One proper page frame of the first page of a run.
+pub fn frame(first: u64) -> Vec<u8> {
+    let mut bytes = frame_header(0, 0, 0, first, 1, PAGE_SIZE as u32);
+    bytes.resize(bytes.len() + PAGE_SIZE, 0x5a);
+    bytes
+}

@@ -1,0 +1,27 @@
+//! Whole migrations with the real `postcopy` binary, each side a process of its own.
+//!
+//! Every child process is in a process group of its own and under a hard limit: a
+//! vCPU whose page never comes hears no signal but SIGKILL, so that is what the group
+//! gets. At most two migrations run at a time, because each guest fills a core.
+#![cfg(feature = "io")]
+
+// Child processes: limits, captured output, the number that runs at a time.
+mod harness;
+// A source and a destination made in the test, which do what the real ones never do.
+mod fakes;
+
+// Guests of every kind and workload over loopback, in every configuration.
+mod loopback;
+// The same over an emulated link: slow, long and lossy.
+mod limited_link;
+// Two network namespaces joined by a real, limited link.
+mod netns;
+
+// What users get wrong: arguments, paths, permissions, ports.
+mod bad_arguments;
+// Tickets that are wrong, used or expired, and strangers at the port.
+mod bad_ticket;
+// Peers that break the protocol or go away.
+mod bad_peer;
+// Memory that is not what it should be.
+mod wrong_memory;

@@ -1,0 +1,414 @@
+//! Every state of the two session machines against every event, as two tables.
+//!
+//! ```text
+//! a state, and how long it may last
+//!   event    -> the next state: what is done
+//! ```
+//!
+//! A change of a table is a change of the protocol: look at each line of it before
+//! accepting it (`INSTA_UPDATE=always cargo test --test session_machines`).
+
+use postcopy::proto::destination::{DestinationAction, DestinationEvent, DestinationSession};
+use postcopy::proto::layout::MemoryLayout;
+use postcopy::proto::message::{
+    CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, encode,
+};
+use postcopy::proto::page::{PageIndex, PageRun};
+use postcopy::proto::page_set::PageSet;
+use postcopy::proto::source::{SessionLimits, SourceAction, SourceEvent, SourceSession};
+use std::fmt::Write;
+use std::time::Duration;
+
+const SESSION: SessionId = SessionId([1; 16]);
+const NOW: Duration = Duration::from_secs(1000);
+const PAGES: u64 = 64;
+
+fn record(epoch: u32) -> CommitRecord {
+    CommitRecord { session: SESSION, epoch }
+}
+
+fn hello() -> Hello {
+    Hello::new(SESSION, MemoryLayout::flat(PAGES).unwrap(), "m".into())
+}
+
+fn mismatch() -> Mismatch {
+    Mismatch::new("field", "a", "b")
+}
+
+/// A message without what is long and says nothing.
+fn to_destination(message: &ToDestination) -> String {
+    match message {
+        ToDestination::Hello(_) => "Hello".into(),
+        ToDestination::State(_) => "State".into(),
+        ToDestination::Commit(record) => format!("Commit(epoch {})", record.epoch),
+        ToDestination::Reattach { epoch, committed, .. } => {
+            let committed = committed.map(|record| record.epoch);
+            format!("Reattach(epoch {epoch}, committed {committed:?})")
+        }
+        ToDestination::Abort { .. } => "Abort".into(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn to_source(message: &ToSource) -> String {
+    match message {
+        ToSource::Accept { .. } => "Accept".into(),
+        ToSource::Refuse(_) => "Refuse".into(),
+        ToSource::Running { .. } => "Running".into(),
+        ToSource::Placed { last, .. } => format!("Placed(last {last})"),
+        ToSource::Progress { .. } => "Progress".into(),
+        ToSource::Drained { .. } => "Drained".into(),
+        ToSource::Report(_) => "Report".into(),
+        ToSource::Abort { .. } => "Abort".into(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn until(timeout: Option<Duration>, now: Duration) -> String {
+    timeout.map_or(String::new(), |at| format!(" [{:?}]", at.saturating_sub(now)))
+}
+
+fn list(actions: Vec<String>) -> String {
+    if actions.is_empty() { "-".into() } else { actions.join(", ") }
+}
+
+mod source {
+    use super::*;
+
+    fn show(action: &SourceAction) -> String {
+        match action {
+            SourceAction::Say(message) => format!("say {}", to_destination(message)),
+            SourceAction::DropLink(_) => "DropLink".into(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    fn drain(machine: &mut SourceSession) -> Vec<String> {
+        std::iter::from_fn(|| machine.poll_action()).map(|action| show(&action)).collect()
+    }
+
+    fn placed(pages: u64, last: bool) -> SourceEvent {
+        let run = PageRun::new(PageIndex::new(1), pages).unwrap();
+        let mut part = Vec::new();
+        PageSet::from_iter([run]).encode(&mut part);
+        SourceEvent::Message(ToSource::Placed { part, last })
+    }
+
+    fn said(message: ToSource) -> SourceEvent {
+        SourceEvent::Message(message)
+    }
+
+    fn accept() -> SourceEvent {
+        said(ToSource::Accept { version: 1 })
+    }
+
+    fn running() -> SourceEvent {
+        said(ToSource::Running { restore_us: 1, resume_us: 2, held_us: 3 })
+    }
+
+    fn drained() -> SourceEvent {
+        said(ToSource::Drained { settled: PAGES })
+    }
+
+    fn lost() -> SourceEvent {
+        SourceEvent::LinkLost("cut".into())
+    }
+
+    fn cancel() -> SourceEvent {
+        SourceEvent::Cancel("user".into())
+    }
+
+    /// The states, each with the events that lead there.
+    fn paths() -> Vec<(&'static str, Vec<SourceEvent>)> {
+        use SourceEvent::{CommitWord, LinkUp, Paused};
+        let negotiating = vec![LinkUp];
+        let pausing = [negotiating.clone(), vec![accept()]].concat();
+        let blackout = [pausing.clone(), vec![Paused]].concat();
+        let committing = [blackout.clone(), vec![said(ToSource::Ready)]].concat();
+        let committed = [committing.clone(), vec![CommitWord(true)]].concat();
+        let brownout = [committed.clone(), vec![running()]].concat();
+        let and = |path: &[SourceEvent], more: &[SourceEvent]| [path, more].concat();
+        vec![
+            ("Connecting", vec![]),
+            ("Negotiating", negotiating),
+            ("Pausing", pausing.clone()),
+            ("Unpausing", and(&pausing, &[cancel()])),
+            ("Blackout", blackout.clone()),
+            ("Retracting, linked", and(&blackout, &[cancel()])),
+            ("Retracting, dialing", and(&blackout, &[lost()])),
+            ("Retracting, linked again", and(&blackout, &[lost(), LinkUp])),
+            ("Committing", committing.clone()),
+            ("Committing, link lost", and(&committing, &[lost()])),
+            ("Committed", committed.clone()),
+            ("Committed, dialing", and(&committed, &[lost()])),
+            ("Committed, dialing since Committing", and(&committing, &[lost(), CommitWord(true)])),
+            ("Committed, reattaching", and(&committed, &[lost(), LinkUp])),
+            ("Brownout", brownout.clone()),
+            ("Brownout, dialing", and(&brownout, &[lost()])),
+            ("Brownout, dialing again", and(&brownout, &[lost(), lost()])),
+            ("Brownout, reattaching", and(&brownout, &[lost(), LinkUp])),
+            ("Brownout, half reattached", and(&brownout, &[lost(), LinkUp, placed(2, false)])),
+            ("Releasing", and(&brownout, &[drained()])),
+            ("Over", and(&brownout, &[drained(), lost()])),
+        ]
+    }
+
+    fn events() -> Vec<(&'static str, SourceEvent)> {
+        vec![
+            ("LinkUp", SourceEvent::LinkUp),
+            ("LinkLost", lost()),
+            ("Violation", SourceEvent::Violation("nonsense".into())),
+            ("Paused", SourceEvent::Paused),
+            ("PauseFailed", SourceEvent::PauseFailed("no".into())),
+            ("StateSent", SourceEvent::StateSent),
+            ("CommitWord(true)", SourceEvent::CommitWord(true)),
+            ("CommitWord(false)", SourceEvent::CommitWord(false)),
+            ("Cancel", cancel()),
+            ("Timer", SourceEvent::Timer),
+            ("said Accept", accept()),
+            ("said Refuse", said(ToSource::Refuse(mismatch()))),
+            ("said Ready", said(ToSource::Ready)),
+            ("said Running", running()),
+            ("said Placed, more to come", placed(5, false)),
+            ("said Placed, last", placed(5, true)),
+            ("said Placed, out of range", placed(PAGES, true)),
+            (
+                "said Progress",
+                said(ToSource::Progress { settled: 1, network_faults: 1, pushed_bytes: 1 }),
+            ),
+            ("said WorkloadEnded", said(ToSource::WorkloadEnded)),
+            ("said Drained", drained()),
+            ("said Report", said(ToSource::Report(vec![]))),
+            ("said Abort", said(ToSource::Abort { reason: "no".into() })),
+            ("said Pong", said(ToSource::Pong(1))),
+        ]
+    }
+
+    fn arrive(path: &[SourceEvent]) -> SourceSession {
+        let mut machine = SourceSession::new(hello(), SessionLimits::default(), NOW);
+        for event in path {
+            machine.handle(NOW, event.clone());
+        }
+        while machine.poll_action().is_some() {}
+        machine
+    }
+
+    #[test]
+    fn every_state_and_event() {
+        let mut table = String::new();
+        for (name, path) in paths() {
+            let machine = arrive(&path);
+            let state = format!("{:?}", machine.state());
+            assert!(name.starts_with(&state), "the path to {name} leads to {state}");
+            writeln!(table, "{name}{}", until(machine.timeout(), NOW)).unwrap();
+            for (label, event) in events() {
+                let mut machine = arrive(&path);
+                // A timer goes off when it is due; where none is set, it is an echo.
+                let timer = matches!(event, SourceEvent::Timer);
+                let now = machine.timeout().filter(|_| timer).unwrap_or(NOW);
+                machine.handle(now, event);
+                let done = list(drain(&mut machine));
+                let (state, until) = (machine.state(), until(machine.timeout(), now));
+                writeln!(table, "  {label:<26} -> {state:?}{until}: {done}").unwrap();
+            }
+        }
+        insta::assert_snapshot!("source", table);
+    }
+
+    #[test]
+    fn a_timer_before_its_time_does_nothing() {
+        for (name, path) in paths() {
+            let mut machine = arrive(&path);
+            let before = (machine.state(), machine.timeout());
+            machine.handle(NOW, SourceEvent::Timer);
+            assert_eq!((machine.state(), machine.timeout()), before, "{name}");
+            assert_eq!(machine.poll_action(), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_recovered_session_dials_in_the_next_epoch_and_keeps_the_record() {
+        let limits = SessionLimits::default();
+        let mut machine = SourceSession::recover(record(3), 7, PAGES, limits, NOW);
+        let connect = SourceAction::Connect { epoch: 8, after: Duration::ZERO };
+        assert_eq!(machine.poll_action(), Some(connect));
+        machine.handle(NOW, SourceEvent::LinkUp);
+        assert_eq!(drain(&mut machine), ["say Reattach(epoch 8, committed Some(3))"]);
+    }
+
+    #[test]
+    fn a_session_recovered_after_an_abort_says_so_until_it_is_heard() {
+        let limits = SessionLimits::default();
+        let mut machine = SourceSession::recover_aborted(SESSION, 0, limits, NOW);
+        assert_eq!(machine.timeout(), Some(NOW + limits.handshake));
+        machine.handle(NOW, lost());
+        machine.handle(NOW, SourceEvent::LinkUp);
+        let said = ["say Reattach(epoch 2, committed None)", "say Abort"];
+        assert_eq!(drain(&mut machine)[2..], said);
+        machine.handle(NOW, SourceEvent::Message(ToSource::Abort { reason: "so be it".into() }));
+        let why = "the fault-server died before the commit";
+        assert_eq!(drain(&mut machine), [format!("Finish(Aborted({why:?}))")]);
+    }
+
+    #[test]
+    fn the_pause_between_attempts_grows_to_its_limit_and_only_a_full_answer_resets_it() {
+        let mut machine = arrive(&paths().swap_remove(14).1);
+        let mut pauses = Vec::new();
+        for attempt in 0..9 {
+            machine.handle(NOW, lost());
+            while let Some(action) = machine.poll_action() {
+                if let SourceAction::Connect { after, .. } = action {
+                    pauses.push(after.as_millis());
+                }
+            }
+            // A connection that breaks at once is no success.
+            if attempt % 2 == 0 {
+                machine.handle(NOW, SourceEvent::LinkUp);
+            }
+        }
+        assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 300, 300, 300]);
+        machine.handle(NOW, placed(1, true));
+        machine.handle(NOW, lost());
+        let connect = SourceAction::Connect { epoch: 10, after: Duration::ZERO };
+        assert!(std::iter::from_fn(|| machine.poll_action()).any(|action| action == connect));
+    }
+}
+
+mod destination {
+    use super::*;
+
+    fn show(action: &DestinationAction) -> String {
+        match action {
+            DestinationAction::Say(message) => format!("say {}", to_source(message)),
+            DestinationAction::Prepare(_) => "Prepare".into(),
+            DestinationAction::Restore(_) => "Restore".into(),
+            DestinationAction::DropLink(_) => "DropLink".into(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    fn drain(machine: &mut DestinationSession) -> Vec<String> {
+        std::iter::from_fn(|| machine.poll_action()).map(|action| show(&action)).collect()
+    }
+
+    fn said(message: ToDestination) -> DestinationEvent {
+        DestinationEvent::Message(message)
+    }
+
+    fn reattach(epoch: u32, committed: Option<CommitRecord>) -> DestinationEvent {
+        said(ToDestination::Reattach { session: SESSION, epoch, committed })
+    }
+
+    fn lost() -> DestinationEvent {
+        DestinationEvent::LinkLost("cut".into())
+    }
+
+    fn full() -> DestinationEvent {
+        DestinationEvent::LedgerFull { settled: PAGES }
+    }
+
+    fn abort() -> DestinationEvent {
+        said(ToDestination::Abort { reason: "no".into() })
+    }
+
+    fn paths() -> Vec<(&'static str, Vec<DestinationEvent>)> {
+        use DestinationEvent::{Entered, Prepared, Restored};
+        let preparing = vec![said(ToDestination::Hello(hello()))];
+        let agreed = [preparing.clone(), vec![Prepared]].concat();
+        let restoring = [agreed.clone(), vec![said(ToDestination::State(vec![]))]].concat();
+        let in_doubt = [restoring.clone(), vec![Restored]].concat();
+        let starting = [in_doubt.clone(), vec![said(ToDestination::Commit(record(0)))]].concat();
+        let running = [starting.clone(), vec![Entered(NOW)]].concat();
+        let filled = [running.clone(), vec![full()]].concat();
+        let and = |path: &[DestinationEvent], more: &[DestinationEvent]| [path, more].concat();
+        let released = said(ToDestination::Released);
+        vec![
+            ("Waiting", vec![]),
+            ("Preparing", preparing),
+            ("Agreed", agreed),
+            ("Restoring", restoring),
+            ("InDoubt", in_doubt.clone()),
+            ("InDoubt, no link", and(&in_doubt, &[lost()])),
+            ("InDoubt, all pages there", and(&in_doubt, &[full()])),
+            ("Starting", starting.clone()),
+            ("Starting, no link", and(&starting, &[lost()])),
+            ("Starting, all pages there", and(&starting, &[full()])),
+            ("Running", running.clone()),
+            ("Running, no link", and(&running, &[lost()])),
+            ("Running, in epoch 1", and(&running, &[lost(), reattach(1, Some(record(0)))])),
+            ("Full", filled.clone()),
+            ("Full, no link", and(&filled, &[lost()])),
+            ("Full, released", and(&filled, &[released])),
+            ("Over", vec![abort()]),
+        ]
+    }
+
+    fn events() -> Vec<(&'static str, DestinationEvent)> {
+        let stranger =
+            ToDestination::Commit(CommitRecord { session: SessionId([2; 16]), epoch: 0 });
+        vec![
+            ("LinkLost", lost()),
+            ("Prepared", DestinationEvent::Prepared),
+            ("Refused", DestinationEvent::Refused(mismatch())),
+            ("Restored", DestinationEvent::Restored),
+            ("RestoreFailed", DestinationEvent::RestoreFailed("no".into())),
+            ("Entered", DestinationEvent::Entered(NOW)),
+            ("LedgerFull", full()),
+            ("ReportReady", DestinationEvent::ReportReady(vec![])),
+            ("Cancel", DestinationEvent::Cancel("user".into())),
+            ("Timer", DestinationEvent::Timer),
+            ("said Hello", said(ToDestination::Hello(hello()))),
+            ("said State", said(ToDestination::State(vec![]))),
+            ("said Commit", said(ToDestination::Commit(record(0)))),
+            ("said Commit of another", said(stranger)),
+            ("said Reattach 2, committed", reattach(2, Some(record(0)))),
+            ("said Reattach 2, not so", reattach(2, None)),
+            ("said Reattach 0", reattach(0, Some(record(0)))),
+            ("said Released", said(ToDestination::Released)),
+            ("said Abort", abort()),
+            ("said Ping", said(ToDestination::Ping(1))),
+        ]
+    }
+
+    fn arrive(path: &[DestinationEvent]) -> DestinationSession {
+        let mut machine = DestinationSession::new(SessionLimits::default(), NOW);
+        for event in path {
+            machine.handle(NOW, event.clone());
+        }
+        while machine.poll_action().is_some() {}
+        machine
+    }
+
+    #[test]
+    fn every_state_and_event() {
+        let mut table = String::new();
+        for (name, path) in paths() {
+            let machine = arrive(&path);
+            let state = format!("{:?}", machine.state());
+            assert!(name.starts_with(&state), "the path to {name} leads to {state}");
+            writeln!(table, "{name}{}", until(machine.timeout(), NOW)).unwrap();
+            for (label, event) in events() {
+                let mut machine = arrive(&path);
+                let timer = matches!(event, DestinationEvent::Timer);
+                let now = machine.timeout().filter(|_| timer).unwrap_or(NOW);
+                machine.handle(now, event);
+                let done = list(drain(&mut machine));
+                let (state, until) = (machine.state(), until(machine.timeout(), now));
+                writeln!(table, "  {label:<26} -> {state:?}{until}: {done}").unwrap();
+            }
+        }
+        insta::assert_snapshot!("destination", table);
+    }
+
+    #[test]
+    fn only_a_later_epoch_of_this_session_may_reattach() {
+        let machine = arrive(&paths().swap_remove(12).1);
+        assert_eq!(machine.epoch(), 1);
+        assert!(machine.may_reattach(SESSION, 2));
+        assert!(!machine.may_reattach(SESSION, 1));
+        assert!(!machine.may_reattach(SessionId([2; 16]), 2));
+        let message = ToDestination::Reattach { session: SESSION, epoch: 2, committed: None };
+        let decoded = ToDestination::decode_first(&encode(&message)[4..]);
+        assert_eq!(decoded, Ok(Ok(message)));
+    }
+}

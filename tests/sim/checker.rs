@@ -1,0 +1,206 @@
+//! The checker: what must hold, whatever the network and the processes do.
+//!
+//! It knows nothing of the session machines and the ledgers. It is told what could
+//! be seen from outside (a guest starts or stops, a page is sent, placed, read or
+//! written, a side ends) and keeps a model of its own: one version number a page.
+
+use crate::network::Side;
+use postcopy::proto::source::Outcome;
+
+#[derive(Debug)]
+pub struct Checker {
+    runs_at: Option<Side>,
+    word: u64,
+    /// What every page holds, as the guest's own writes say.
+    model: Vec<u64>,
+    /// The same, when the guest was paused for the switchover.
+    at_pause: Option<Vec<u64>>,
+    sent_in: Vec<Option<u32>>,
+    placed: Vec<bool>,
+    ran_at_destination: bool,
+    guest_dropped: bool,
+    outcomes: [Option<Outcome>; 2],
+    failure: Option<String>,
+}
+
+impl Checker {
+    /// A guest with these pages that runs at the source.
+    pub fn new(memory: &[u64]) -> Self {
+        Self {
+            runs_at: Some(Side::Source),
+            word: 0,
+            model: memory.to_vec(),
+            at_pause: None,
+            sent_in: vec![None; memory.len()],
+            placed: vec![false; memory.len()],
+            ran_at_destination: false,
+            guest_dropped: false,
+            outcomes: [None, None],
+            failure: None,
+        }
+    }
+
+    /// The first thing that went wrong.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    pub fn fail(&mut self, what: impl Into<String>) {
+        self.failure.get_or_insert(what.into());
+    }
+
+    pub fn outcome(&self, side: Side) -> Option<&Outcome> {
+        self.outcomes[side as usize].as_ref()
+    }
+
+    pub fn starts(&mut self, side: Side) {
+        if let Some(other) = self.runs_at {
+            self.fail(format!("the guest starts at the {side:?} and runs at the {other:?}"));
+        }
+        match side {
+            Side::Source if self.word == 1 => self.fail("the source resumes after the commit"),
+            Side::Destination if self.word != 1 => {
+                self.fail("the destination runs a guest that was not committed");
+            }
+            Side::Destination if self.ran_at_destination => self.fail("a second start"),
+            Side::Destination if self.guest_dropped => self.fail("a dropped guest runs"),
+            _ => {}
+        }
+        self.ran_at_destination |= side == Side::Destination;
+        self.runs_at = Some(side);
+        if side == Side::Source {
+            self.at_pause = None;
+        }
+    }
+
+    pub fn pauses(&mut self) {
+        if self.runs_at != Some(Side::Source) {
+            self.fail("a guest is paused that does not run at the source");
+        }
+        self.runs_at = None;
+        self.at_pause = Some(self.model.clone());
+    }
+
+    pub fn writes_word(&mut self, value: u64) {
+        if self.word != 0 {
+            self.fail(format!("the commit word goes from {} to {value}", self.word));
+        }
+        if value == 1 && self.runs_at.is_some() {
+            self.fail("a commit while the guest runs");
+        }
+        self.word = value;
+    }
+
+    pub fn reads(&mut self, side: Side, page: u64, seen: u64) {
+        self.acts(side);
+        let expected = self.model[page as usize];
+        if seen != expected {
+            self.fail(format!("the guest reads version {seen} of page {page}, not {expected}"));
+        }
+    }
+
+    pub fn writes(&mut self, side: Side, page: u64, version: u64) {
+        self.acts(side);
+        self.model[page as usize] = version;
+    }
+
+    fn acts(&mut self, side: Side) {
+        if self.runs_at != Some(side) {
+            self.fail(format!("a vCPU acts at the {side:?}; the guest is at {:?}", self.runs_at));
+        }
+    }
+
+    /// The restored devices read a page in the blackout.
+    pub fn restore_reads(&mut self, page: u64, seen: u64) {
+        // The source may have taken its guest back without the destination's knowing.
+        let Some(frozen) = &self.at_pause else { return };
+        if frozen[page as usize] != seen {
+            self.fail(format!("restoring reads version {seen} of page {page}"));
+        }
+    }
+
+    /// A page leaves the source; `version` is 0 for a page said to be zero.
+    pub fn sends(&mut self, epoch: u32, page: u64, version: u64) {
+        // Nothing that is sent after the guest was taken back can ever count.
+        if self.word == 2 {
+            return;
+        }
+        match &self.at_pause {
+            None => return self.fail(format!("page {page} is sent while its guest may run")),
+            Some(frozen) if frozen[page as usize] != version => {
+                return self.fail(format!("page {page} is sent with version {version}"));
+            }
+            Some(_) => {}
+        }
+        let before = self.sent_in[page as usize].replace(epoch);
+        if before.is_some_and(|before| before >= epoch) {
+            self.fail(format!("page {page} is sent in epoch {epoch} after {before:?}"));
+        }
+    }
+
+    /// A page becomes visible to the destination's guest.
+    pub fn places(&mut self, page: u64, version: u64) {
+        if std::mem::replace(&mut self.placed[page as usize], true) {
+            self.fail(format!("page {page} is placed twice"));
+        }
+        if let Some(frozen) = &self.at_pause
+            && frozen[page as usize] != version
+        {
+            self.fail(format!("page {page} is placed with version {version}"));
+        }
+    }
+
+    pub fn drops_guest(&mut self) {
+        self.guest_dropped = true;
+        if self.runs_at == Some(Side::Destination) {
+            self.fail("the destination drops a guest that runs there");
+        }
+    }
+
+    /// The source's memory goes: nothing may be missing elsewhere.
+    pub fn releases(&mut self, missing: u64) {
+        if missing > 0 || self.runs_at != Some(Side::Destination) {
+            self.fail(format!("the source lets go while {missing} pages are missing"));
+        }
+    }
+
+    pub fn ends(&mut self, side: Side, outcome: Outcome) {
+        if let Some(before) = &self.outcomes[side as usize] {
+            let what = format!("the {side:?} ends with {outcome:?} after {before:?}");
+            return self.fail(what);
+        }
+        match &outcome {
+            Outcome::Aborted(_) if self.word == 1 => {
+                self.fail(format!("the {side:?} ends aborted after the commit"));
+            }
+            Outcome::Completed if !self.ran_at_destination => {
+                self.fail(format!("the {side:?} completes and no guest ran"));
+            }
+            _ => {}
+        }
+        let peer = &self.outcomes[side.peer() as usize];
+        if let (Outcome::Completed, Some(Outcome::Aborted(_)))
+        | (Outcome::Aborted(_), Some(Outcome::Completed)) = (&outcome, peer)
+        {
+            let what = format!("the {side:?} ends with {outcome:?}, its peer with {peer:?}");
+            self.fail(what);
+        }
+        self.outcomes[side as usize] = Some(outcome);
+    }
+
+    /// Nothing happens any more: `source` and `destination` are the two memories.
+    pub fn all_over(&mut self, source: &[u64], destination: &[Option<u64>]) {
+        let committed = self.word == 1;
+        let home = if committed { Side::Destination } else { Side::Source };
+        if self.runs_at != Some(home) {
+            return self.fail(format!("at the end the guest is at {:?}", self.runs_at));
+        }
+        for (page, expected) in self.model.clone().into_iter().enumerate() {
+            // What the destination never mapped reads as zero.
+            let found = if committed { destination[page].unwrap_or(0) } else { source[page] };
+            if found != expected {
+                self.fail(format!("at the end page {page} holds {found}, not {expected}"));
+            }
+        }
+    }
+}

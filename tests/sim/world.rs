@@ -1,0 +1,432 @@
+//! The world: a virtual clock, the queue of what is going to happen, and the
+//! parties, each in a file of its own: [source](super::source_side),
+//! [destination](super::destination_side), [VMM](super::vmm), network and guest.
+
+use crate::checker::Checker;
+use crate::destination_side::{Destination, DestinationStep};
+use crate::faults::{self, Fault, Plan, When};
+use crate::guest::Guest;
+use crate::ledgers::Ledger;
+use crate::network::{ConnectionId, Lane, Network, Packet, Side};
+use crate::random::Random;
+use crate::source_side::{Source, SourceStep};
+use crate::trace::Trace;
+use crate::vmm::{Vmm, VmmStep};
+use postcopy::proto::source::{Outcome, SessionLimits};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::time::Duration;
+
+/// After the last fault, and the guest's workload, a session is over within this time: the longest chain of
+/// limits (restore, then recovery) and some for the delays.
+const END_WITHIN: Duration = Duration::from_secs(100);
+/// More events than any honest run has.
+const EVENTS_MAX: u64 = 300_000;
+
+/// A deliberate fault in a party, for which the checker has to raise its voice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    None,
+    /// The destination places pages without asking its ledger.
+    PlaceAgain,
+    /// The VMM takes its guest back without looking at the commit word.
+    IgnoreWord,
+    /// The destination runs its guest when the link is lost while it is in doubt.
+    RunInDoubt,
+    /// The source marks pages as sent and does not send them.
+    LosePushFrame,
+}
+
+#[derive(Debug)]
+pub enum Event {
+    Deliver {
+        connection: ConnectionId,
+        lane: Lane,
+        to: Side,
+        packet: Packet,
+    },
+    /// A side notices that a connection is dead.
+    Notice {
+        connection: ConnectionId,
+        side: Side,
+    },
+    Timer {
+        side: Side,
+        incarnation: u32,
+        at: Duration,
+    },
+    Source {
+        incarnation: u32,
+        step: SourceStep,
+    },
+    Destination {
+        step: DestinationStep,
+    },
+    Vmm(VmmStep),
+    Vcpu {
+        generation: u32,
+        vcpu: usize,
+    },
+}
+
+struct Queued {
+    at: Duration,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Queued {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+impl Eq for Queued {}
+impl PartialOrd for Queued {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Queued {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Verdict {
+    pub failure: Option<String>,
+    pub source: Option<Outcome>,
+    pub destination: Option<Outcome>,
+    pub digest: (u64, u64),
+    pub last_lines: String,
+    /// What was seen to happen, and how often.
+    pub marks: BTreeMap<String, u64>,
+}
+
+pub struct World<L> {
+    pub now: Duration,
+    pub random: Random,
+    pub pages: u64,
+    pub limits: SessionLimits,
+    pub sabotage: Sabotage,
+    pub network: Network,
+    pub guest: Guest,
+    pub vmm: Vmm,
+    pub source: Source<L>,
+    pub destination: Destination,
+    pub checker: Checker,
+    pub trace: Trace,
+    pub marks: BTreeMap<String, u64>,
+    queue: BinaryHeap<Reverse<Queued>>,
+    queued: u64,
+    steps: u64,
+    plans: Vec<Plan>,
+    /// An outage may outlast what the sides wait for: the guest may be lost.
+    long: bool,
+    last_fault: Duration,
+}
+
+impl<L: Ledger> World<L> {
+    pub fn new(seed: u64, sabotage: Sabotage, print: bool) -> Self {
+        let mut random = Random::new(seed);
+        let pages = random.pick(&[1, 32, 64, 128, 512]);
+        let long = random.percent(5);
+        let plans = faults::draw(&mut random, long);
+        let network = Network::new(random.fork());
+        let guest = Guest::new(pages, random.fork());
+        // Versions of the beginning are above all that the guest will write.
+        let never_written = random.pick(&[0, 10, 60]);
+        let memory: Vec<u64> = (0..pages)
+            .map(|page| if random.percent(never_written) { 0 } else { u64::MAX - page })
+            .collect();
+        let limits = SessionLimits::default();
+        let mut world = Self {
+            now: Duration::ZERO,
+            pages,
+            limits,
+            sabotage,
+            network,
+            guest,
+            vmm: Vmm::default(),
+            checker: Checker::new(&memory),
+            source: Source::new(memory, &mut random),
+            destination: Destination::new(pages),
+            trace: Trace::new(print),
+            marks: BTreeMap::new(),
+            queue: BinaryHeap::new(),
+            queued: 0,
+            steps: 0,
+            plans,
+            long,
+            last_fault: Duration::ZERO,
+            random,
+        };
+        let plans = world.plans.clone();
+        world.trace.line(world.now, format_args!("{pages} pages, long {long}, {plans:?}"));
+        world.start_vcpus();
+        world.start_source();
+        world
+    }
+
+    /// Runs until nothing is left to happen.
+    pub fn run(mut self) -> Verdict {
+        let mut over_at = None;
+        while self.checker.failure().is_none() {
+            self.inject();
+            let Some(Reverse(next)) = self.queue.pop() else { break };
+            self.now = next.at;
+            self.steps += 1;
+            self.happen(next.event);
+            if over_at.is_none() && self.is_over() {
+                over_at = Some(self.now);
+            }
+            if self.steps > EVENTS_MAX {
+                self.checker.fail("too many events: something goes round in circles");
+            }
+            let quiet_since = self.last_fault.max(self.network.outage_until);
+            let bound = quiet_since.max(self.guest.workload_max) + END_WITHIN;
+            if over_at.is_none() && self.now > bound {
+                self.checker.fail(format!("not over {END_WITHIN:?} after the last fault"));
+            }
+        }
+        if self.checker.failure().is_none() {
+            self.judge(over_at.is_some());
+        }
+        Verdict {
+            failure: self.checker.failure().map(str::to_string),
+            source: self.checker.outcome(Side::Source).cloned(),
+            destination: self.checker.outcome(Side::Destination).cloned(),
+            digest: self.trace.digest(),
+            last_lines: self.trace.last_lines(),
+            marks: self.marks,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.checker.outcome(Side::Source).is_some()
+            && (self.destination.session.is_none()
+                || self.checker.outcome(Side::Destination).is_some())
+    }
+
+    fn judge(&mut self, over: bool) {
+        if !over {
+            let states = format!("{:?}, {:?}", self.source.state(), self.destination.state());
+            return self.checker.fail(format!("nothing happens any more, and not over: {states}"));
+        }
+        let lost = |outcome: Option<&Outcome>| matches!(outcome, Some(Outcome::Lost(_)));
+        let source_lost = lost(self.checker.outcome(Side::Source));
+        let destination_lost = lost(self.checker.outcome(Side::Destination));
+        if source_lost && !self.long {
+            return self.checker.fail("the source gave the guest up");
+        }
+        if destination_lost && !self.long && !self.source.may_leave_in_doubt {
+            return self.checker.fail("the destination gave the guest up");
+        }
+        let duplicates = self.destination.duplicates();
+        if self.source.epoch() == 0 && duplicates > 0 {
+            return self.checker.fail(format!("{duplicates} pages came twice on one link"));
+        }
+        // A guest that is lost has no memory to compare.
+        let aborted = matches!(self.checker.outcome(Side::Source), Some(Outcome::Aborted(_)));
+        if aborted || !(source_lost || destination_lost) {
+            self.checker.all_over(&self.source.memory, &self.destination.memory);
+        }
+    }
+
+    pub fn after(&mut self, delay: Duration, event: Event) {
+        self.at(self.now + delay, event);
+    }
+
+    pub fn at(&mut self, at: Duration, event: Event) {
+        self.queued += 1;
+        self.queue.push(Reverse(Queued { at, number: self.queued, event }));
+    }
+
+    /// Something takes place after up to so many microseconds.
+    pub fn soon(&mut self, micros_max: u64, event: Event) {
+        let delay = self.random.micros(0, micros_max);
+        self.after(delay, event);
+    }
+
+    /// Up to so many microseconds; now and then longer than any limit allows.
+    pub fn slowly(&mut self, micros_max: u64) -> Duration {
+        let slow = if self.random.percent(1) { 45_000_000 } else { micros_max };
+        self.random.micros(0, slow)
+    }
+
+    pub fn send(&mut self, connection: ConnectionId, lane: Lane, to: Side, packet: Packet) {
+        match self.network.send(self.now, connection, lane, to) {
+            Some(at) => self.at(at, Event::Deliver { connection, lane, to, packet }),
+            None => self.trace.line(self.now, format_args!("lost, on {connection}: {packet:02x?}")),
+        }
+    }
+
+    /// Breaks a connection.
+    pub fn cut(&mut self, connection: ConnectionId) {
+        for (side, at) in self.network.cut(self.now, connection) {
+            self.at(at, Event::Notice { connection, side });
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Deliver { connection, lane, to, packet } => {
+                if !self.network.arrives(self.now, connection, to) {
+                    return;
+                }
+                match to {
+                    Side::Source => self.source_receives(connection, lane, packet),
+                    Side::Destination => self.destination_receives(connection, lane, packet),
+                }
+            }
+            Event::Notice { connection, side } => {
+                if self.network.usable(connection, side) {
+                    self.network.give_up(connection, side);
+                    match side {
+                        Side::Source => self.source_lost_link(connection, "it went silent"),
+                        Side::Destination => self.destination_lost_link(connection),
+                    }
+                }
+            }
+            Event::Timer { side: Side::Source, incarnation, at } => {
+                self.source_timer(incarnation, at);
+            }
+            Event::Timer { side: Side::Destination, at, .. } => self.destination_timer(at),
+            Event::Source { incarnation, step } => {
+                if incarnation == self.source.incarnation {
+                    self.source_step(step);
+                }
+            }
+            Event::Destination { step } => {
+                if !self.destination.crashed {
+                    self.destination_step(step);
+                }
+            }
+            Event::Vmm(step) => self.vmm_step(step),
+            Event::Vcpu { generation, vcpu } => {
+                if generation == self.guest.generation {
+                    self.vcpu_step(vcpu);
+                }
+            }
+        }
+    }
+
+    pub fn start_vcpus(&mut self) {
+        self.guest.generation += 1;
+        for vcpu in 0..self.guest.vcpus.len() {
+            self.wake_vcpu(vcpu);
+        }
+    }
+
+    pub fn wake_vcpu(&mut self, vcpu: usize) {
+        self.guest.vcpus[vcpu].blocked = false;
+        let (rest, generation) = (self.guest.rest(), self.guest.generation);
+        self.after(rest, Event::Vcpu { generation, vcpu });
+    }
+
+    fn vcpu_step(&mut self, vcpu: usize) {
+        let Some(access) = self.guest.wants(vcpu) else {
+            return self.destination_workload_ended();
+        };
+        let page = access.page as usize;
+        let side = if self.destination.running { Side::Destination } else { Side::Source };
+        if side == Side::Destination && !self.destination_has(access.page, Some(vcpu)) {
+            return;
+        }
+        let holds = match side {
+            Side::Source => self.source.memory[page],
+            Side::Destination => self.destination.memory[page].unwrap_or(0),
+        };
+        if access.write {
+            let version = self.guest.new_version();
+            self.checker.writes(side, access.page, version);
+            match side {
+                Side::Source => self.source.memory[page] = version,
+                Side::Destination => self.destination.memory[page] = Some(version),
+            }
+        } else {
+            self.checker.reads(side, access.page, holds);
+        }
+        self.guest.done(vcpu);
+        self.wake_vcpu(vcpu);
+    }
+
+    fn inject(&mut self) {
+        let mut due = Vec::new();
+        let (steps, source, destination) =
+            (self.steps, self.source.state(), self.destination.state());
+        self.plans.retain_mut(|plan| {
+            match plan.when {
+                When::Source(state, after) if source == Some(state) => {
+                    plan.when = When::Step(steps + after);
+                }
+                When::Destination(state, after) if destination == Some(state) => {
+                    plan.when = When::Step(steps + after);
+                }
+                _ => {}
+            }
+            let now = matches!(plan.when, When::Step(at) if at <= steps);
+            if now {
+                due.push(plan.fault);
+            }
+            !now
+        });
+        due.into_iter().for_each(|fault| self.fail_with(fault));
+    }
+
+    /// Whether the source is to die before it performs this action.
+    pub fn dies_before_action(&mut self, number: u64) -> bool {
+        let before = self.plans.len();
+        self.plans.retain(|plan| !matches!(plan.when, When::SourceAction(n) if n == number));
+        self.plans.len() != before
+    }
+
+    pub fn fail_with(&mut self, fault: Fault) {
+        if self.is_over() {
+            return;
+        }
+        self.trace.line(self.now, format_args!("FAULT {fault:?}"));
+        self.last_fault = self.now;
+        let name = match fault {
+            Fault::Outage(_) => "Outage".into(),
+            fault => format!("{fault:?}"),
+        };
+        if let Some(state) = self.source.state() {
+            self.mark(format!("{name} with the source {state:?}"));
+        }
+        if let Some(state) = self.destination.state() {
+            self.mark(format!("{name} with the destination {state:?}"));
+        }
+        match fault {
+            Fault::Cut => self.cut_link(),
+            Fault::Outage(time) => {
+                self.cut_link();
+                let until = self.now + time;
+                self.network.outage_until = self.network.outage_until.max(until);
+            }
+            Fault::CrashSource => self.crash_source(),
+            Fault::CrashDestination => self.crash_destination(),
+            Fault::CancelSource => self.cancel_source(),
+            Fault::CancelDestination => self.cancel_destination(),
+            Fault::TakeBack => self.vmm_step(VmmStep::TakeBack),
+            Fault::Violation => self.source_finds_violation(),
+            Fault::EarlyTimer => {
+                self.source_early_timer();
+                self.destination_early_timer();
+            }
+        }
+    }
+
+    pub fn mark(&mut self, what: String) {
+        *self.marks.entry(what).or_default() += 1;
+    }
+
+    fn cut_link(&mut self) {
+        for connection in [self.source.connection, self.destination.connection] {
+            if let Some(connection) = connection.filter(|c| self.network.is_whole(*c)) {
+                self.cut(connection);
+            }
+        }
+    }
+}
