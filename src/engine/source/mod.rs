@@ -1,7 +1,7 @@
 //! A migration as the source sees it.
 //!
 //! [`Migration::run`] blocks until the session is over. The session machine decides;
-//! [`driver`] does what it says.
+//! `driver` does what it says.
 
 mod driver;
 mod guest;
