@@ -14,7 +14,7 @@ use std::process::ExitCode;
 ///
 /// Attaches to the VMM behind a control socket, has it pause its guest, sends the
 /// machine state to the destination that printed the ticket, and answers that
-/// destination's page faults until it has every page. The VMM may end before that.
+/// destination's page faults until it has every page; then the VMM is told that it may go.
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
 /// migration was aborted and the guest runs on in its VMM; 4 the link was lost after

@@ -5,7 +5,7 @@
 //! only: the commit word says committed and the guest never runs here again, or the
 //! server has turned it to aborted and the guest runs on. What a guest is, and how
 //! it is stopped, is behind [`AttachedVm`]; one client's conversation is in
-//! [`session`](super::session).
+//! `session`.
 
 use super::commit_word::CommitWordError;
 use super::listener::{ListenError, PrivateListener};

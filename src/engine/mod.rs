@@ -1,6 +1,6 @@
 //! The engine: threads and wiring around the pure core.
 //!
-//! [`source::migrate`] and [`destination::Receiver`] each drive one session machine:
+//! [`source::Migration`] and [`destination::Receiver`] each drive one session machine:
 //! what happens on links, in the kernel and in the guest goes in as events, what the
 //! machine wants done comes out as actions. The engine branches on no page's state;
 //! that is the ledgers' business.
@@ -13,20 +13,11 @@
 //! | `zero-scan` | holes and zero pages, after the pause | |
 
 pub mod attached;
-pub mod control;
+mod control;
 pub mod destination;
-mod destination_guest;
-mod destination_report;
-pub mod fault_book;
-pub mod install;
+mod lane;
 mod process_figures;
-pub mod push;
-mod push_in;
-pub mod serve;
 pub mod source;
-pub mod source_link;
-mod source_report;
-pub mod trap_loop;
 pub mod vm;
 
 /// Why a link ended, in the words of whoever ended it.

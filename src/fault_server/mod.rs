@@ -1,5 +1,5 @@
 //! The fault server: attach to a VMM's guest and move it, holding the guest's memory
-//! until the destination has it all, so that the VMM itself may go.
+//! until the destination has it all: once committed, it does not need the VMM's process.
 //!
 //! [`FaultServer::attach`], then [`FaultServer::run`]. The `fault-server` program and
 //! `postcopy migrate` are this with a display; neither is needed to use it.

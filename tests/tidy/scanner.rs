@@ -178,8 +178,10 @@ impl Scan<'_> {
             if grouped && token == "{" {
                 at += 1;
                 while at < self.tokens.len() && !self.is(at, "}") {
-                    let next = self.tree(at, &path, scope, true);
-                    at = if next == at { at + 1 } else { next };
+                    // What is no name, such as a comma, is stepped over.
+                    let named = matches!(self.tokens[at].as_str(), "{" | "*")
+                        || self.tokens[at].chars().all(is_word);
+                    at = if named { self.tree(at, &path, scope, true) } else { at + 1 };
                 }
                 return at + 1;
             }

@@ -3,7 +3,7 @@
 //! Any thread may install; the ledger's landings keep two of them off one page.
 
 use super::fault_book::FaultBook;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
@@ -177,5 +177,5 @@ impl Installer {
 }
 
 fn local(error: PlaceError) -> LaneError {
-    LaneError::Local(super::error_chain(&error))
+    LaneError::Local(crate::engine::error_chain(&error))
 }

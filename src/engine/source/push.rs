@@ -1,7 +1,8 @@
 //! The source's push lanes: the pre-paging policy's suggestions, claimed late and
 //! sent as page frames.
 
-use super::serve::{FaultNote, LaneError, SourceShared};
+use super::serve::{FaultNote, SourceShared};
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PageRun;
@@ -54,7 +55,7 @@ impl PushShared {
             } else {
                 let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
                 if let Some(error) = connection.close_reason() {
-                    return Err(LaneError::Link(super::link_words(error)));
+                    return Err(LaneError::Link(crate::engine::link_words(error)));
                 }
             }
         }
@@ -93,7 +94,7 @@ impl PushShared {
         stream
             .write_all_chunks(&mut frame)
             .await
-            .map_err(|e| LaneError::Link(super::link_words(e)))?;
+            .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
         self.source.sent(claim, PageKind::Raw, origin);
         Ok(())
     }
@@ -110,7 +111,7 @@ impl PushShared {
             stream
                 .write_all_chunks(&mut frame)
                 .await
-                .map_err(|e| LaneError::Link(super::link_words(e)))?;
+                .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
             self.source.sent(claim, kind, Origin::Push);
         }
         Ok(())

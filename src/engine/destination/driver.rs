@@ -1,41 +1,31 @@
-//! A migration as the destination sees it.
-//!
-//! [`Receiver::bind`] makes the ticket, [`Receiver::run`] blocks until a guest came in
-//! whole or the session failed. The session machine decides; this file does what it
-//! says: prepare, serve faults, restore, run, take pages in, report.
+//! The destination's driver: what the session machine says is done here: prepare, serve
+//! faults, restore, run, take pages in, report.
 
-use super::control::{self, ControlError};
-use super::destination_guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
-use super::destination_report;
+use super::demand_in::{DemandLanes, DemandQueues};
 use super::fault_book::FaultBook;
+use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
+use super::links::{NewLink, accept_links, last_words, spawn_listener};
 use super::push_in::{self, PushGate};
-use super::serve::LaneError;
-use super::trap_loop::{FaultCounts, Requests, TrapLoop};
-use super::vm::DestinationVm;
+use super::trap_loop::{FaultCounts, TrapLoop};
+use super::{DestinationConfig, DestinationEnd, Receiver, report};
+use crate::engine::control;
+use crate::engine::lane::LaneError;
+use crate::engine::vm::DestinationVm;
 use crate::memory::ram::GuestRam;
 use crate::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
 };
-use crate::proto::frame::{FrameLimits, HEADER_LEN, PageRequest};
 use crate::proto::ledger::DestinationLedger;
 use crate::proto::message::{Hello, Mismatch, ToDestination, ToSource};
-use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
-use crate::proto::source::{Outcome, SessionLimits};
+use crate::proto::source::Outcome;
 use crate::report::merge::DestinationPart;
-use crate::transport::ticket::Host;
-use crate::transport::wire_io::FrameReader;
-use crate::transport::{
-    Identity, Lane, LaneServer, LaneSocket, LaneThread, LinkOptions, Ticket, TransportError,
-    bind_ports,
-};
-use crate::uffd::DestinationBacking;
-use quinn::{Connection, RecvStream, SendStream};
-use std::net::IpAddr;
+use crate::transport::{Lane, LaneServer, LaneThread, TransportError};
+use quinn::{Connection, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -44,121 +34,17 @@ use tracing::{debug, info, warn};
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Runs of placed pages in one message.
 const PLACED_RUNS: usize = 16 << 10;
-/// How long the last message may take to be acknowledged.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 /// QUIC error code for a ticket that has been used.
 const CLOSE_USED: u32 = 2;
 /// QUIC error code for a link that comes back too late.
 const CLOSE_STALE: u32 = 3;
 /// QUIC error code of an orderly end.
 const CLOSE_DONE: u32 = 0;
-/// How long a peer with a ticket may take to propose.
-const FIRST_MESSAGE: Duration = Duration::from_secs(5);
 /// When the ledger is asked again after it said that pages are in hand.
 const FULL_AGAIN: Duration = Duration::from_millis(1);
 
-/// What a destination needs to know.
-#[derive(Clone, Debug)]
-pub struct DestinationConfig {
-    /// The address to listen on.
-    pub listen: IpAddr,
-    /// The urgent lane's port; push lanes take those after it. 0: any.
-    pub port: u16,
-    /// The host that goes into the ticket, if it is not the address above.
-    pub public_host: Option<Host>,
-    /// Push lanes, 1 to 8.
-    pub push_lanes: usize,
-    /// Socket and QUIC settings.
-    pub link: LinkOptions,
-    /// Time limits.
-    pub limits: SessionLimits,
-    /// How long the ticket is good.
-    pub ticket_life: Duration,
-    /// What guest memory is made of here.
-    pub backing: DestinationBacking,
-    /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
-    /// the proposal's description of the guest.
-    pub is_kvm: fn(&Hello) -> bool,
-}
-
-/// A destination that waits for its guest.
-#[derive(Debug)]
-pub struct Receiver {
-    config: DestinationConfig,
-    identity: Identity,
-    ticket: Ticket,
-    sockets: Vec<LaneSocket>,
-    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
-}
-
-/// Asks a waiting or running session to stop; only heard before the commit.
-#[derive(Clone, Debug)]
-pub struct Canceller(UnboundedSender<Input>);
-
-impl Canceller {
-    /// Cancels, for this reason.
-    pub fn cancel(&self, why: &str) {
-        let _ = self.0.send(Input::Event(DestinationEvent::Cancel(why.into())));
-    }
-}
-
-/// How it ended.
-pub struct DestinationEnd {
-    /// The session machine's word.
-    pub outcome: Outcome,
-    /// The VMM, with the guest if it came.
-    pub vm: Box<dyn DestinationVm>,
-    /// The guest's memory, if the session came so far.
-    pub ram: Option<Arc<GuestRam>>,
-    /// This side's part of the report.
-    pub report: DestinationPart,
-}
-
-impl Receiver {
-    /// Binds the ports and makes the ticket.
-    ///
-    /// # Errors
-    /// A port in use, or no way to make keys or sockets.
-    pub fn bind(config: DestinationConfig) -> Result<Self, TransportError> {
-        let sockets = bind_ports(config.listen, config.port, config.push_lanes, &config.link)?;
-        let expires = SystemTime::now() + config.ticket_life;
-        let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let identity = Identity::generate(expires)?;
-        let ports: Vec<u16> = sockets.iter().map(|socket| socket.local_addr().port()).collect();
-        let host = config.public_host.clone().unwrap_or(Host::from(config.listen));
-        let ticket = identity.ticket(host, ports[0], ports[1..].to_vec()).map_err(|error| {
-            TransportError::Setup { what: "the ticket", detail: error.to_string() }
-        })?;
-        Ok(Self { config, identity, ticket, sockets, inputs: unbounded_channel() })
-    }
-
-    /// What the sender needs.
-    pub fn ticket(&self) -> &Ticket {
-        &self.ticket
-    }
-
-    /// A handle that cancels it.
-    pub fn canceller(&self) -> Canceller {
-        Canceller(self.inputs.0.clone())
-    }
-
-    /// Waits for the guest and takes it in. Blocks until the session is over.
-    ///
-    /// # Errors
-    /// Only if no thread or endpoint could be made: every other failure is an
-    /// [`Outcome`].
-    pub fn run(self, vm: Box<dyn DestinationVm>) -> Result<DestinationEnd, TransportError> {
-        LaneThread::spawn("urgent", move || {
-            let local = tokio::task::LocalSet::new();
-            super::hurry();
-            async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
-        })?
-        .join()?
-    }
-}
-
 /// What the driver waits for.
-enum Input {
+pub enum Input {
     Event(DestinationEvent),
     Linked(Box<NewLink>),
     Heard { generation: u64, message: ToDestination },
@@ -168,15 +54,6 @@ enum Input {
     Guest(GuestEvent),
 }
 
-/// A connection that has said its first message.
-#[derive(Debug)]
-struct NewLink {
-    connection: Connection,
-    control: SendStream,
-    control_in: RecvStream,
-    first: Result<ToDestination, Mismatch>,
-}
-
 /// The link in use.
 struct CurrentLink {
     connection: Connection,
@@ -184,22 +61,7 @@ struct CurrentLink {
     tasks: Vec<AbortHandle>,
 }
 
-/// The queues of the demand streams, one for each vCPU and one for the rest.
-#[derive(Clone, Default)]
-struct DemandQueues(Rc<std::cell::RefCell<Vec<UnboundedSender<PageRequest>>>>);
-
-impl Requests for DemandQueues {
-    fn ask(&self, request: PageRequest) {
-        let queues = self.0.borrow();
-        let own = request.vcpu.and_then(|vcpu| queues.get(usize::from(vcpu)));
-        if let Some(queue) = own.or(queues.last()) {
-            // A closed queue belongs to a lost link; what was asked is asked again then.
-            let _ = queue.send(request);
-        }
-    }
-}
-
-struct Driver {
+pub struct Driver {
     config: DestinationConfig,
     began: Instant,
     machine: Option<DestinationSession>,
@@ -224,11 +86,11 @@ struct Driver {
     /// The vCPUs were told to run.
     started: bool,
     outcome: Option<Outcome>,
-    facts: destination_report::Facts,
+    facts: report::Facts,
 }
 
 impl Driver {
-    fn start(receiver: Receiver, vm: Box<dyn DestinationVm>) -> Result<Self, TransportError> {
+    pub fn start(receiver: Receiver, vm: Box<dyn DestinationVm>) -> Result<Self, TransportError> {
         let Receiver { config, identity, sockets, inputs: (input, inputs), .. } = receiver;
         let mut sockets = sockets.into_iter();
         let urgent = sockets.next().expect("bind_ports binds the urgent port first");
@@ -245,12 +107,8 @@ impl Driver {
             })?);
         }
         let to_driver = input.clone();
-        let guest =
-            destination_guest::spawn(vm, move |event| to_driver.send(Input::Guest(event)).is_ok())
-                .map_err(|source| TransportError::Io {
-                    what: "start the guest's thread",
-                    source,
-                })?;
+        let guest = guest::spawn(vm, move |event| to_driver.send(Input::Guest(event)).is_ok())
+            .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
         Ok(Self {
             config,
             began: Instant::now(),
@@ -275,11 +133,11 @@ impl Driver {
             workload_end_told: false,
             started: false,
             outcome: None,
-            facts: destination_report::Facts::default(),
+            facts: report::Facts::default(),
         })
     }
 
-    async fn run(mut self) -> Result<DestinationEnd, TransportError> {
+    pub async fn run(mut self) -> Result<DestinationEnd, TransportError> {
         loop {
             while let Some(action) = self.machine.as_mut().and_then(|m| m.poll_action()) {
                 debug!(action = action.name(), "destination");
@@ -628,7 +486,7 @@ impl Driver {
     }
 
     fn report(&self) -> DestinationPart {
-        destination_report::part(&destination_report::Sources {
+        report::part(&report::Sources {
             facts: &self.facts,
             faults: &self.faults,
             installer: self.installer.as_deref(),
@@ -665,161 +523,4 @@ impl Driver {
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         Ok(DestinationEnd { outcome, vm, ram: self.ram, report })
     }
-}
-
-/// The urgent connection's page streams on this side.
-struct DemandLanes {
-    connection: Connection,
-    installer: Arc<Installer>,
-    traps: Rc<TrapLoop<DemandQueues>>,
-    epoch: u32,
-    generation: u64,
-    input: UnboundedSender<Input>,
-}
-
-impl DemandLanes {
-    /// Accepts the streams that the source has opened, and serves them.
-    async fn open(self, outgoing: Vec<UnboundedReceiver<PageRequest>>) {
-        if let Err(error) = self.serve(outgoing).await {
-            let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
-        }
-    }
-
-    async fn serve(&self, outgoing: Vec<UnboundedReceiver<PageRequest>>) -> Result<(), LaneError> {
-        let lost = |error: quinn::ConnectionError| LaneError::Link(super::link_words(error));
-        let mut serving = tokio::task::JoinSet::new();
-        let mut seeds = self.connection.accept_uni().await.map_err(lost)?;
-        greeted(&mut seeds).await?;
-        serving.spawn_local(self.receive(seeds));
-        let mut outgoing: Vec<_> = outgoing.into_iter().map(Some).collect();
-        for _ in 0..outgoing.len() {
-            let (requests, mut pages) = self.connection.accept_bi().await.map_err(lost)?;
-            let index = usize::from(greeted(&mut pages).await?);
-            let queue = outgoing.get_mut(index).and_then(Option::take);
-            let queue = queue.ok_or_else(|| {
-                LaneError::Violation(format!("demand stream {index} opened twice or too many"))
-            })?;
-            serving.spawn_local(self.receive(pages));
-            serving.spawn_local(send_requests(queue, requests));
-        }
-        while let Some(ended) = serving.join_next().await {
-            ended.map_err(|error| LaneError::Local(error.to_string()))??;
-        }
-        Ok(())
-    }
-
-    /// Takes in the pages of one stream until the link is gone.
-    fn receive(&self, stream: RecvStream) -> impl Future<Output = Result<(), LaneError>> + 'static {
-        let (installer, traps, epoch) = (self.installer.clone(), self.traps.clone(), self.epoch);
-        async move {
-            let limits = FrameLimits { pages: installer.ledger.pages(), epoch };
-            let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
-            let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
-            loop {
-                let next = frames.next(|header| push_in::parse(header, limits));
-                let Some(frame) = next.await.map_err(push_in::wire)? else {
-                    return Err(LaneError::Link("the source ended a page stream".into()));
-                };
-                let content = frame.payload.into_bytes();
-                installer.install(&frame.header, &content, &mut || traps.again())?;
-            }
-        }
-    }
-}
-
-/// Sends the requests of one queue until its link is gone.
-async fn send_requests(
-    mut queue: UnboundedReceiver<PageRequest>,
-    mut stream: SendStream,
-) -> Result<(), LaneError> {
-    while let Some(request) = queue.recv().await {
-        stream
-            .write_all(&request.encode())
-            .await
-            .map_err(|error| LaneError::Link(super::link_words(error)))?;
-    }
-    Ok(())
-}
-
-/// Reads the index that a stream begins with.
-async fn greeted(stream: &mut RecvStream) -> Result<u16, LaneError> {
-    let mut index = [0; 2];
-    stream
-        .read_exact(&mut index)
-        .await
-        .map_err(|error| LaneError::Link(super::link_words(error)))?;
-    Ok(u16::from_le_bytes(index))
-}
-
-/// Accepts urgent connections for as long as the session lives; each is announced with
-/// its first message.
-async fn accept_links(mut server: LaneServer, input: UnboundedSender<Input>) {
-    loop {
-        let connection = match server.accept().await {
-            Ok(link) => link.connection,
-            Err(error) => return warn!(%error, "the urgent lane accepts no more"),
-        };
-        let input = input.clone();
-        tokio::task::spawn_local(async move {
-            match tokio::time::timeout(FIRST_MESSAGE, first_message(&connection)).await {
-                Ok(Ok((control, control_in, first))) => {
-                    let link = NewLink { connection, control, control_in, first };
-                    let _ = input.send(Input::Linked(Box::new(link)));
-                }
-                Ok(Err(error)) => {
-                    info!(%error, "a connection without a proposal");
-                    connection.close(1u32.into(), error.to_string().as_bytes());
-                }
-                Err(_) => connection.close(1u32.into(), b"no proposal came in time"),
-            }
-        });
-    }
-}
-
-async fn first_message(
-    connection: &Connection,
-) -> Result<(SendStream, RecvStream, Result<ToDestination, Mismatch>), ControlError> {
-    let opened = connection.accept_bi().await;
-    let (control, mut control_in) =
-        opened.map_err(|error| ControlError::Link(super::link_words(error)))?;
-    let body = control::hear(&mut control_in).await?;
-    let first = ToDestination::decode_first(&body)?;
-    Ok((control, control_in, first))
-}
-
-/// Gives what was said last the time to arrive.
-async fn last_words(control: &mut SendStream, connection: &Connection) {
-    let _ = control.finish();
-    let heard = async {
-        let _ = control.stopped().await;
-        // The source closes when it has read everything.
-        let _ = connection.closed().await;
-    };
-    let _ = tokio::time::timeout(LAST_WORDS, heard).await;
-}
-
-fn spawn_listener(
-    mut control: RecvStream,
-    generation: u64,
-    input: UnboundedSender<Input>,
-) -> AbortHandle {
-    tokio::task::spawn_local(async move {
-        let error = loop {
-            let heard = control::hear(&mut control).await;
-            match heard.and_then(|body| Ok(ToDestination::decode(&body)?)) {
-                Ok(message) => {
-                    if input.send(Input::Heard { generation, message }).is_err() {
-                        return;
-                    }
-                }
-                Err(error) => break error,
-            }
-        };
-        let error = match error {
-            ControlError::Link(why) => LaneError::Link(why),
-            ControlError::Message(error) => LaneError::Violation(error.to_string()),
-        };
-        let _ = input.send(Input::LinkEnded { generation, error });
-    })
-    .abort_handle()
 }

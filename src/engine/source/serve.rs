@@ -1,10 +1,9 @@
 //! The source's urgent lane: page requests in, pages out, answered inline.
 
+use crate::engine::lane::LaneError;
 use crate::memory::ram::{FrozenRun, GuestRam};
 use crate::memory::scan::is_zero;
-use crate::proto::frame::{
-    FrameError, FrameHeader, FrameLimits, HEADER_LEN, Origin, PageKind, PageRequest,
-};
+use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN, Origin, PageKind, PageRequest};
 use crate::proto::ledger::{Claim, SourceLedger};
 use crate::proto::page::PageIndex;
 use crate::proto::prepaging::Fault;
@@ -13,26 +12,6 @@ use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-
-/// Why a lane ended.
-#[derive(Debug, thiserror::Error)]
-pub enum LaneError {
-    /// The link is gone.
-    #[error("{0}")]
-    Link(String),
-    /// The peer sent what no honest peer sends.
-    #[error("{0}")]
-    Violation(String),
-    /// The kernel refused what must succeed; the guest is incomplete.
-    #[error("{0}")]
-    Local(String),
-}
-
-impl From<FrameError> for LaneError {
-    fn from(error: FrameError) -> Self {
-        Self::Violation(error.to_string())
-    }
-}
 
 /// A fault as the pre-paging policy is told of it.
 #[derive(Clone, Copy, Debug)]
@@ -127,7 +106,10 @@ pub async fn answer_requests(
     let limits = shared.limits(epoch);
     let mut bytes = [0; HEADER_LEN];
     loop {
-        requests.read_exact(&mut bytes).await.map_err(|e| LaneError::Link(super::link_words(e)))?;
+        requests
+            .read_exact(&mut bytes)
+            .await
+            .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
         let request = PageRequest::parse(&bytes, limits)?;
         for page in request.run.pages() {
             let sent = send_page(shared, epoch, pages, page, Origin::Demand).await?;
@@ -151,7 +133,10 @@ pub async fn send_page(
         kind = PageKind::Zero;
         frame = shared.frame(&claim, kind, origin, epoch);
     }
-    stream.write_all_chunks(&mut frame).await.map_err(|e| LaneError::Link(super::link_words(e)))?;
+    stream
+        .write_all_chunks(&mut frame)
+        .await
+        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
     shared.sent(claim, kind, origin);
     Ok(true)
 }

@@ -1,8 +1,8 @@
 //! The destination's guest thread: everything of the VMM that may block, and the
 //! watch over the guest's steps once it runs.
 
-use super::error_chain;
-use super::vm::{DestinationVm, GuestFigures};
+use crate::engine::error_chain;
+use crate::engine::vm::{DestinationVm, GuestFigures};
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
@@ -124,7 +124,7 @@ pub fn spawn(
 ) -> std::io::Result<GuestThread> {
     let (commands, receiver) = crossbeam_channel::unbounded();
     let run = move || {
-        super::hurry();
+        crate::engine::hurry();
         Worker { vm, tell, steps: None, ended: false }.run(&receiver)
     };
     let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;

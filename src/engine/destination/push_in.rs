@@ -1,7 +1,7 @@
 //! The destination's push lanes: page frames in, pages placed.
 
 use super::install::Installer;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
@@ -115,10 +115,16 @@ async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {
 }
 
 async fn receive_frames(link: &Link, gate: &PushGate) -> Result<(), LaneError> {
-    let mut stream =
-        link.connection.accept_uni().await.map_err(|e| LaneError::Link(super::link_words(e)))?;
+    let mut stream = link
+        .connection
+        .accept_uni()
+        .await
+        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
     let mut index = [0; 2];
-    stream.read_exact(&mut index).await.map_err(|e| LaneError::Link(super::link_words(e)))?;
+    stream
+        .read_exact(&mut index)
+        .await
+        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
     let mut open = gate.open.subscribe();
     // Nothing of a peer is looked at before its proposal was accepted.
     let opened = open.wait_for(Option::is_some).await.map(|gate| gate.clone());
@@ -156,8 +162,8 @@ pub fn parse(
 pub fn wire(error: TransportError) -> LaneError {
     match error {
         TransportError::Malformed { .. } | TransportError::TooLong { .. } => {
-            LaneError::Violation(super::error_chain(&error))
+            LaneError::Violation(crate::engine::error_chain(&error))
         }
-        error => LaneError::Link(super::error_chain(&error)),
+        error => LaneError::Link(crate::engine::error_chain(&error)),
     }
 }

@@ -1,9 +1,9 @@
 //! Making the source's links: the urgent connection with its streams, and the push
 //! lanes' own connections, each on its own thread.
 
+use super::SourceConfig;
 use super::push::PushShared;
-use super::serve::LaneError;
-use super::source::SourceConfig;
+use crate::engine::lane::LaneError;
 use crate::transport::{self, Lane};
 use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
@@ -57,7 +57,7 @@ pub async fn dial(
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
 ) -> Result<Link, LaneError> {
-    let lost = |error: quinn::ConnectionError| LaneError::Link(super::link_words(error));
+    let lost = |error: quinn::ConnectionError| LaneError::Link(crate::engine::link_words(error));
     let transport = connect(config, Lane::Urgent).await?;
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
@@ -81,7 +81,10 @@ pub async fn dial(
 }
 
 async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
-    stream.write_all(&index.to_le_bytes()).await.map_err(|e| LaneError::Link(super::link_words(e)))
+    stream
+        .write_all(&index.to_le_bytes())
+        .await
+        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))
 }
 
 /// A push lane's life: connect and push when told, until the commands end.
@@ -132,7 +135,7 @@ pub async fn push_lane(
 async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, LaneError> {
     transport::connect(&config.ticket, lane, &config.link)
         .await
-        .map_err(|error| LaneError::Link(super::error_chain(&error)))
+        .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
 }
 
 async fn connect_push(
@@ -141,7 +144,7 @@ async fn connect_push(
 ) -> Result<(transport::Link, SendStream), LaneError> {
     let link = connect(config, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
-    let mut stream = opened.map_err(|e| LaneError::Link(super::link_words(e)))?;
+    let mut stream = opened.map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
     greet(&mut stream, u16::from(index)).await?;
     Ok((link, stream))
 }

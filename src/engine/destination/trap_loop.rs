@@ -4,7 +4,7 @@
 //! fault costs no hand-over between threads.
 
 use super::install::Installer;
-use super::serve::LaneError;
+use crate::engine::lane::LaneError;
 use crate::proto::frame::PageRequest;
 use crate::proto::ledger::FaultAnswer;
 use crate::proto::page::{PageIndex, PageRun};
@@ -111,7 +111,7 @@ impl<R: Requests> TrapLoop<R> {
             .trap
             .get_ref()
             .read(&mut events)
-            .map_err(|error| LaneError::Local(super::error_chain(&error)))?;
+            .map_err(|error| LaneError::Local(crate::engine::error_chain(&error)))?;
         let now = Instant::now();
         for event in &events {
             self.event(event, now)?;

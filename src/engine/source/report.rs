@@ -1,9 +1,9 @@
 //! The whole report, put together at the source.
 
-use super::process_figures::{cpu_us, peak_rss_bytes};
+use super::SourceConfig;
 use super::serve::SourceShared;
-use super::source::SourceConfig;
-use super::vm::Captured;
+use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
+use crate::engine::vm::Captured;
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::source::{Outcome, SourceSession};

@@ -1,28 +1,26 @@
-//! A migration as the source sees it.
-//!
-//! [`migrate`] blocks until the session is over. The session machine decides; this
-//! file does what it says, in the order in which a migration goes: connect, propose,
-//! pause, send the state, commit, serve and push, release.
+//! The source's driver: what the session machine says is done here, in the order in
+//! which a migration goes: connect, propose, pause, send the state, commit, serve and
+//! push, release.
 
-use super::control::{self, ControlError};
+use super::guest::{self, GuestCommand};
+use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
-use super::serve::{LaneError, SourceFigures, SourceShared, answer_requests, send_page};
-use super::source_link::{self, Link, PushCommand};
-use super::vm::{Captured, SourceVm, VmError};
-use super::{error_chain, source_report};
+use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
+use super::zero_scan::scan_zeros;
+use super::{Progress, SourceConfig, SourceEnd, report};
+use crate::engine::control::{self, ControlError};
+use crate::engine::error_chain;
+use crate::engine::lane::LaneError;
+use crate::engine::vm::{Captured, SourceVm};
 use crate::memory::ram::GuestRam;
-use crate::memory::scan::{self, ScanError, ZeroScan};
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
 use crate::proto::message::{Hello, SessionId, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
-use crate::proto::prepaging::{PolicyConfig, PolicyKind};
-use crate::proto::source::{
-    Outcome, SessionLimits, SourceAction, SourceEvent, SourceSession, SourceState,
-};
-use crate::report::schema::Report;
-use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
+use crate::proto::prepaging::PolicyConfig;
+use crate::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
+use crate::transport::{LaneThread, TransportError};
 use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -37,8 +35,6 @@ const PING_EVERY: Duration = Duration::from_millis(4);
 const NOTES_MAX: usize = 4096;
 /// The most runs of zero pages that wait to be sent.
 const ZERO_RUNS_MAX: usize = 1024;
-/// Pages that the zero scan looks at between two looks at its end.
-const SCAN_PAGES: u64 = 4096;
 /// How often the watcher is called at least.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// QUIC error code of a close that the session machine asked for.
@@ -46,128 +42,13 @@ const CLOSE_DONE: u32 = 0;
 /// How long the last message may take to be acknowledged.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// What a source needs to know.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Where to go, and with what right.
-    pub ticket: Ticket,
-    /// Socket and QUIC settings.
-    pub link: LinkOptions,
-    /// Time limits.
-    pub limits: SessionLimits,
-    /// The pre-paging policy.
-    pub policy: PolicyKind,
-    /// Pivots of the bubbling policy.
-    pub pivots: Option<usize>,
-    /// When to push everything that is left, whatever the policy says; counted from
-    /// the moment the guest runs at the destination.
-    pub drain_after: Option<Duration>,
-    /// The machine configuration, see [`Hello::machine`].
-    pub machine: String,
-    /// The VMM's description of the guest, see [`Hello::guest`].
-    pub guest: Vec<u8>,
-    /// The guest's vCPUs.
-    pub vcpus: u16,
-    /// The kind of guest, for the report.
-    pub guest_kind: String,
-    /// What the guest does, for the report.
-    pub workload: Option<String>,
-}
-
-/// Where a migration is, for whoever watches.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// The session machine's state.
-    pub state: SourceState,
-    /// Pages that the destination has, as it said last.
-    pub settled: u64,
-    /// Pages of the guest.
-    pub pages: u64,
-    /// Network faults, as the destination said last.
-    pub network_faults: u64,
-    /// Bytes of pages that the destination has received, as it said last.
-    pub wire_bytes: u64,
-    /// Since the session began.
-    pub elapsed: Duration,
-}
-
-/// How it ended.
-#[derive(Debug)]
-pub struct SourceEnd {
-    /// The session machine's word.
-    pub outcome: Outcome,
-    /// The report, the destination's part included if it came.
-    pub report: Report,
-}
-
-/// Asks a running migration to stop; only heard before the commit.
-#[derive(Clone, Debug)]
-pub struct Canceller(UnboundedSender<Input>);
-
-impl Canceller {
-    /// Cancels, for this reason.
-    pub fn cancel(&self, why: &str) {
-        let _ = self.0.send(Input::Event(SourceEvent::Cancel(why.into())));
-    }
-}
-
-/// A migration that is ready to begin.
-#[derive(Debug)]
-pub struct Migration {
-    config: SourceConfig,
-    ram: Arc<GuestRam>,
-    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
-}
-
-impl Migration {
-    /// Prepares to move the guest whose memory is `ram`.
-    pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
-        Self { config, ram, inputs: unbounded_channel() }
-    }
-
-    /// A handle that cancels it.
-    pub fn canceller(&self) -> Canceller {
-        Canceller(self.inputs.0.clone())
-    }
-
-    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
-    ///
-    /// # Errors
-    /// Only if no thread could be made: every other failure is an [`Outcome`].
-    pub fn run(
-        self,
-        vm: Box<dyn SourceVm>,
-        watch: impl FnMut(Progress) + Send + 'static,
-    ) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, inputs } = self;
-        LaneThread::spawn("urgent", move || {
-            let local = tokio::task::LocalSet::new();
-            let drive = async move {
-                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
-            };
-            super::hurry();
-            async move { local.run_until(drive).await }
-        })?
-        .join()?
-    }
-}
-
 /// What the driver waits for.
-enum Input {
+pub enum Input {
     Event(SourceEvent),
     Linked(Box<Link>),
     Heard { epoch: u32, message: ToSource },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
-}
-
-/// What the guest thread is told.
-enum GuestCommand {
-    ResetInstruments,
-    Pause,
-    Commit,
-    Resume,
-    Release,
 }
 
 /// A push lane's thread and how it is told things.
@@ -185,7 +66,7 @@ impl Drop for ResetOnDrop {
     }
 }
 
-struct Driver {
+pub struct Driver {
     config: SourceConfig,
     machine: SourceSession,
     shared: Arc<SourceShared>,
@@ -208,11 +89,11 @@ struct Driver {
     drain_at: Option<Duration>,
     next_watch: Duration,
     outcome: Option<Outcome>,
-    figures: source_report::Observed,
+    figures: report::Observed,
 }
 
 impl Driver {
-    fn new(
+    pub fn new(
         config: SourceConfig,
         ram: Arc<GuestRam>,
         vm: Box<dyn SourceVm>,
@@ -254,7 +135,7 @@ impl Driver {
         });
         let (input, inputs) = inputs;
         let (guest, commands) = crossbeam_channel::unbounded();
-        let guest_thread = spawn_guest(vm, commands, input.clone())
+        let guest_thread = guest::spawn(vm, commands, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
         Ok(Self {
             config,
@@ -279,11 +160,11 @@ impl Driver {
             drain_at: None,
             next_watch: Duration::ZERO,
             outcome: None,
-            figures: source_report::Observed::default(),
+            figures: report::Observed::default(),
         })
     }
 
-    async fn run(mut self) -> SourceEnd {
+    pub async fn run(mut self) -> SourceEnd {
         let span = info_span!("migration", side = "source");
         let _entered = span.enter();
         self.spawn_push_lanes();
@@ -441,7 +322,7 @@ impl Driver {
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
         let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
-            let input_of = match source_link::dial(&config, epoch, &lanes).await {
+            let input_of = match link::dial(&config, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
                 Err(error) => Input::LinkEnded { epoch, error },
             };
@@ -553,7 +434,7 @@ impl Driver {
                 let _ = input.send(Input::LinkEnded { epoch, error });
             };
             let lane = LaneThread::spawn(format!("push-{index}"), move || {
-                source_link::push_lane(push, config, index, receiver, ended)
+                link::push_lane(push, config, index, receiver, ended)
             });
             match lane {
                 Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),
@@ -613,7 +494,7 @@ impl Driver {
         if let Some(thread) = self.guest_thread.take() {
             let _ = thread.join();
         }
-        let report = source_report::report(&source_report::Facts {
+        let report = report::report(&report::Facts {
             config: &self.config,
             machine: &self.machine,
             shared: &self.shared,
@@ -646,73 +527,4 @@ fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<In
         };
         let _ = input.send(Input::LinkEnded { epoch, error });
     });
-}
-
-/// Finds holes and zero pages and hands each run to `found`, until it says `false`.
-fn scan_zeros(
-    ram: Arc<GuestRam>,
-    mut found: impl FnMut(PageRun, PageKind) -> bool,
-) -> Result<(), ScanError> {
-    let mut scan = ZeroScan::new(ram)?;
-    while let Some(runs) = scan.next(SCAN_PAGES)? {
-        for (run, kind) in runs {
-            let kind = match kind {
-                scan::Kind::Zero => PageKind::Zero,
-                scan::Kind::Hole => PageKind::Hole,
-            };
-            if !found(run, kind) {
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The thread on which the VMM is called: its calls may block.
-fn spawn_guest(
-    mut vm: Box<dyn SourceVm>,
-    commands: crossbeam_channel::Receiver<GuestCommand>,
-    input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let said = |error: VmError| error_chain(error.as_ref());
-    let run = move || {
-        super::hurry();
-        for command in commands {
-            let event = match command {
-                GuestCommand::ResetInstruments => {
-                    vm.reset_instruments();
-                    continue;
-                }
-                GuestCommand::Pause => match vm.pause() {
-                    Ok(captured) => Input::Captured(captured),
-                    Err(error) => Input::Event(SourceEvent::PauseFailed(said(error))),
-                },
-                GuestCommand::Commit => match vm.commit() {
-                    Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
-                    // The VMM cannot be asked any more: whoever holds the word decided.
-                    Err(error) => {
-                        warn!(error = said(error), "the commit word could not be written");
-                        Input::Event(SourceEvent::CommitWord(false))
-                    }
-                },
-                GuestCommand::Resume => match vm.resume() {
-                    Ok(()) => continue,
-                    Err(error) => {
-                        warn!(error = said(error), "the guest could not be resumed");
-                        continue;
-                    }
-                },
-                GuestCommand::Release => {
-                    if let Err(error) = vm.release() {
-                        warn!(error = said(error), "the VMM was not told that it may go");
-                    }
-                    continue;
-                }
-            };
-            if input.send(event).is_err() {
-                return;
-            }
-        }
-    };
-    std::thread::Builder::new().name("guest".into()).spawn(run)
 }

@@ -1,10 +1,10 @@
 //! What the destination knows of a migration, for the report.
 
-use super::destination_guest::RunFigures;
+use super::guest::RunFigures;
 use super::install::Installer;
-use super::process_figures::{cpu_us, peak_rss_bytes};
 use super::push_in::PushGate;
 use super::trap_loop::FaultCounts;
+use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::proto::ledger::DestinationCounts;
 use crate::proto::timeline::{Stamp, Timeline};
 use crate::report::merge::DestinationPart;

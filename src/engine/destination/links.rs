@@ -1,0 +1,99 @@
+//! The urgent connections of a destination: accepted, listened to, and closed.
+
+use super::driver::Input;
+use crate::engine::control::{self, ControlError};
+use crate::engine::lane::LaneError;
+use crate::proto::message::{Mismatch, ToDestination};
+use crate::transport::LaneServer;
+use quinn::{Connection, RecvStream, SendStream};
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::task::AbortHandle;
+use tracing::{info, warn};
+
+/// How long a peer with a ticket may take to propose.
+const FIRST_MESSAGE: Duration = Duration::from_secs(5);
+/// How long the last message may take to be acknowledged.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A connection that has said its first message.
+#[derive(Debug)]
+pub struct NewLink {
+    pub connection: Connection,
+    pub control: SendStream,
+    pub control_in: RecvStream,
+    pub first: Result<ToDestination, Mismatch>,
+}
+
+/// Accepts urgent connections for as long as the session lives; each is announced with
+/// its first message.
+pub async fn accept_links(mut server: LaneServer, input: UnboundedSender<Input>) {
+    loop {
+        let connection = match server.accept().await {
+            Ok(link) => link.connection,
+            Err(error) => return warn!(%error, "the urgent lane accepts no more"),
+        };
+        let input = input.clone();
+        tokio::task::spawn_local(async move {
+            match tokio::time::timeout(FIRST_MESSAGE, first_message(&connection)).await {
+                Ok(Ok((control, control_in, first))) => {
+                    let link = NewLink { connection, control, control_in, first };
+                    let _ = input.send(Input::Linked(Box::new(link)));
+                }
+                Ok(Err(error)) => {
+                    info!(%error, "a connection without a proposal");
+                    connection.close(1u32.into(), error.to_string().as_bytes());
+                }
+                Err(_) => connection.close(1u32.into(), b"no proposal came in time"),
+            }
+        });
+    }
+}
+
+async fn first_message(
+    connection: &Connection,
+) -> Result<(SendStream, RecvStream, Result<ToDestination, Mismatch>), ControlError> {
+    let opened = connection.accept_bi().await;
+    let (control, mut control_in) =
+        opened.map_err(|error| ControlError::Link(crate::engine::link_words(error)))?;
+    let body = control::hear(&mut control_in).await?;
+    let first = ToDestination::decode_first(&body)?;
+    Ok((control, control_in, first))
+}
+
+/// Gives what was said last the time to arrive.
+pub async fn last_words(control: &mut SendStream, connection: &Connection) {
+    let _ = control.finish();
+    let heard = async {
+        let _ = control.stopped().await;
+        // The source closes when it has read everything.
+        let _ = connection.closed().await;
+    };
+    let _ = tokio::time::timeout(LAST_WORDS, heard).await;
+}
+
+pub fn spawn_listener(
+    mut control: RecvStream,
+    generation: u64,
+    input: UnboundedSender<Input>,
+) -> AbortHandle {
+    tokio::task::spawn_local(async move {
+        let error = loop {
+            let heard = control::hear(&mut control).await;
+            match heard.and_then(|body| Ok(ToDestination::decode(&body)?)) {
+                Ok(message) => {
+                    if input.send(Input::Heard { generation, message }).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => break error,
+            }
+        };
+        let error = match error {
+            ControlError::Link(why) => LaneError::Link(why),
+            ControlError::Message(error) => LaneError::Violation(error.to_string()),
+        };
+        let _ = input.send(Input::LinkEnded { generation, error });
+    })
+    .abort_handle()
+}

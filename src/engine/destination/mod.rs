@@ -1,0 +1,132 @@
+//! A migration as the destination sees it.
+//!
+//! [`Receiver::bind`] makes the ticket, [`Receiver::run`] blocks until a guest came in
+//! whole or the session failed. The session machine decides; [`driver`] does what it
+//! says.
+
+mod demand_in;
+mod driver;
+mod fault_book;
+mod guest;
+mod install;
+mod links;
+mod push_in;
+mod report;
+mod trap_loop;
+
+use super::vm::DestinationVm;
+use crate::memory::ram::GuestRam;
+use crate::proto::destination::DestinationEvent;
+use crate::proto::message::Hello;
+use crate::proto::source::{Outcome, SessionLimits};
+use crate::report::merge::DestinationPart;
+use crate::transport::ticket::Host;
+use crate::transport::{
+    Identity, LaneSocket, LaneThread, LinkOptions, Ticket, TransportError, bind_ports,
+};
+use crate::uffd::DestinationBacking;
+use driver::{Driver, Input};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// What a destination needs to know.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// The address to listen on.
+    pub listen: IpAddr,
+    /// The urgent lane's port; push lanes take those after it. 0: any.
+    pub port: u16,
+    /// The host that goes into the ticket, if it is not the address above.
+    pub public_host: Option<Host>,
+    /// Push lanes, 1 to 8.
+    pub push_lanes: usize,
+    /// Socket and QUIC settings.
+    pub link: LinkOptions,
+    /// Time limits.
+    pub limits: SessionLimits,
+    /// How long the ticket is good.
+    pub ticket_life: Duration,
+    /// What guest memory is made of here.
+    pub backing: DestinationBacking,
+    /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
+    /// the proposal's description of the guest.
+    pub is_kvm: fn(&Hello) -> bool,
+}
+
+/// A destination that waits for its guest.
+#[derive(Debug)]
+pub struct Receiver {
+    config: DestinationConfig,
+    identity: Identity,
+    ticket: Ticket,
+    sockets: Vec<LaneSocket>,
+    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+}
+
+/// Asks a waiting or running session to stop; only heard before the commit.
+#[derive(Clone, Debug)]
+pub struct Canceller(UnboundedSender<Input>);
+
+impl Canceller {
+    /// Cancels, for this reason.
+    pub fn cancel(&self, why: &str) {
+        let _ = self.0.send(Input::Event(DestinationEvent::Cancel(why.into())));
+    }
+}
+
+/// How it ended.
+pub struct DestinationEnd {
+    /// The session machine's word.
+    pub outcome: Outcome,
+    /// The VMM, with the guest if it came.
+    pub vm: Box<dyn DestinationVm>,
+    /// The guest's memory, if the session came so far.
+    pub ram: Option<Arc<GuestRam>>,
+    /// This side's part of the report.
+    pub report: DestinationPart,
+}
+
+impl Receiver {
+    /// Binds the ports and makes the ticket.
+    ///
+    /// # Errors
+    /// A port in use, or no way to make keys or sockets.
+    pub fn bind(config: DestinationConfig) -> Result<Self, TransportError> {
+        let sockets = bind_ports(config.listen, config.port, config.push_lanes, &config.link)?;
+        let expires = SystemTime::now() + config.ticket_life;
+        let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let identity = Identity::generate(expires)?;
+        let ports: Vec<u16> = sockets.iter().map(|socket| socket.local_addr().port()).collect();
+        let host = config.public_host.clone().unwrap_or(Host::from(config.listen));
+        let ticket = identity.ticket(host, ports[0], ports[1..].to_vec()).map_err(|error| {
+            TransportError::Setup { what: "the ticket", detail: error.to_string() }
+        })?;
+        Ok(Self { config, identity, ticket, sockets, inputs: unbounded_channel() })
+    }
+
+    /// What the sender needs.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
+    /// A handle that cancels it.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.inputs.0.clone())
+    }
+
+    /// Waits for the guest and takes it in. Blocks until the session is over.
+    ///
+    /// # Errors
+    /// Only if no thread or endpoint could be made: every other failure is an
+    /// [`Outcome`].
+    pub fn run(self, vm: Box<dyn DestinationVm>) -> Result<DestinationEnd, TransportError> {
+        LaneThread::spawn("urgent", move || {
+            let local = tokio::task::LocalSet::new();
+            super::hurry();
+            async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
+        })?
+        .join()?
+    }
+}

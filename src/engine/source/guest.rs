@@ -1,0 +1,66 @@
+//! The source's guest thread: everything of the VMM that may block.
+
+use super::driver::Input;
+use crate::engine::error_chain;
+use crate::engine::vm::{SourceVm, VmError};
+use crate::proto::source::SourceEvent;
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::warn;
+
+/// What the guest thread is told.
+pub enum GuestCommand {
+    ResetInstruments,
+    Pause,
+    Commit,
+    Resume,
+    Release,
+}
+
+/// The thread on which the VMM is called: its calls may block.
+pub fn spawn(
+    mut vm: Box<dyn SourceVm>,
+    commands: crossbeam_channel::Receiver<GuestCommand>,
+    input: UnboundedSender<Input>,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let said = |error: VmError| error_chain(error.as_ref());
+    let run = move || {
+        crate::engine::hurry();
+        for command in commands {
+            let event = match command {
+                GuestCommand::ResetInstruments => {
+                    vm.reset_instruments();
+                    continue;
+                }
+                GuestCommand::Pause => match vm.pause() {
+                    Ok(captured) => Input::Captured(captured),
+                    Err(error) => Input::Event(SourceEvent::PauseFailed(said(error))),
+                },
+                GuestCommand::Commit => match vm.commit() {
+                    Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
+                    // The VMM cannot be asked any more: whoever holds the word decided.
+                    Err(error) => {
+                        warn!(error = said(error), "the commit word could not be written");
+                        Input::Event(SourceEvent::CommitWord(false))
+                    }
+                },
+                GuestCommand::Resume => match vm.resume() {
+                    Ok(()) => continue,
+                    Err(error) => {
+                        warn!(error = said(error), "the guest could not be resumed");
+                        continue;
+                    }
+                },
+                GuestCommand::Release => {
+                    if let Err(error) = vm.release() {
+                        warn!(error = said(error), "the VMM was not told that it may go");
+                    }
+                    continue;
+                }
+            };
+            if input.send(event).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("guest".into()).spawn(run)
+}

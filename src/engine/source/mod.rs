@@ -1,0 +1,129 @@
+//! A migration as the source sees it.
+//!
+//! [`Migration::run`] blocks until the session is over. The session machine decides;
+//! [`driver`] does what it says.
+
+mod driver;
+mod guest;
+mod link;
+mod push;
+mod report;
+mod serve;
+mod zero_scan;
+
+use super::vm::SourceVm;
+use crate::memory::ram::GuestRam;
+use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::{Outcome, SessionLimits, SourceEvent, SourceState};
+use crate::report::schema::Report;
+use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
+use driver::{Driver, Input};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// What a source needs to know.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Where to go, and with what right.
+    pub ticket: Ticket,
+    /// Socket and QUIC settings.
+    pub link: LinkOptions,
+    /// Time limits.
+    pub limits: SessionLimits,
+    /// The pre-paging policy.
+    pub policy: PolicyKind,
+    /// Pivots of the bubbling policy.
+    pub pivots: Option<usize>,
+    /// When to push everything that is left, whatever the policy says; counted from
+    /// the moment the guest runs at the destination.
+    pub drain_after: Option<Duration>,
+    /// The machine configuration, see [`Hello::machine`].
+    pub machine: String,
+    /// The VMM's description of the guest, see [`Hello::guest`].
+    pub guest: Vec<u8>,
+    /// The guest's vCPUs.
+    pub vcpus: u16,
+    /// The kind of guest, for the report.
+    pub guest_kind: String,
+    /// What the guest does, for the report.
+    pub workload: Option<String>,
+}
+
+/// Where a migration is, for whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// The session machine's state.
+    pub state: SourceState,
+    /// Pages that the destination has, as it said last.
+    pub settled: u64,
+    /// Pages of the guest.
+    pub pages: u64,
+    /// Network faults, as the destination said last.
+    pub network_faults: u64,
+    /// Bytes of pages that the destination has received, as it said last.
+    pub wire_bytes: u64,
+    /// Since the session began.
+    pub elapsed: Duration,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct SourceEnd {
+    /// The session machine's word.
+    pub outcome: Outcome,
+    /// The report, the destination's part included if it came.
+    pub report: Report,
+}
+
+/// Asks a running migration to stop; only heard before the commit.
+#[derive(Clone, Debug)]
+pub struct Canceller(UnboundedSender<Input>);
+
+impl Canceller {
+    /// Cancels, for this reason.
+    pub fn cancel(&self, why: &str) {
+        let _ = self.0.send(Input::Event(SourceEvent::Cancel(why.into())));
+    }
+}
+
+/// A migration that is ready to begin.
+#[derive(Debug)]
+pub struct Migration {
+    config: SourceConfig,
+    ram: Arc<GuestRam>,
+    inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+}
+
+impl Migration {
+    /// Prepares to move the guest whose memory is `ram`.
+    pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
+        Self { config, ram, inputs: unbounded_channel() }
+    }
+
+    /// A handle that cancels it.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.inputs.0.clone())
+    }
+
+    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
+    ///
+    /// # Errors
+    /// Only if no thread could be made: every other failure is an [`Outcome`].
+    pub fn run(
+        self,
+        vm: Box<dyn SourceVm>,
+        watch: impl FnMut(Progress) + Send + 'static,
+    ) -> Result<SourceEnd, TransportError> {
+        let Self { config, ram, inputs } = self;
+        LaneThread::spawn("urgent", move || {
+            let local = tokio::task::LocalSet::new();
+            let drive = async move {
+                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
+            };
+            super::hurry();
+            async move { local.run_until(drive).await }
+        })?
+        .join()?
+    }
+}

@@ -1,0 +1,133 @@
+//! The source session's vocabulary: its limits, states, events, actions and outcome.
+
+use crate::proto::message::{ToDestination, ToSource};
+use crate::proto::page_set::PageSet;
+use std::time::Duration;
+
+/// Time limits of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionLimits {
+    /// From the start until both sides agree.
+    pub handshake: Duration,
+    /// From the state's departure until the destination is ready, or, there, from
+    /// the agreement until the state arrives.
+    pub restore: Duration,
+    /// How long a side without a link stays in doubt or in recovery before it gives up.
+    pub recovery: Duration,
+    /// The longest pause between two attempts to connect again.
+    pub backoff_max: Duration,
+}
+
+impl Default for SessionLimits {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            restore: Duration::from_secs(30),
+            recovery: Duration::from_secs(60),
+            backoff_max: Duration::from_millis(300),
+        }
+    }
+}
+
+/// Where the session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceState {
+    /// Waiting for the first connection.
+    Connecting,
+    /// Proposed; waiting for the answer.
+    Negotiating,
+    /// The VMM is pausing the guest and taking its state.
+    Pausing,
+    /// As before, but the migration is off: the guest is resumed once it is paused.
+    Unpausing,
+    /// The state is on its way; the guest runs nowhere.
+    Blackout,
+    /// The destination is ready and the commit word is being written.
+    Committing,
+    /// The commit is made; the destination has not yet said that the guest runs.
+    Committed,
+    /// The guest runs at the destination.
+    Brownout,
+    /// All pages are there; waiting for the destination's report.
+    Releasing,
+    /// The guest is resumed here; the destination, which has its state, is to know.
+    Retracting,
+    /// The end.
+    Over,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum SourceEvent {
+    /// The connection that `Connect` asked for stands.
+    LinkUp,
+    /// The connection failed, or could not be made.
+    LinkLost(String),
+    /// The destination said something.
+    Message(ToSource),
+    /// The destination broke the protocol.
+    Violation(String),
+    /// The guest is paused and its state captured.
+    Paused,
+    /// The guest could not be paused, or its VMM is gone; if there is one, it runs on.
+    PauseFailed(String),
+    /// The state was handed to the link.
+    StateSent,
+    /// The commit word is written (`true`), or the VMM had aborted before (`false`).
+    CommitWord(bool),
+    /// The user wants no migration.
+    Cancel(String),
+    /// The time that `timeout` named has come.
+    Timer,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Connect, for this link epoch, not before the pause is over. Whoever keeps the
+    /// session across a restart stores the epoch first.
+    Connect {
+        /// The epoch to be.
+        epoch: u32,
+        /// How long to wait before.
+        after: Duration,
+    },
+    /// Close the connection: the peer broke the protocol on it.
+    DropLink(String),
+    /// Send a control message.
+    Say(ToDestination),
+    /// Answer page requests of this epoch from now on.
+    OpenLanes {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// Pause the guest and capture its state.
+    PauseGuest,
+    /// Send the captured state, and the seeds.
+    SendState,
+    /// Write the commit word: the point of no return.
+    WriteCommitWord,
+    /// The claims made so far are void and the guest runs on here.
+    ResumeGuest,
+    /// The destination holds these pages; all others are unsent again.
+    ResumeLedger(PageSet),
+    /// Push pages from now on.
+    StartPush,
+    /// The guest and all its memory live elsewhere: its VMM may go. Whoever keeps the
+    /// session across a restart notes that nothing is left to recover.
+    ReleaseGuest,
+    /// The session is over; nothing follows.
+    Finish(Outcome),
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs at the destination with all its memory.
+    Completed,
+    /// Nothing was moved: the guest is whole at the source.
+    Aborted(String),
+    /// The link never came back after the commit. The guest's memory is still held
+    /// at the source, and what the destination had of it there.
+    Lost(String),
+}
