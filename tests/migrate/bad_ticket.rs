@@ -2,7 +2,7 @@
 //! who may is kept out, and the guest runs on.
 
 use super::fakes::{FakeDestination, forged};
-use super::harness::{Guest, MIGRATION, Receiver, SOON, check_report, poll, read_report};
+use super::harness::{Guest, MIGRATION, Receiver, Running, SOON, check_report, read_report};
 use postcopy::proto::message;
 use postcopy::transport::{Lane, Ticket};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -54,7 +54,8 @@ fn a_wrong_ticket_lets_nobody_in_and_spoils_nothing() {
 
 #[test]
 fn a_used_ticket_is_refused() {
-    let (first, second) = (Guest::start(), Guest::start());
+    let first = Guest::start();
+    let second = first.start_another();
     let receiver = Receiver::start_with(&["--verify-after", "8s"]);
     let report = first.path("report.json");
     first.migrate(&receiver.ticket, &["--report", &report]).succeed(MIGRATION);
@@ -72,13 +73,14 @@ fn a_used_ticket_is_refused() {
 /// the second is refused, and each guest is whole in exactly one place.
 #[test]
 fn a_ticket_in_use_moves_one_guest() {
-    let (first, second) = (Guest::start(), Guest::start());
+    let first = Guest::start();
+    let second = first.start_another();
     let receiver = Receiver::start();
+    let control = first.control();
+    let migrate = ["migrate", "--control", &control, "--ticket", &receiver.ticket];
     let slow = ["--policy", "demand-only", "--drain-after", "3s"];
-    let mut migration = first.migrate(&receiver.ticket, &slow);
-    migration.is_attached();
-    // It is used up once the urgent lane's proposal was accepted: the pause follows.
-    poll("a guest that is not at its source", SOON, || first.stands_still().then_some(()));
+    let mut migration = Running::start(&[&migrate[..], &slow].concat());
+    migration.says("target brownout");
     let meanwhile = second.migrate(&receiver.ticket, &[]).wait(SOON);
     meanwhile.failed_with(3, &["this ticket has been used", RUNS_ON]);
     second.runs_on();

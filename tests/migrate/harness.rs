@@ -171,6 +171,17 @@ impl Running {
         }
     }
 
+    /// Waits until it has said something with `text` in it.
+    pub fn says(&mut self, text: &str) {
+        loop {
+            match self.stderr.next(SOON) {
+                Some(line) if line.contains(text) => return,
+                Some(_) => {}
+                None => self.fail(&format!("never said {text:?}")),
+            }
+        }
+    }
+
     /// Writes to its standard input and ends that. It may stop reading early.
     pub fn feed(&mut self, bytes: &[u8]) {
         if let Some(mut stdin) = self.child.stdin.take() {
@@ -271,7 +282,7 @@ pub struct Guest {
     folder: TempDir,
     /// Its process.
     pub process: Running,
-    _permit: Permit,
+    _permit: Option<Permit>,
 }
 
 impl Guest {
@@ -287,7 +298,17 @@ impl Guest {
 
     /// The same, as `command` says.
     pub fn start_as(command: Command, arguments: &[&str]) -> Self {
-        let permit = permit();
+        Self::start_permitted(Some(permit()), command, arguments)
+    }
+
+    /// A second small guest, under the first one's permit: a test that waited for another
+    /// one while it holds one could wait for ever.
+    pub fn start_another(&self) -> Self {
+        let arguments = ["--guest", "process", "--memory", "16M", "--think-ns", "2000"];
+        Self::start_permitted(None, Command::new(POSTCOPY), &arguments)
+    }
+
+    fn start_permitted(permit: Option<Permit>, command: Command, arguments: &[&str]) -> Self {
         let folder = folder();
         let control = folder.path().join("control");
         let control = control.to_str().expect("a temporary folder has a plain name");

@@ -12,7 +12,8 @@ pub fn demo(arguments: &[&str]) -> Value {
     let path = path.to_str().expect("a temporary folder has a plain name");
     let times = ["demo", "--quiet", "--run-before", "200ms", "--run-after", "200ms"];
     let demo = [&times, arguments, &["--report", path]].concat();
-    Running::start(&demo).succeed(MIGRATION);
+    let ended = Running::start(&demo).succeed(MIGRATION);
+    assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("", ""), "it was to be quiet");
     let report = read_report(path);
     check_report(&report);
     report
