@@ -15,4 +15,4 @@ pub mod trap;
 pub use open::{OpenError, UffdOptions};
 pub use place::{PlaceError, Placed, Placer, Stop};
 pub use register::{DestinationBacking, RegisterError, register};
-pub use trap::{Trap, TrapError, TrapEvent};
+pub use trap::{BATCH_EVENTS_MAX, Trap, TrapError, TrapEvent};

@@ -50,7 +50,7 @@ pub enum Input {
     Linked(Box<NewLink>),
     Heard { generation: u64, message: ToDestination, _room: OwnedSemaphorePermit },
     LinkEnded { generation: u64, error: LaneError },
-    PushEnded(LaneError),
+    PushEnded { epoch: Option<u32>, error: LaneError },
     TrapsEnded(LaneError),
     Guest(GuestEvent),
 }
@@ -102,7 +102,7 @@ impl Driver {
         for (index, socket) in (0u8..).zip(sockets) {
             let (identity, options) = (identity.clone(), config.link.clone());
             let (gate, input) = (gate.clone(), input.clone());
-            let ended = move |error| drop(input.send(Input::PushEnded(error)));
+            let ended = move |epoch, error| drop(input.send(Input::PushEnded { epoch, error }));
             push_lanes.push(LaneThread::spawn(format!("push-{index}"), move || {
                 push_in::receive_lane(socket, identity, index, options, gate, ended)
             })?);
@@ -220,7 +220,13 @@ impl Driver {
             }
             // From a link that was replaced since.
             Input::Heard { .. } | Input::LinkEnded { .. } => {}
-            Input::PushEnded(error) => self.link_ended(error),
+            Input::PushEnded { epoch, error } => {
+                // One that never said its epoch was no link of this session yet.
+                let current = self.machine.as_ref().map(DestinationSession::epoch);
+                if epoch.is_some() && epoch == current {
+                    self.link_ended(error);
+                }
+            }
             Input::TrapsEnded(error) => {
                 let why = format!("faults of the guest can no longer be served: {error}");
                 self.outcome = Some(Outcome::Lost(why));

@@ -170,8 +170,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             },
             GuestCommand::Run => match self.vm.resume() {
                 Ok(entered) => {
-                    let first = self.vm.steps().unwrap_or(0);
-                    self.steps = Some(Steps::new(entered, first));
+                    self.steps = Some(Steps::new(entered));
                     GuestEvent::Entered(entered)
                 }
                 Err(error) => GuestEvent::RunFailed(error_chain(error.as_ref())),
@@ -231,7 +230,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             return figures;
         };
         history.push(before);
-        figures.steps_in_brownout = Some(before.saturating_sub(history.first));
+        let first = history.samples.first().map_or(before, |(_, steps)| *steps);
+        figures.steps_in_brownout = Some(before.saturating_sub(first));
         let began = Instant::now();
         std::thread::sleep(STEADY);
         let made = self.vm.steps().unwrap_or(before).saturating_sub(before);
@@ -249,15 +249,13 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
 #[derive(Debug)]
 struct Steps {
     entered: Instant,
-    first: u64,
     every: Duration,
     samples: Vec<(Duration, u64)>,
 }
 
 impl Steps {
-    fn new(entered: Instant, first: u64) -> Self {
-        let samples = vec![(Duration::ZERO, first)];
-        Self { entered, first, every: SAMPLE_EVERY, samples }
+    fn new(entered: Instant) -> Self {
+        Self { entered, every: SAMPLE_EVERY, samples: Vec::new() }
     }
 
     fn push(&mut self, steps: u64) {
@@ -289,7 +287,7 @@ mod tests {
 
     #[test]
     fn the_history_of_steps_stays_bounded_and_finds_the_rate() {
-        let mut steps = Steps::new(Instant::now(), 0);
+        let mut steps = Steps::new(Instant::now());
         steps.samples = (0..40u64)
             .map(|i| (Duration::from_millis(5 * i), if i < 20 { 0 } else { (i - 20) * 100 }))
             .collect();

@@ -6,7 +6,7 @@ use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
-use quinn::Connection;
+use quinn::{Connection, RecvStream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,7 +70,7 @@ pub async fn receive_lane(
     index: u8,
     options: LinkOptions,
     gate: Arc<PushGate>,
-    ended: impl Fn(LaneError),
+    ended: impl Fn(Option<u32>, LaneError),
 ) -> Result<(), TransportError> {
     let mut server = LaneServer::listen(socket, &identity, Lane::Push(index), options)?;
     let mut over = gate.over.subscribe();
@@ -91,9 +91,9 @@ pub async fn receive_lane(
                 gate.linked(index, accepted.connection.clone());
                 link = Some(accepted);
             }
-            error = receive => {
+            (epoch, error) = receive => {
                 link = None;
-                ended(error);
+                ended(epoch, error);
             }
         }
     }
@@ -103,35 +103,45 @@ pub async fn receive_lane(
     Ok(())
 }
 
-async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {
-    match receive_frames(link, gate).await {
-        Ok(()) => LaneError::Link("the source ended its push stream".into()),
-        Err(error) => error,
+/// Takes a link's pages in until it ends; tells of which epoch it was, if that was said.
+async fn receive_link(link: &Link, gate: &PushGate) -> (Option<u32>, LaneError) {
+    let greeted = async {
+        let mut stream = link.connection.accept_uni().await.map_err(LaneError::lost)?;
+        let mut greeting = [0; 6];
+        stream.read_exact(&mut greeting).await.map_err(LaneError::lost)?;
+        let [_, _, epoch @ ..] = greeting;
+        Ok((stream, u32::from_le_bytes(epoch)))
+    };
+    match greeted.await {
+        Ok((stream, epoch)) => (Some(epoch), receive_frames(stream, epoch, gate).await),
+        Err(error) => (None, error),
     }
 }
 
-async fn receive_frames(link: &Link, gate: &PushGate) -> Result<(), LaneError> {
-    let mut stream = link.connection.accept_uni().await.map_err(LaneError::lost)?;
-    let mut index = [0; 2];
-    stream.read_exact(&mut index).await.map_err(LaneError::lost)?;
-    let mut open = gate.open.subscribe();
-    // Nothing of a peer is looked at before its proposal was accepted.
-    let opened = open.wait_for(Option::is_some).await.map(|gate| gate.clone());
-    let Ok(Some((installer, _))) = opened else { return Ok(()) };
-    let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
-    let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
-    loop {
-        let limits = || {
-            let epoch = gate.open.borrow().as_ref().map_or(0, |(_, epoch)| *epoch);
-            FrameLimits { pages: installer.ledger.pages(), epoch }
-        };
-        let Some(frame) = frames.next(|header| parse(header, limits())).await.map_err(wire)? else {
-            return Ok(());
-        };
-        let content = frame.payload.into_bytes();
-        // The thread that reads events clears what is pending meanwhile.
-        installer.install(&frame.header, &content, &mut || {})?;
-        gate.pushed_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
+async fn receive_frames(stream: RecvStream, epoch: u32, gate: &PushGate) -> LaneError {
+    let received = async {
+        let mut open = gate.open.subscribe();
+        // Nothing of a peer is looked at before its proposal, or its return, was accepted.
+        let is_open = |gate: &Option<(_, u32)>| gate.as_ref().is_some_and(|of| of.1 >= epoch);
+        let opened = open.wait_for(is_open).await.map(|gate| gate.clone());
+        let Ok(Some((installer, current))) = opened else { return Ok(()) };
+        if current > epoch {
+            return Err(LaneError::Link("a later link has taken its place".into()));
+        }
+        let limits = FrameLimits { pages: installer.ledger.pages(), epoch };
+        let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
+        let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
+        while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
+            let content = frame.payload.into_bytes();
+            // The thread that reads events clears what is pending meanwhile.
+            installer.install(&frame.header, &content, &mut || {})?;
+            gate.pushed_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    match received.await {
+        Ok(()) => LaneError::Link("the source ended its push stream".into()),
+        Err(error) => error,
     }
 }
 

@@ -8,7 +8,7 @@ use crate::engine::lane::LaneError;
 use crate::proto::frame::PageRequest;
 use crate::proto::ledger::FaultAnswer;
 use crate::proto::page::{PageIndex, PageRun};
-use crate::uffd::{Trap, TrapEvent};
+use crate::uffd::{BATCH_EVENTS_MAX, Trap, TrapEvent};
 use nix::unistd::Pid;
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -93,12 +93,11 @@ impl<R: Requests> TrapLoop<R> {
             };
             match self.drain() {
                 // Less than a full batch: what comes now makes the descriptor readable anew.
-                Ok(0) => ready.clear_ready(),
-                Ok(_) => {}
+                Ok(read) if read < BATCH_EVENTS_MAX => ready.clear_ready(),
+                // Arrived pages have their turn between two full batches.
+                Ok(_) => tokio::task::yield_now().await,
                 Err(error) => return error,
             }
-            // Arrived pages have their turn between two batches.
-            tokio::task::yield_now().await;
         }
     }
 

@@ -27,7 +27,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tracing::{debug, info, info_span, warn};
 
 /// How often the urgent lane is timed while pages are pushed.
@@ -79,14 +79,15 @@ pub struct Driver {
     guest_thread: Option<std::thread::JoinHandle<Option<String>>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
-    lane_tasks: Vec<AbortHandle>,
-    dial: Option<tokio::task::JoinHandle<()>>,
+    lane_tasks: Vec<JoinHandle<()>>,
+    dial: Option<JoinHandle<()>>,
     captured: Option<Captured>,
     watch: Box<dyn FnMut(Progress) + Send>,
     settled: u64,
     network_faults: u64,
     wire_bytes: u64,
     pinging: bool,
+    next_ping: Duration,
     drain_at: Option<Duration>,
     next_watch: Duration,
     outcome: Option<Outcome>,
@@ -158,6 +159,7 @@ impl Driver {
             network_faults: 0,
             wire_bytes: 0,
             pinging: false,
+            next_ping: Duration::ZERO,
             drain_at: None,
             next_watch: Duration::ZERO,
             outcome: None,
@@ -195,7 +197,7 @@ impl Driver {
 
     /// When to look up at the latest: a time limit, a ping, the drain, the display.
     fn wake_at(&self) -> Duration {
-        let ping = self.pinging.then(|| self.now() + PING_EVERY);
+        let ping = self.pinging.then_some(self.next_ping);
         [self.machine.timeout(), ping, self.drain_at, Some(self.next_watch)]
             .into_iter()
             .flatten()
@@ -211,7 +213,8 @@ impl Driver {
         if self.drain_at.is_some_and(|at| at <= now) {
             self.drain("the time given by --drain-after is over");
         }
-        if self.pinging && self.machine.linked() {
+        if self.pinging && self.next_ping <= now {
+            self.next_ping = now + PING_EVERY;
             self.say(ToDestination::Ping(now.as_nanos() as u64)).await;
         }
     }
@@ -288,15 +291,15 @@ impl Driver {
 
     async fn perform(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Connect { epoch, after } => self.connect(epoch, after),
-            SourceAction::DropLink(why) => self.drop_link(&why),
+            SourceAction::Connect { epoch, after } => self.connect(epoch, after).await,
+            SourceAction::DropLink(why) => self.drop_link(&why).await,
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
             SourceAction::PauseGuest => self.command(GuestCommand::Pause),
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
-                self.close_lanes();
+                self.close_lanes().await;
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
                 if let Err(error) = self.shared.ledger.void(next) {
                     warn!(%error, "claims stay as they are");
@@ -319,8 +322,8 @@ impl Driver {
         }
     }
 
-    fn connect(&mut self, epoch: u32, after: Duration) {
-        self.drop_link("a new link is made");
+    async fn connect(&mut self, epoch: u32, after: Duration) {
+        self.drop_link("a new link is made").await;
         let (config, input) = (self.config.clone(), self.input.clone());
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
         let dial = tokio::task::spawn_local(async move {
@@ -338,16 +341,19 @@ impl Driver {
 
     /// No page leaves any more, and none that is in a send buffer is read again: the
     /// guest may change its memory from now on. The control stream stays.
-    fn close_lanes(&mut self) {
-        self.lane_tasks.drain(..).for_each(|task| task.abort());
+    async fn close_lanes(&mut self) {
+        for task in self.lane_tasks.drain(..) {
+            task.abort();
+            let _ = task.await;
+        }
         if let Some(link) = &mut self.link {
             let _ = link.seeds.reset(CLOSE_DONE.into());
             link.demand.clear();
         }
     }
 
-    fn drop_link(&mut self, why: &str) {
-        self.close_lanes();
+    async fn drop_link(&mut self, why: &str) {
+        self.close_lanes().await;
         if let Some(link) = self.link.take() {
             self.figures.unlinked(&link.transport.connection);
             link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
@@ -374,7 +380,7 @@ impl Driver {
                     let _ = input.send(Input::LinkEnded { epoch, error });
                 }
             };
-            self.lane_tasks.push(tokio::task::spawn_local(answer).abort_handle());
+            self.lane_tasks.push(tokio::task::spawn_local(answer));
         }
     }
 

@@ -57,6 +57,12 @@ pub async fn dial(
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
 ) -> Result<Link, LaneError> {
+    let streams = u32::from(config.vcpus) + 2;
+    if streams > config.link.streams_max {
+        let max = config.link.streams_max - 2;
+        let why = format!("the guest has {} vCPUs; a link has streams for {max}", config.vcpus);
+        return Err(LaneError::Local(why));
+    }
     let lost = LaneError::lost::<quinn::ConnectionError>;
     let transport = connect(config, Lane::Urgent).await?;
     let connection = &transport.connection;
@@ -110,10 +116,10 @@ pub async fn push_lane(
                 Some(PushCommand::Connect { epoch, done }) => {
                     pushing = false;
                     linked_epoch = epoch;
-                    let connected = connect_push(&config, index).await;
+                    let connected = connect_push(&config, index, epoch).await;
                     let _ = done.send(connected.map(|made| link = Some(made)));
                 }
-                Some(PushCommand::Start { epoch }) => pushing = epoch == linked_epoch,
+                Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
                 None => break,
             },
             result = push => {
@@ -138,10 +144,14 @@ async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, L
 async fn connect_push(
     config: &SourceConfig,
     index: u8,
+    epoch: u32,
 ) -> Result<(transport::Link, SendStream), LaneError> {
     let link = connect(config, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;
+    // The urgent connection's epoch is told by its first message; a push connection says it
+    // itself, so that what is left of an old one is never taken for the new one's.
+    stream.write_all(&epoch.to_le_bytes()).await.map_err(LaneError::lost)?;
     Ok((link, stream))
 }
