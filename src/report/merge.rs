@@ -42,9 +42,9 @@ pub struct SourcePart {
     pub pause_us: Option<u64>,
     /// From then until the state was taken.
     pub capture_us: Option<u64>,
-    /// From the pause's beginning until the state had been handed to the network:
-    /// `pause_us` and `capture_us` are in it.
-    pub until_state_sent_us: Option<u64>,
+    /// From the pause's beginning until the destination's word that the first vCPU runs
+    /// was heard: the downtime and the word's way back.
+    pub until_running_heard_us: Option<u64>,
     /// Bytes sent between the pause and the commit.
     pub switchover_bytes: Option<u64>,
     /// From the request to migrate until both sides agree that it is done.
@@ -154,8 +154,8 @@ impl DestinationPart {
 impl Report {
     /// The source's report, whole if the destination's part came.
     ///
-    /// The downtime is what each side measured by its own clock and half a round
-    /// trip; what is no other part of it is its `transfer`.
+    /// The downtime is read from one clock, the source's, less half a round trip for
+    /// the last word's way; what is no other part of it is its `transfer`.
     pub fn merge(
         heading: Heading,
         source: SourcePart,
@@ -163,14 +163,7 @@ impl Report {
     ) -> Self {
         let destination = destination.unwrap_or_default();
         let half_rtt = heading.link.rtt_us.map(|rtt| rtt / 2);
-        let downtime = (|| {
-            Some(
-                source
-                    .until_state_sent_us?
-                    .saturating_add(destination.until_first_run_us?)
-                    .saturating_add(half_rtt?),
-            )
-        })();
+        let downtime = (|| Some(source.until_running_heard_us?.saturating_sub(half_rtt?)))();
         let other_parts =
             [source.pause_us, source.capture_us, destination.restore_us, destination.resume_us];
         let transfer = (|| {

@@ -111,7 +111,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
         source_brownout_us: micros(Stamp::Agreed, Stamp::PauseAsked),
         pause_us: facts.captured.map(|captured| captured.pause.as_micros() as u64),
         capture_us: facts.captured.map(|captured| captured.capture.as_micros() as u64),
-        until_state_sent_us: micros(Stamp::PauseAsked, Stamp::StateSent),
+        until_running_heard_us: micros(Stamp::PauseAsked, Stamp::Running),
         switchover_bytes: Some(facts.observed.switchover_bytes),
         total_us: micros(Stamp::Begin, Stamp::Drained),
         pages: Pages {
