@@ -71,10 +71,6 @@ pub struct DestinationPart {
     /// From the order to run until the first vCPU ran.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resume_us: Option<u64>,
-    /// From the state's arrival until the first vCPU ran: `restore_us` and `resume_us`
-    /// are in it, and so is the wait for Commit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub until_first_run_us: Option<u64>,
     /// From then until the memory was complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_brownout_us: Option<u64>,

@@ -62,7 +62,6 @@ fn destination() -> DestinationPart {
     DestinationPart {
         restore_us: Some(710),
         resume_us: Some(95),
-        until_first_run_us: Some(1_140),
         target_brownout_us: Some(1_829_400),
         pages: Pages {
             total: Some(262_144),

@@ -69,7 +69,6 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
     DestinationPart {
         restore_us: micros(Stamp::StateReceived, Stamp::Restored),
         resume_us: micros(Stamp::Committed, Stamp::Running),
-        until_first_run_us: micros(Stamp::StateReceived, Stamp::Running),
         target_brownout_us: micros(Stamp::Running, Stamp::Drained),
         pages: installer.map(|installer| pages(installer, facts)).unwrap_or_default(),
         network_faults: Some(get(&faults.requests)),
