@@ -67,6 +67,10 @@ impl SourceVm for AttachedVmm {
 
     fn resume(&mut self) -> Result<(), VmError> {
         let attached = self.attached.take().ok_or("the VMM was left already")?;
+        // It loses patience with a fault-server that is silent, and has then resumed it.
+        if attached.word.decision() == Decision::Aborted {
+            return Ok(());
+        }
         Ok(attached.resume()?)
     }
 

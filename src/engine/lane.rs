@@ -1,6 +1,7 @@
 //! How a lane ends: told to the session machine by whoever serves the lane.
 
 use crate::proto::frame::FrameError;
+use crate::transport::TransportError;
 
 /// Why a lane ended.
 #[derive(Debug, thiserror::Error)]
@@ -19,5 +20,12 @@ pub enum LaneError {
 impl From<FrameError> for LaneError {
     fn from(error: FrameError) -> Self {
         Self::Violation(error.to_string())
+    }
+}
+
+impl LaneError {
+    /// The link is gone, in the words of whoever ended it.
+    pub fn lost<E: Into<TransportError>>(error: E) -> Self {
+        Self::Link(super::link_words(error))
     }
 }

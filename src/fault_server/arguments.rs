@@ -6,6 +6,7 @@ use crate::program::exit::{Failure, Side, write_report};
 use crate::program::signals::on_interrupt;
 use crate::program::units::parse_time;
 use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::Outcome;
 use crate::report::schema::Report;
 use crate::transport::Ticket;
 use crate::transport::ticket::TICKET_BYTES_MAX;
@@ -96,11 +97,17 @@ impl ServeArgs {
         let end = server.run(watch)?;
         show(&end.report);
         let mut session = Failure::of(&end.outcome, Side::Source);
+        if let (Outcome::Aborted(why), Some(stranded)) = (&end.outcome, end.stranded) {
+            session = Err(Failure::Stranded { why: why.clone(), stranded });
+        }
         if let Err(Failure::Aborted { why, .. }) = &mut session
             && shown.looks_expired(SystemTime::now())
         {
             // The other host's clock decided; this one's helps to explain.
             why.push_str(" (by this host's clock the ticket has expired)");
+        }
+        if session.is_ok() && !end.report.has_destination_part() {
+            eprintln!("{program}: the destination's part of the report did not come");
         }
         let wrong = end.report.check();
         if session.is_ok() && !wrong.is_empty() {

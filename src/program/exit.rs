@@ -21,6 +21,14 @@ pub enum Failure {
         /// Which side says so.
         side: Side,
     },
+    /// Before the commit, and yet the guest does not run.
+    #[error("the migration was aborted: {why}; and the guest could not be resumed: {stranded}")]
+    Stranded {
+        /// Why it was aborted.
+        why: String,
+        /// Why the guest does not run on.
+        stranded: String,
+    },
     /// After the commit, and the link did not come back.
     #[error("the migration was lost after the commit: {0}")]
     Lost(String),
@@ -62,7 +70,7 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Failure::Aborted { .. } => 3,
-            Failure::Lost(_) => 4,
+            Failure::Lost(_) | Failure::Stranded { .. } => 4,
             Failure::Wrong(_) => 5,
             Failure::Unreported(_) => 6,
         }

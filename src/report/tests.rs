@@ -222,6 +222,8 @@ fn each_broken_invariant_is_named() {
         let wrong = report.check();
         assert!(matches!(&wrong[..], [only] if only.contains(expected)), "{expected}: {wrong:?}");
     }
+    let alone = Report::merge(heading(), source(), None);
+    assert_eq!(alone.check(), [""; 0], "the destination's part may be lost on its way");
     let mut report = whole();
     report.pages.pushed = Some(u64::MAX);
     report.network_faults = Some(u64::MAX);

@@ -173,8 +173,7 @@ impl Scan<'_> {
     /// Takes in a path, or in a `use` a tree of them, and returns where it ends.
     fn tree(&mut self, mut at: usize, prefix: &Path, scope: &Path, grouped: bool) -> usize {
         let mut path = prefix.clone();
-        loop {
-            let Some(token) = self.tokens.get(at) else { break };
+        while let Some(token) = self.tokens.get(at) {
             if grouped && token == "{" {
                 at += 1;
                 while at < self.tokens.len() && !self.is(at, "}") {

@@ -47,8 +47,7 @@ impl DemandLanes {
     }
 
     async fn serve(&self, outgoing: Vec<UnboundedReceiver<PageRequest>>) -> Result<(), LaneError> {
-        let lost =
-            |error: quinn::ConnectionError| LaneError::Link(crate::engine::link_words(error));
+        let lost = LaneError::lost::<quinn::ConnectionError>;
         let mut serving = tokio::task::JoinSet::new();
         let mut seeds = self.connection.accept_uni().await.map_err(lost)?;
         greeted(&mut seeds).await?;
@@ -95,10 +94,7 @@ async fn send_requests(
     mut stream: SendStream,
 ) -> Result<(), LaneError> {
     while let Some(request) = queue.recv().await {
-        stream
-            .write_all(&request.encode())
-            .await
-            .map_err(|error| LaneError::Link(crate::engine::link_words(error)))?;
+        stream.write_all(&request.encode()).await.map_err(LaneError::lost)?;
     }
     Ok(())
 }
@@ -106,9 +102,6 @@ async fn send_requests(
 /// Reads the index that a stream begins with.
 async fn greeted(stream: &mut RecvStream) -> Result<u16, LaneError> {
     let mut index = [0; 2];
-    stream
-        .read_exact(&mut index)
-        .await
-        .map_err(|error| LaneError::Link(crate::engine::link_words(error)))?;
+    stream.read_exact(&mut index).await.map_err(LaneError::lost)?;
     Ok(u16::from_le_bytes(index))
 }

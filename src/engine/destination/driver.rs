@@ -26,6 +26,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -47,7 +48,7 @@ const FULL_AGAIN: Duration = Duration::from_millis(1);
 pub enum Input {
     Event(DestinationEvent),
     Linked(Box<NewLink>),
-    Heard { generation: u64, message: ToDestination },
+    Heard { generation: u64, message: ToDestination, _room: OwnedSemaphorePermit },
     LinkEnded { generation: u64, error: LaneError },
     PushEnded(LaneError),
     TrapsEnded(LaneError),
@@ -207,7 +208,7 @@ impl Driver {
             }
             Input::Event(event) => self.handle(event),
             Input::Linked(link) => self.linked(*link).await,
-            Input::Heard { generation, message } if generation == self.generation => {
+            Input::Heard { generation, message, _room } if generation == self.generation => {
                 let ping = matches!(message, ToDestination::Ping(_));
                 self.handle(DestinationEvent::Message(message));
                 if ping && self.state() == Some(DestinationState::Running) {

@@ -22,7 +22,7 @@ struct OpenFault {
 }
 
 /// What waiting for pages came to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FaultFigures {
     /// From reading a fault until its page was placed, of network faults and late hits.
     pub latency: Latencies,
@@ -62,13 +62,16 @@ impl FaultBook {
     }
 
     /// Strikes the fault out that was entered last on `page`: the ledger had the page
-    /// already, or answered without the source.
-    pub fn strike(&self, page: PageIndex) {
+    /// already, or answered without the source. `false` if its page was placed since it was
+    /// entered, so that it is in the figures as one that waited.
+    pub fn strike(&self, page: PageIndex) -> bool {
         let mut book = self.lock();
-        if let Some(index) = book.open.iter().rposition(|fault| fault.page == page) {
+        let entered = book.open.iter().rposition(|fault| fault.page == page);
+        if let Some(index) = entered {
             book.open.swap_remove(index);
         }
         self.open.store(book.open.len(), Ordering::SeqCst);
+        entered.is_some()
     }
 
     /// Closes the faults on the pages of `run`, placed at `now`.
@@ -94,17 +97,38 @@ impl FaultBook {
         self.open.store(book.open.len(), Ordering::SeqCst);
     }
 
-    /// Takes the figures out.
+    /// The figures so far.
     pub fn figures(&self) -> FaultFigures {
-        let mut book = self.lock();
-        let vcpus = book.figures.blocktime.len();
-        let blank =
-            FaultFigures { latency: Latencies::new(), blocktime: vec![Duration::ZERO; vcpus] };
-        std::mem::replace(&mut book.figures, blank)
+        self.lock().figures.clone()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Book> {
         // Figures survive a panic of another thread.
         self.book.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_is_struck_out_or_in_the_figures_and_never_both() {
+        let book = FaultBook::new(1);
+        let page = PageIndex::new(7);
+        let since = Instant::now();
+        book.enter(page, Some(0), since);
+        assert!(book.strike(page));
+        assert_eq!(book.figures().latency.summary().count, 0);
+
+        // Placed between its entry and the ledger's answer that it was placed.
+        book.enter(page, Some(0), since);
+        book.placed(PageRun::single(page), since + Duration::from_millis(2));
+        assert!(!book.strike(page));
+        for _look in 0..2 {
+            let figures = book.figures();
+            assert_eq!(figures.latency.summary().count, 1);
+            assert_eq!(figures.blocktime, [Duration::from_millis(2)]);
+        }
     }
 }

@@ -78,11 +78,13 @@ pub fn spawn_listener(
     input: UnboundedSender<Input>,
 ) -> AbortHandle {
     tokio::task::spawn_local(async move {
+        let ear = control::ear();
         let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
             let heard = control::hear(&mut control).await;
             match heard.and_then(|body| Ok(ToDestination::decode(&body)?)) {
                 Ok(message) => {
-                    if input.send(Input::Heard { generation, message }).is_err() {
+                    if input.send(Input::Heard { generation, message, _room }).is_err() {
                         return;
                     }
                 }

@@ -1,7 +1,7 @@
 //! A migration as the destination sees it.
 //!
 //! [`Receiver::bind`] makes the ticket, [`Receiver::run`] blocks until a guest came in
-//! whole or the session failed. The session machine decides; [`driver`] does what it
+//! whole or the session failed. The session machine decides; `driver` does what it
 //! says.
 
 mod demand_in;

@@ -8,7 +8,7 @@ use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
 use quinn::Connection;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
@@ -26,7 +26,6 @@ pub struct PushGate {
     links: Mutex<HashMap<u8, Connection>>,
     /// Bytes in UDP datagrams received and sent, of links that were replaced.
     replaced: [AtomicU64; 2],
-    failed: AtomicBool,
 }
 
 impl Default for PushGate {
@@ -37,7 +36,6 @@ impl Default for PushGate {
             pushed_bytes: AtomicU64::new(0),
             links: Mutex::default(),
             replaced: Default::default(),
-            failed: AtomicBool::new(false),
         }
     }
 }
@@ -95,9 +93,7 @@ pub async fn receive_lane(
             }
             error = receive => {
                 link = None;
-                if !gate.failed.swap(matches!(error, LaneError::Local(_)), Ordering::Relaxed) {
-                    ended(error);
-                }
+                ended(error);
             }
         }
     }
@@ -115,16 +111,9 @@ async fn receive_link(link: &Link, gate: &PushGate) -> LaneError {
 }
 
 async fn receive_frames(link: &Link, gate: &PushGate) -> Result<(), LaneError> {
-    let mut stream = link
-        .connection
-        .accept_uni()
-        .await
-        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+    let mut stream = link.connection.accept_uni().await.map_err(LaneError::lost)?;
     let mut index = [0; 2];
-    stream
-        .read_exact(&mut index)
-        .await
-        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+    stream.read_exact(&mut index).await.map_err(LaneError::lost)?;
     let mut open = gate.open.subscribe();
     // Nothing of a peer is looked at before its proposal was accepted.
     let opened = open.wait_for(Option::is_some).await.map(|gate| gate.clone());

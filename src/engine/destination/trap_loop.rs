@@ -155,8 +155,12 @@ impl<R: Requests> TrapLoop<R> {
             }
             FaultAnswer::Wait => waits(&self.counts.waits),
             FaultAnswer::Wake => {
-                self.counts.crossed.fetch_add(1, Ordering::Relaxed);
-                self.installer.book.strike(page);
+                if self.installer.book.strike(page) {
+                    self.counts.crossed.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    // Placed after it was entered: its wait is in the figures.
+                    waits(&self.counts.waits);
+                }
                 self.installer.wake(PageRun::single(page))?;
             }
             FaultAnswer::Zero(landing) => {

@@ -25,6 +25,7 @@ use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, info_span, warn};
@@ -46,7 +47,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 pub enum Input {
     Event(SourceEvent),
     Linked(Box<Link>),
-    Heard { epoch: u32, message: ToSource },
+    Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
 }
@@ -75,7 +76,7 @@ pub struct Driver {
     inputs: UnboundedReceiver<Input>,
     input: UnboundedSender<Input>,
     guest: crossbeam_channel::Sender<GuestCommand>,
-    guest_thread: Option<std::thread::JoinHandle<()>>,
+    guest_thread: Option<std::thread::JoinHandle<Option<String>>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
     lane_tasks: Vec<AbortHandle>,
@@ -230,13 +231,18 @@ impl Driver {
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
                 self.link = Some(*link);
+                if self.machine.state() == SourceState::Connecting {
+                    // While the two sides agree, and not when the pause is asked for: it
+                    // waits for a step of each vCPU, which is no part of the downtime.
+                    self.command(GuestCommand::ResetInstruments);
+                }
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
             Input::Captured(captured) => {
                 self.captured = Some(captured);
                 self.machine.handle(now, SourceEvent::Paused);
             }
-            Input::Heard { epoch, message } if epoch == self.machine.epoch() => {
+            Input::Heard { epoch, message, _room } if epoch == self.machine.epoch() => {
                 self.heard(now, message);
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
@@ -286,10 +292,7 @@ impl Driver {
             SourceAction::DropLink(why) => self.drop_link(&why),
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            SourceAction::PauseGuest => {
-                self.command(GuestCommand::ResetInstruments);
-                self.command(GuestCommand::Pause);
-            }
+            SourceAction::PauseGuest => self.command(GuestCommand::Pause),
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
@@ -491,9 +494,9 @@ impl Driver {
             }
         }
         drop(self.guest);
-        if let Some(thread) = self.guest_thread.take() {
-            let _ = thread.join();
-        }
+        let stranded = self.guest_thread.take().and_then(|thread| {
+            thread.join().unwrap_or_else(|_| Some("the thread that drives it panicked".into()))
+        });
         let report = report::report(&report::Facts {
             config: &self.config,
             machine: &self.machine,
@@ -503,18 +506,20 @@ impl Driver {
             observed: &self.figures,
             outcome: &outcome,
         });
-        SourceEnd { outcome, report }
+        SourceEnd { outcome, report, stranded }
     }
 }
 
 fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
     tokio::task::spawn_local(async move {
+        let ear = control::ear();
         let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
             let heard = control::hear(&mut control).await;
             let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
             match decoded {
                 Ok(message) => {
-                    if input.send(Input::Heard { epoch, message }).is_err() {
+                    if input.send(Input::Heard { epoch, message, _room }).is_err() {
                         return;
                     }
                 }

@@ -16,15 +16,17 @@ pub enum GuestCommand {
     Release,
 }
 
-/// The thread on which the VMM is called: its calls may block.
+/// The thread on which the VMM is called: its calls may block. It ends with the reason
+/// why the guest could not be resumed, if it was to be and could not.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
+) -> std::io::Result<std::thread::JoinHandle<Option<String>>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
         crate::engine::hurry();
+        let mut stranded = None;
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {
@@ -46,7 +48,7 @@ pub fn spawn(
                 GuestCommand::Resume => match vm.resume() {
                     Ok(()) => continue,
                     Err(error) => {
-                        warn!(error = said(error), "the guest could not be resumed");
+                        stranded = Some(said(error));
                         continue;
                     }
                 },
@@ -58,9 +60,10 @@ pub fn spawn(
                 }
             };
             if input.send(event).is_err() {
-                return;
+                break;
             }
         }
+        stranded
     };
     std::thread::Builder::new().name("guest".into()).spawn(run)
 }

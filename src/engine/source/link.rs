@@ -57,7 +57,7 @@ pub async fn dial(
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
 ) -> Result<Link, LaneError> {
-    let lost = |error: quinn::ConnectionError| LaneError::Link(crate::engine::link_words(error));
+    let lost = LaneError::lost::<quinn::ConnectionError>;
     let transport = connect(config, Lane::Urgent).await?;
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
@@ -81,10 +81,7 @@ pub async fn dial(
 }
 
 async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
-    stream
-        .write_all(&index.to_le_bytes())
-        .await
-        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))
+    stream.write_all(&index.to_le_bytes()).await.map_err(LaneError::lost)
 }
 
 /// A push lane's life: connect and push when told, until the commands end.
@@ -144,7 +141,7 @@ async fn connect_push(
 ) -> Result<(transport::Link, SendStream), LaneError> {
     let link = connect(config, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
-    let mut stream = opened.map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+    let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;
     Ok((link, stream))
 }

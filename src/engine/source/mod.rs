@@ -1,7 +1,7 @@
 //! A migration as the source sees it.
 //!
 //! [`Migration::run`] blocks until the session is over. The session machine decides;
-//! [`driver`] does what it says.
+//! `driver` does what it says.
 
 mod driver;
 mod guest;
@@ -38,9 +38,9 @@ pub struct SourceConfig {
     /// When to push everything that is left, whatever the policy says; counted from
     /// the moment the guest runs at the destination.
     pub drain_after: Option<Duration>,
-    /// The machine configuration, see [`Hello::machine`].
+    /// The machine configuration, see [`Hello::machine`](crate::proto::message::Hello::machine).
     pub machine: String,
-    /// The VMM's description of the guest, see [`Hello::guest`].
+    /// The VMM's description of the guest, see [`Hello::guest`](crate::proto::message::Hello::guest).
     pub guest: Vec<u8>,
     /// The guest's vCPUs.
     pub vcpus: u16,
@@ -74,6 +74,9 @@ pub struct SourceEnd {
     pub outcome: Outcome,
     /// The report, the destination's part included if it came.
     pub report: Report,
+    /// Set if the migration was aborted with the guest paused, and the guest does not
+    /// run on: why not.
+    pub stranded: Option<String>,
 }
 
 /// Asks a running migration to stop; only heard before the commit.

@@ -55,7 +55,7 @@ impl PushShared {
             } else {
                 let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
                 if let Some(error) = connection.close_reason() {
-                    return Err(LaneError::Link(crate::engine::link_words(error)));
+                    return Err(LaneError::lost(error));
                 }
             }
         }
@@ -91,10 +91,7 @@ impl PushShared {
         // Another lane or a request may have been faster; then the policy is asked anew.
         let Some(claim) = self.source.ledger.claim_within(suggestion.run) else { return Ok(()) };
         let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
-        stream
-            .write_all_chunks(&mut frame)
-            .await
-            .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+        stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
         self.source.sent(claim, PageKind::Raw, origin);
         Ok(())
     }
@@ -108,10 +105,7 @@ impl PushShared {
     ) -> Result<(), LaneError> {
         while let Some(claim) = self.source.ledger.claim_within(run) {
             let mut frame = self.source.frame(&claim, kind, Origin::Push, epoch);
-            stream
-                .write_all_chunks(&mut frame)
-                .await
-                .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+            stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
             self.source.sent(claim, kind, Origin::Push);
         }
         Ok(())

@@ -106,10 +106,7 @@ pub async fn answer_requests(
     let limits = shared.limits(epoch);
     let mut bytes = [0; HEADER_LEN];
     loop {
-        requests
-            .read_exact(&mut bytes)
-            .await
-            .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+        requests.read_exact(&mut bytes).await.map_err(LaneError::lost)?;
         let request = PageRequest::parse(&bytes, limits)?;
         for page in request.run.pages() {
             let sent = send_page(shared, epoch, pages, page, Origin::Demand).await?;
@@ -133,10 +130,7 @@ pub async fn send_page(
         kind = PageKind::Zero;
         frame = shared.frame(&claim, kind, origin, epoch);
     }
-    stream
-        .write_all_chunks(&mut frame)
-        .await
-        .map_err(|e| LaneError::Link(crate::engine::link_words(e)))?;
+    stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
     shared.sent(claim, kind, origin);
     Ok(true)
 }
