@@ -138,6 +138,8 @@ mod tests {
             let child = Failure::of_child(Some(i32::from(code)), "the child");
             assert_eq!(child.downcast_ref::<Failure>().map(Failure::code), Some(code));
         }
+        let unreported = Failure::of_child(Some(6), "the child");
+        assert_eq!(unreported.downcast_ref::<Failure>().map(Failure::code), Some(6));
         assert!(Failure::of(&Outcome::Completed, Side::Source).is_ok());
         assert!(Failure::of_child(Some(1), "it").downcast_ref::<Failure>().is_none());
     }

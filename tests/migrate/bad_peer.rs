@@ -96,7 +96,9 @@ fn who_proposes_nothing_is_dropped_and_the_next_one_is_taken() {
         let mut source = FakeSource::connect(&receiver.ticket);
         source.say_bytes(bytes);
         let ended = source.ended();
-        assert!(ended.contains(why), "{bytes:?}: {ended}, not {why}");
+        // QUIC says its reason once and may lose it; then a reset follows.
+        let told = ended.contains(why) || ended.contains("reset by peer");
+        assert!(told, "{bytes:?}: {ended}, not {why}");
     }
     // One that says nothing more and one that goes away, both in the middle of a message.
     let mut silent = FakeSource::connect(&receiver.ticket);

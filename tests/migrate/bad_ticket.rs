@@ -59,8 +59,8 @@ fn a_used_ticket_is_refused() {
     let receiver = Receiver::start_with(&["--verify-after", "8s"]);
     let report = first.path("report.json");
     first.migrate(&receiver.ticket, &["--report", &report]).succeed(MIGRATION);
-    first.has_left();
     let mut whole = read_report(&report);
+    first.has_left();
     // The guest runs there now; nobody listens any more.
     let ended = second.migrate(&receiver.ticket, &[]).wait(SOON);
     ended.failed_with(3, &["no answer from 127.0.0.1", RUNS_ON]);
