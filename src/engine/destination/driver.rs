@@ -6,7 +6,7 @@ use super::fault_book::FaultBook;
 use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
 use super::links::{NewLink, accept_links, last_words, spawn_listener};
-use super::push_in::{self, PushGate};
+use super::push_in::{self, CLOSE_USED, PushGate};
 use super::trap_loop::{FaultCounts, TrapLoop};
 use super::{DestinationConfig, DestinationEnd, Receiver, report};
 use crate::engine::control;
@@ -35,8 +35,6 @@ use tracing::{debug, info, warn};
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Runs of placed pages in one message.
 const PLACED_RUNS: usize = 16 << 10;
-/// QUIC error code for a ticket that has been used.
-const CLOSE_USED: u32 = 2;
 /// QUIC error code for a link that comes back too late.
 const CLOSE_STALE: u32 = 3;
 /// QUIC error code of an orderly end.
@@ -50,7 +48,7 @@ pub enum Input {
     Linked(Box<NewLink>),
     Heard { generation: u64, message: ToDestination, _room: OwnedSemaphorePermit },
     LinkEnded { generation: u64, error: LaneError },
-    PushEnded { epoch: Option<u32>, error: LaneError },
+    PushEnded { epoch: u32, error: LaneError },
     TrapsEnded(LaneError),
     Guest(GuestEvent),
 }
@@ -221,9 +219,7 @@ impl Driver {
             // From a link that was replaced since.
             Input::Heard { .. } | Input::LinkEnded { .. } => {}
             Input::PushEnded { epoch, error } => {
-                // One that never said its epoch was no link of this session yet.
-                let current = self.machine.as_ref().map(DestinationSession::epoch);
-                if epoch.is_some() && epoch == current {
+                if self.machine.as_ref().is_some_and(|machine| machine.epoch() == epoch) {
                     self.link_ended(error);
                 }
             }
@@ -239,7 +235,8 @@ impl Driver {
     async fn linked(&mut self, link: NewLink) {
         let NewLink { connection, mut control, control_in, first } = link;
         match (&first, self.state()) {
-            (Ok(ToDestination::Hello(_)), None) => {
+            (Ok(ToDestination::Hello(hello)), None) => {
+                self.gate.session.send_replace(Some(hello.session));
                 self.began = Instant::now();
                 let machine = DestinationSession::new(self.config.limits, Duration::ZERO);
                 self.machine = Some(machine);

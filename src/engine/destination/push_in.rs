@@ -3,6 +3,7 @@
 use super::install::Installer;
 use crate::engine::lane::LaneError;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
+use crate::proto::message::SessionId;
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
@@ -10,7 +11,16 @@ use quinn::{Connection, RecvStream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// Connections that may be about to say whose they are.
+const GREETING_MAX: usize = 16;
+/// How long a connection may take to say whose it is.
+const GREETING_TIME: Duration = Duration::from_secs(5);
+/// QUIC error code for a ticket that has been used.
+pub const CLOSE_USED: u32 = 2;
 
 /// What push lanes wait for before they take anything in, and what they count.
 #[derive(Debug)]
@@ -18,6 +28,8 @@ pub struct PushGate {
     /// Where pages go, and the link epoch of those that are welcome; `None` until the
     /// proposal was accepted.
     pub open: watch::Sender<Option<(Arc<Installer>, u32)>>,
+    /// The migration whose links are welcome, once it is known.
+    pub session: watch::Sender<Option<SessionId>>,
     /// Tells the lanes to end.
     pub over: watch::Sender<bool>,
     /// Content bytes received.
@@ -32,6 +44,7 @@ impl Default for PushGate {
     fn default() -> Self {
         Self {
             open: watch::Sender::new(None),
+            session: watch::Sender::new(None),
             over: watch::Sender::new(false),
             pushed_bytes: AtomicU64::new(0),
             links: Mutex::default(),
@@ -62,72 +75,90 @@ impl PushGate {
     }
 }
 
+/// A push connection that has said whose it is.
+struct Greeted {
+    link: Link,
+    stream: RecvStream,
+    epoch: u32,
+}
+
 /// A push lane's life on the destination: accept, take in, and again after a lost
-/// link, until the gate says that it is over. `ended` hears how each link ended.
+/// link, until the gate says that it is over. `ended` hears how the link in use ended,
+/// and of which epoch it was.
 pub async fn receive_lane(
     socket: LaneSocket,
     identity: Identity,
     index: u8,
     options: LinkOptions,
     gate: Arc<PushGate>,
-    ended: impl Fn(Option<u32>, LaneError),
+    ended: impl Fn(u32, LaneError),
 ) -> Result<(), TransportError> {
     let mut server = LaneServer::listen(socket, &identity, Lane::Push(index), options)?;
     let mut over = gate.over.subscribe();
-    let mut link: Option<Link> = None;
+    let mut greeting = JoinSet::new();
+    let mut receiving: JoinSet<(u32, LaneError)> = JoinSet::new();
+    let mut current: Option<(Link, u32)> = None;
     loop {
-        let receive = async {
-            match &link {
-                Some(link) => receive_link(link, &gate).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
             _ = over.wait_for(|over| *over) => break,
-            // A new link replaces the old one, which is lost.
             accepted = server.accept() => {
-                let accepted = accepted?;
-                gate.linked(index, accepted.connection.clone());
-                link = Some(accepted);
+                let link = accepted?;
+                if greeting.len() < GREETING_MAX {
+                    greeting.spawn(greeted(link, gate.clone()));
+                }
             }
-            (epoch, error) = receive => {
-                link = None;
-                ended(epoch, error);
+            Some(greeted) = greeting.join_next() => {
+                let Ok(Some(Greeted { link, stream, epoch })) = greeted else { continue };
+                // Only a later link of this session takes the place of one that stands.
+                if current.as_ref().is_none_or(|(_, of)| *of < epoch) {
+                    gate.linked(index, link.connection.clone());
+                    receiving.abort_all();
+                    receiving.spawn(receive_frames(stream, epoch, gate.clone()));
+                    current = Some((link, epoch));
+                }
+            }
+            Some(received) = receiving.join_next() => {
+                if let Ok((epoch, error)) = received {
+                    ended(epoch, error);
+                }
             }
         }
     }
-    if let Some(link) = link {
+    if let Some((link, _)) = current {
         link.close(0, "done").await;
     }
     Ok(())
 }
 
-/// Takes a link's pages in until it ends; tells of which epoch it was, if that was said.
-async fn receive_link(link: &Link, gate: &PushGate) -> (Option<u32>, LaneError) {
-    let greeted = async {
-        let mut stream = link.connection.accept_uni().await.map_err(LaneError::lost)?;
-        let mut greeting = [0; 6];
-        stream.read_exact(&mut greeting).await.map_err(LaneError::lost)?;
-        let [_, _, epoch @ ..] = greeting;
-        Ok((stream, u32::from_le_bytes(epoch)))
+/// Hears whose a connection is. One of another session is closed, and only it.
+async fn greeted(link: Link, gate: Arc<PushGate>) -> Option<Greeted> {
+    let hear = async {
+        let mut stream = link.connection.accept_uni().await.ok()?;
+        let mut greeting = [0; 22];
+        stream.read_exact(&mut greeting).await.ok()?;
+        let [_, _, epoch @ ..] = greeting.first_chunk::<6>()?;
+        let session = SessionId(*greeting.last_chunk()?);
+        Some((stream, u32::from_le_bytes(*epoch), session))
     };
-    match greeted.await {
-        Ok((stream, epoch)) => (Some(epoch), receive_frames(stream, epoch, gate).await),
-        Err(error) => (None, error),
+    let (stream, epoch, session) = tokio::time::timeout(GREETING_TIME, hear).await.ok()??;
+    let mut sessions = gate.session.subscribe();
+    let ours = *sessions.wait_for(Option::is_some).await.ok()?;
+    if ours != Some(session) {
+        link.connection.close(CLOSE_USED.into(), b"this ticket has been used");
+        return None;
     }
+    Some(Greeted { link, stream, epoch })
 }
 
-async fn receive_frames(stream: RecvStream, epoch: u32, gate: &PushGate) -> LaneError {
+/// Takes a link's pages in until it ends.
+async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> (u32, LaneError) {
     let received = async {
         let mut open = gate.open.subscribe();
         // Nothing of a peer is looked at before its proposal, or its return, was accepted.
         let is_open = |gate: &Option<(_, u32)>| gate.as_ref().is_some_and(|of| of.1 >= epoch);
         let opened = open.wait_for(is_open).await.map(|gate| gate.clone());
-        let Ok(Some((installer, current))) = opened else { return Ok(()) };
-        if current > epoch {
-            return Err(LaneError::Link("a later link has taken its place".into()));
-        }
+        let Ok(Some((installer, _))) = opened else { return Ok(()) };
         let limits = FrameLimits { pages: installer.ledger.pages(), epoch };
         let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
         let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
@@ -139,10 +170,11 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: &PushGate) -> Lane
         }
         Ok(())
     };
-    match received.await {
+    let error = match received.await {
         Ok(()) => LaneError::Link("the source ended its push stream".into()),
         Err(error) => error,
-    }
+    };
+    (epoch, error)
 }
 
 /// Parses a page frame's header for a [`FrameReader`].

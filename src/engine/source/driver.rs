@@ -325,10 +325,11 @@ impl Driver {
     async fn connect(&mut self, epoch: u32, after: Duration) {
         self.drop_link("a new link is made").await;
         let (config, input) = (self.config.clone(), self.input.clone());
+        let session = self.machine.session();
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
         let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
-            let input_of = match link::dial(&config, epoch, &lanes).await {
+            let input_of = match link::dial(&config, session, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
                 Err(error) => Input::LinkEnded { epoch, error },
             };

@@ -4,6 +4,7 @@
 use super::SourceConfig;
 use super::push::PushShared;
 use crate::engine::lane::LaneError;
+use crate::proto::message::SessionId;
 use crate::transport::{self, Lane};
 use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
@@ -41,6 +42,8 @@ pub enum PushCommand {
     Connect {
         /// The epoch.
         epoch: u32,
+        /// The session.
+        session: SessionId,
         /// Told when the connection stands, or why not.
         done: oneshot::Sender<Result<(), LaneError>>,
     },
@@ -54,6 +57,7 @@ pub enum PushCommand {
 /// Connects the urgent lane, opens its streams and has all push lanes connect.
 pub async fn dial(
     config: &SourceConfig,
+    session: SessionId,
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
 ) -> Result<Link, LaneError> {
@@ -79,7 +83,7 @@ pub async fn dial(
     }
     for lane in push_lanes {
         let (done, connected) = oneshot::channel();
-        let _ = lane.send(PushCommand::Connect { epoch, done });
+        let _ = lane.send(PushCommand::Connect { epoch, session, done });
         connected.await.map_err(|_| LaneError::Local("a push lane has ended".into()))??;
     }
     let control_in = Some(control_in);
@@ -113,10 +117,10 @@ pub async fn push_lane(
         tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(PushCommand::Connect { epoch, done }) => {
+                Some(PushCommand::Connect { epoch, session, done }) => {
                     pushing = false;
                     linked_epoch = epoch;
-                    let connected = connect_push(&config, index, epoch).await;
+                    let connected = connect_push(&config, index, epoch, session).await;
                     let _ = done.send(connected.map(|made| link = Some(made)));
                 }
                 Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
@@ -145,13 +149,15 @@ async fn connect_push(
     config: &SourceConfig,
     index: u8,
     epoch: u32,
+    session: SessionId,
 ) -> Result<(transport::Link, SendStream), LaneError> {
     let link = connect(config, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;
-    // The urgent connection's epoch is told by its first message; a push connection says it
-    // itself, so that what is left of an old one is never taken for the new one's.
+    // Whose the urgent connection is, its first message tells; a push connection says it
+    // itself, so that an old one's or a stranger's is never taken for the new one's.
     stream.write_all(&epoch.to_le_bytes()).await.map_err(LaneError::lost)?;
+    stream.write_all(&session.0).await.map_err(LaneError::lost)?;
     Ok((link, stream))
 }

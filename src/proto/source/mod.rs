@@ -171,6 +171,11 @@ impl SourceSession {
         self.state
     }
 
+    /// The migration's name.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
     /// The current link epoch.
     pub fn epoch(&self) -> u32 {
         self.epoch
