@@ -68,6 +68,9 @@ async fn hear<M>(
     Ok(decode(&body).expect("the binary sends proper messages"))
 }
 
+/// The name of every fake source's migration.
+const SESSION: SessionId = SessionId(*b"fake migration 1");
+
 /// The proposal that a real source would make for a process guest of `pages` pages.
 /// It is taken by every destination of this build.
 pub fn proposal(pages: u64) -> Hello {
@@ -85,10 +88,7 @@ pub fn proposal(pages: u64) -> Hello {
     let machine = format!(
         "process guest 1, {arch}, 1 vCPUs, {pages} pages, 0 zero pages, pattern Random, seed 0x1"
     );
-    Hello {
-        guest: guest.to_json().into_bytes(),
-        ..Hello::new(SessionId(rand::random()), layout, machine)
-    }
+    Hello { guest: guest.to_json().into_bytes(), ..Hello::new(SESSION, layout, machine) }
 }
 
 /// A source with the ticket, and nothing behind it.
@@ -167,7 +167,9 @@ impl FakeSource {
         let (link, stream) = driver.run("pushing", async {
             let link = connect(ticket, Lane::Push(0), &options).await.expect("admitted");
             let mut stream = link.connection.open_uni().await.expect("a stream");
-            stream.write_all(&[0, 0]).await.expect("the link stands");
+            // Lane 0, link epoch 0, session.
+            stream.write_all(&[0; 6]).await.expect("the link stands");
+            stream.write_all(&SESSION.0).await.expect("the link stands");
             stream.write_all(bytes).await.expect("the link stands");
             (link, stream)
         });
