@@ -87,10 +87,10 @@ fn a_ticket_in_use_moves_one_guest() {
     second.runs_on();
 
     migration.succeed(MIGRATION);
-    first.has_left();
-    assert_eq!(receiver.report()["verified"], true);
     // The second one did not even cost the first one its link.
     assert_eq!(read_report(&report)["link"]["epochs"], 1);
+    first.has_left();
+    assert_eq!(receiver.report()["verified"], true);
 }
 
 #[test]
