@@ -5,9 +5,12 @@
 //! which pages were sent, and a scan of a guest that runs would be stale at once.
 //!
 //! How it tells a hole from data:
-//! * A memfd is asked with `SEEK_DATA` and `SEEK_HOLE`. A hole is never read
-//!   through the mapping, since that would allocate it; data is, which is several
-//!   times faster than `pread` because a page's first bytes mostly settle it.
+//! * A memfd is asked with `mincore`, a short stretch at a time, and with `SEEK_DATA` where
+//!   a page is not resident. `SEEK_HOLE` would walk all data up to the next hole in one
+//!   system call, 55 ms for 4 GiB in which nothing else runs on that core, and a vCPU's
+//!   fault may have to wait for just that core. A hole is never read through the
+//!   mapping, since that would allocate it; data is, which is several times faster than
+//!   `pread` because a page's first bytes mostly settle it.
 //! * For private anonymous memory, `/proc/self/pagemap` tells which pages were
 //!   ever touched. Reading one that was not would map the shared zero page, which
 //!   costs page tables only, but for all of memory they add up.
@@ -139,15 +142,33 @@ impl ZeroScan {
         Ok(found.filter(|&page| page < end))
     }
 
-    /// The first page that is a hole at or behind `page`, or the end of memory.
+    /// The first page that may be a hole behind the data page `page`, or an earlier one if
+    /// that is far away, or the end of memory.
     fn hole_from(&self, page: u64) -> Result<u64, ScanError> {
         let end = self.ram.layout().pages();
         let found = match (&self.pagemap, self.ram.memfd()) {
             (Some(pagemap), _) => Some(self.touched(pagemap, page, false)?),
-            (None, Some(memfd)) => seek(memfd, page, Whence::SeekHole)?,
+            (None, Some(_)) => Some(self.resident_until(page)?),
             (None, None) => None,
         };
         Ok(found.unwrap_or(end).min(end))
+    }
+
+    /// How far data surely goes from the data page `page` on, a step at most. A page that
+    /// is not resident may be a hole or swapped out; `SEEK_DATA` tells, and is asked next.
+    fn resident_until(&self, page: u64) -> Result<u64, ScanError> {
+        const STEP_PAGES: u64 = 512;
+        let count = (self.ram.layout().pages() - page).min(STEP_PAGES) as usize;
+        let mut resident = [0u8; STEP_PAGES as usize];
+        let start = self.ram.page_ptr(PageIndex::new(page)).as_ptr().cast();
+        // SAFETY: the range is mapped, and there is a byte for each of its pages.
+        let done = unsafe { libc::mincore(start, count * PAGE_SIZE, resident.as_mut_ptr()) };
+        if done != 0 {
+            let source = io::Error::last_os_error();
+            return Err(ScanError { at: PageIndex::new(page), source });
+        }
+        let resident = resident[..count].iter().take_while(|of| **of & 1 == 1).count();
+        Ok(page + resident.max(1) as u64)
     }
 
     /// The first page at or behind `page` that was ever touched, or was not; or
