@@ -10,7 +10,7 @@
 //! | `urgent` | session machine, control stream, answers to page requests | session machine, control stream, faults in, requests out, demanded pages placed |
 //! | `push-N` | pre-paging policy, claims, page frames | pushed pages placed |
 //! | `guest` | pause, capture, resume (may block) | prepare, restore, resume (may block) |
-//! | `zero-scan` | holes and zero pages, after the pause | |
+//! | `zero-scan` | holes and zero pages, after the commit | |
 
 pub mod attached;
 mod control;

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::AbortHandle;
-use tracing::{debug, info, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 /// How often the source is told how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -85,6 +85,7 @@ pub struct Driver {
     /// The vCPUs were told to run.
     started: bool,
     outcome: Option<Outcome>,
+    phase: Option<(Option<DestinationState>, Span)>,
     facts: report::Facts,
 }
 
@@ -132,15 +133,21 @@ impl Driver {
             workload_end_told: false,
             started: false,
             outcome: None,
+            phase: None,
             facts: report::Facts::default(),
         })
     }
 
-    pub async fn run(mut self) -> Result<DestinationEnd, TransportError> {
+    pub async fn run(self) -> Result<DestinationEnd, TransportError> {
+        self.drive().instrument(info_span!("migration", side = "destination")).await
+    }
+
+    async fn drive(mut self) -> Result<DestinationEnd, TransportError> {
         loop {
             while let Some(action) = self.machine.as_mut().and_then(|m| m.poll_action()) {
                 debug!(action = action.name(), "destination");
-                self.perform(action).await;
+                let phase = self.phase();
+                self.perform(action).instrument(phase).await;
             }
             if self.outcome.is_some() {
                 break;
@@ -155,6 +162,15 @@ impl Driver {
             }
         }
         self.end().await
+    }
+
+    /// The span of the phase that the session is in.
+    fn phase(&mut self) -> Span {
+        let state = self.state();
+        if self.phase.as_ref().is_none_or(|(of, _)| *of != state) {
+            self.phase = Some((state, info_span!("phase", ?state)));
+        }
+        self.phase.as_ref().map_or_else(Span::none, |(_, span)| span.clone())
     }
 
     fn now(&self) -> Duration {

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
-use tracing::{debug, info, info_span, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 /// How often the urgent lane is timed while pages are pushed.
 const PING_EVERY: Duration = Duration::from_millis(4);
@@ -91,6 +91,7 @@ pub struct Driver {
     drain_at: Option<Duration>,
     next_watch: Duration,
     outcome: Option<Outcome>,
+    phase: Option<(SourceState, Span)>,
     figures: report::Observed,
 }
 
@@ -163,18 +164,23 @@ impl Driver {
             drain_at: None,
             next_watch: Duration::ZERO,
             outcome: None,
+            phase: None,
             figures: report::Observed::default(),
         })
     }
 
-    pub async fn run(mut self) -> SourceEnd {
-        let span = info_span!("migration", side = "source");
-        let _entered = span.enter();
+    pub async fn run(self) -> SourceEnd {
+        let session = self.machine.session();
+        self.drive().instrument(info_span!("migration", side = "source", %session)).await
+    }
+
+    async fn drive(mut self) -> SourceEnd {
         self.spawn_push_lanes();
         loop {
             while let Some(action) = self.machine.poll_action() {
                 debug!(?action, state = ?self.machine.state());
-                self.perform(action).await;
+                let phase = self.phase();
+                self.perform(action).instrument(phase).await;
             }
             self.report_progress();
             if self.outcome.is_some() {
@@ -189,6 +195,15 @@ impl Driver {
             }
         }
         self.end().await
+    }
+
+    /// The span of the phase that the session is in.
+    fn phase(&mut self) -> Span {
+        let state = self.machine.state();
+        if self.phase.as_ref().is_none_or(|(of, _)| *of != state) {
+            self.phase = Some((state, info_span!("phase", ?state)));
+        }
+        self.phase.as_ref().map_or_else(Span::none, |(_, span)| span.clone())
     }
 
     fn now(&self) -> Duration {
