@@ -11,7 +11,11 @@ pub fn log_to_stderr(program: &str, filter: &str) {
         eprintln!("{program}: --log: {error}; logging warnings");
         EnvFilter::new("warn")
     });
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
 }
 
 /// Has the kernel end this process as soon as its parent ends.
