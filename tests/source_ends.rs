@@ -5,12 +5,12 @@ use postcopy::attach::client::Attached;
 use postcopy::attach::message::{GuestInfo, Paused, Status};
 use postcopy::attach::server::{AttachedVm, Description, Server};
 use postcopy::engine::attached::{AttachedVmm, GivenAway};
-use postcopy::engine::source::{Migration, SourceConfig};
+use postcopy::engine::source::{Migration, Progress, SourceConfig};
 use postcopy::engine::vm::{Captured, SourceVm, VmError};
 use postcopy::memory::ram::{Backing, GuestRam};
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::prepaging::PolicyKind;
-use postcopy::proto::source::{Outcome, SessionLimits};
+use postcopy::proto::source::{Outcome, SessionLimits, SourceState};
 use postcopy::transport::ticket::Host;
 use postcopy::transport::{Identity, LinkOptions};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
@@ -78,14 +78,15 @@ fn a_source_that_is_cancelled_while_nobody_answers_ends_at_once() {
     };
     let migration = Migration::new(config, Arc::new(ram()));
     let canceller = migration.canceller();
-    let cancelled = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(200));
-        canceller.cancel("the user says so");
-    });
     let began = Instant::now();
-    let end = migration.run(Box::new(Untouched), |_| {}).unwrap();
+    let watch = move |now: Progress| {
+        // The dial is under way since the first call.
+        if !now.elapsed.is_zero() && now.state == SourceState::Connecting {
+            canceller.cancel("the user says so");
+        }
+    };
+    let end = migration.run(Box::new(Untouched), watch).unwrap();
     let took = began.elapsed();
-    cancelled.join().unwrap();
     assert_eq!(end.outcome, Outcome::Aborted("the user says so".into()));
     // The handshake alone would go on for 4 s.
     assert!(took < Duration::from_secs(3), "it took {took:?}");

@@ -324,10 +324,7 @@ impl Driver {
             DestinationAction::Say(message) => self.say(message).await,
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
             DestinationAction::DropLink(why) => self.drop_link(&why),
-            DestinationAction::Restore(state) => {
-                self.facts.switchover_bytes = state.len() as u64;
-                self.guest.tell(GuestCommand::Restore(state));
-            }
+            DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
             DestinationAction::RunGuest => {
                 self.started = true;
                 self.guest.tell(GuestCommand::Run);

@@ -16,8 +16,6 @@ use std::time::Duration;
 /// Facts that are gone once they were used.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// Bytes of machine state that came.
-    pub switchover_bytes: u64,
     /// The guest's own figures.
     pub guest: Option<RunFigures>,
     counts: Option<DestinationCounts>,

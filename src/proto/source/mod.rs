@@ -76,7 +76,6 @@ pub struct SourceSession {
     abort_reason: String,
     actions: VecDeque<SourceAction>,
     timeline: Timeline,
-    destination_held: Option<Duration>,
     report: Option<Vec<u8>>,
 }
 
@@ -98,7 +97,6 @@ impl SourceSession {
             abort_reason: String::new(),
             actions: VecDeque::new(),
             timeline: Timeline::default(),
-            destination_held: None,
             report: None,
         };
         machine.timeline.stamp(Stamp::Begin, now);
@@ -159,7 +157,6 @@ impl SourceSession {
             abort_reason: String::new(),
             actions: VecDeque::new(),
             timeline: Timeline::default(),
-            destination_held: None,
             report: None,
         };
         machine.timeline.stamp(Stamp::Begin, now);
@@ -189,12 +186,6 @@ impl SourceSession {
     /// When each step happened.
     pub fn timeline(&self) -> &Timeline {
         &self.timeline
-    }
-
-    /// From the state's arrival at the destination until the first vCPU entered the
-    /// guest, as the destination measured it.
-    pub fn destination_held(&self) -> Option<Duration> {
-        self.destination_held
     }
 
     /// The destination's part of the report, once it came.
@@ -287,9 +278,8 @@ impl SourceSession {
             {
                 self.placed_part(now, &part, last);
             }
-            (S::Committed, M::Running { held_us, .. }) => {
+            (S::Committed, M::Running { .. }) => {
                 self.timeline.stamp(Stamp::Running, now);
-                self.destination_held = Some(Duration::from_micros(held_us));
                 self.enter(S::Brownout, self.deadline);
             }
             // Said again after a lost link.
