@@ -157,6 +157,14 @@ impl<L: Ledger> World<L> {
         self.destination.armed = timeout;
     }
 
+    /// Its vCPUs, or its traps, are at their end; before there is a doubt, it aborts.
+    pub fn guest_fails(&mut self) {
+        use DestinationState as S;
+        let state = self.destination.state();
+        self.guest_failed |= matches!(state, Some(S::InDoubt | S::Starting | S::Running));
+        self.destination_event(DestinationEvent::GuestFailed("a vCPU broke".into()));
+    }
+
     pub fn destination_early_timer(&mut self) {
         self.destination_event(DestinationEvent::Timer);
     }
