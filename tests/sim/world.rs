@@ -124,8 +124,8 @@ pub struct World<L> {
     plans: Vec<Plan>,
     /// An outage may outlast what the sides wait for: the guest may be lost.
     long: bool,
-    /// The destination could not go on with the guest, which it may have been given.
-    pub guest_failed: bool,
+    /// The destination could not go on with a guest which it may have been given.
+    pub may_be_lost: bool,
     last_fault: Duration,
 }
 
@@ -161,7 +161,7 @@ impl<L: Ledger> World<L> {
             steps: 0,
             plans,
             long,
-            guest_failed: false,
+            may_be_lost: false,
             last_fault: Duration::ZERO,
             random,
         };
@@ -220,7 +220,7 @@ impl<L: Ledger> World<L> {
         let lost = |outcome: Option<&Outcome>| matches!(outcome, Some(Outcome::Lost(_)));
         let source_lost = lost(self.checker.outcome(Side::Source));
         let destination_lost = lost(self.checker.outcome(Side::Destination));
-        let may_be_lost = self.long || self.guest_failed;
+        let may_be_lost = self.long || self.may_be_lost;
         if source_lost && !may_be_lost {
             return self.checker.fail("the source gave the guest up");
         }
