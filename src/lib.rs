@@ -149,3 +149,16 @@ pub mod transport;
 pub mod uffd;
 #[cfg(feature = "io")]
 pub mod vmm;
+
+#[cfg(feature = "io")]
+pub use engine::{
+    ConfigError,
+    destination::{DestinationBuilder, DestinationEnd, Receiver},
+    event::{Event, Phase, Progress},
+    source::{Migration, SourceBuilder, SourceEnd},
+    vm::{Captured, DestinationVm, SourceVm, VmError},
+};
+#[cfg(feature = "io")]
+pub use memory::users::MemoryUser;
+#[cfg(feature = "io")]
+pub use transport::Ticket;

@@ -1,7 +1,7 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
 use super::{FaultServer, PushPlan};
-use crate::engine::source::Progress;
+use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, write_report};
 use crate::program::signals::on_interrupt;
 use crate::program::units::parse_time;
@@ -80,7 +80,7 @@ impl ServeArgs {
     pub fn run(
         &self,
         program: &'static str,
-        watch: impl FnMut(Progress) + Send + 'static,
+        watch: impl FnMut(Event) + Send + 'static,
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
         let ticket = read_ticket(&self.ticket)?;

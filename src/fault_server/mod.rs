@@ -8,9 +8,10 @@ pub mod arguments;
 
 use crate::attach::client::{AttachError, Attached};
 use crate::engine::attached::{AttachedVmm, GivenAway};
-use crate::engine::source::{Canceller, Migration, Progress, SourceConfig, SourceEnd};
+use crate::engine::event::Event;
+use crate::engine::source::{Canceller, Migration, SourceConfig, SourceEnd};
 use crate::proto::prepaging::PolicyKind;
-use crate::proto::source::{SessionLimits, SourceState};
+use crate::proto::source::SessionLimits;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use std::path::Path;
 use std::time::Duration;
@@ -66,16 +67,19 @@ impl FaultServer {
         self.migration.canceller()
     }
 
-    /// Moves the guest. Blocks until the session is over; `watch` is called some times a
-    /// second.
+    /// Moves the guest. Blocks until the session is over; `watch` is called with each
+    /// event, and must return at once.
     ///
     /// # Errors
     /// As [`Migration::run`]: only if no thread could be made.
     pub fn run(
         self,
-        watch: impl FnMut(Progress) + Send + 'static,
+        watch: impl FnMut(Event) + Send + 'static,
     ) -> Result<SourceEnd, TransportError> {
-        self.migration.run(Box::new(self.vmm), watch)
+        let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
+        // Nobody asks the VMM for anything any more: the conversation ends here.
+        end.vm = None;
+        Ok(end)
     }
 }
 
@@ -101,21 +105,6 @@ fn source_config(attached: &Attached, ticket: Ticket, plan: PushPlan) -> SourceC
 fn workload_name(description: &str) -> Option<String> {
     let description: serde_json::Value = serde_json::from_str(description).ok()?;
     Some(description.pointer("/workload/pattern")?.as_str()?.to_owned())
-}
-
-/// The phase that a state of the session belongs to, in the field's word.
-pub fn phase(state: SourceState) -> &'static str {
-    match state {
-        SourceState::Connecting | SourceState::Negotiating => "handshake",
-        SourceState::Pausing
-        | SourceState::Unpausing
-        | SourceState::Retracting
-        | SourceState::Blackout
-        | SourceState::Committing
-        | SourceState::Committed => "blackout",
-        SourceState::Brownout => "target brownout",
-        SourceState::Releasing | SourceState::Over => "release",
-    }
 }
 
 #[cfg(test)]

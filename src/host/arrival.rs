@@ -14,6 +14,7 @@ use crate::vmm::{kvm, stalls};
 use nix::unistd::Pid;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 
 /// How long the first vCPU may take to enter the guest.
 const ENTER_MAX: Duration = Duration::from_secs(10);
@@ -46,9 +47,11 @@ impl Arrival {
 }
 
 impl DestinationVm for Arrival {
-    fn prepare(&mut self, hello: &Hello, ram: Arc<GuestRam>) -> Result<String, Mismatch> {
+    fn prepare(&mut self, hello: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
         let GuestDescription { kind, workload } = description(hello)?;
         let refuse = |why: String| Mismatch::new("the guest", kind.name(), why);
+        let ram = GuestRam::from_guest_memory(memory);
+        let ram = Arc::new(ram.map_err(|error| refuse(error_chain(&error)))?);
         workload.check(ram.layout()).map_err(|error| refuse(error_chain(&error)))?;
         if workload.vcpus != u32::from(hello.vcpus) {
             return Err(Mismatch::new("vCPUs", hello.vcpus, workload.vcpus));

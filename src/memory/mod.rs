@@ -4,6 +4,7 @@ pub mod limits;
 pub mod ram;
 pub mod scan;
 pub mod segment;
+pub mod users;
 
 #[cfg(test)]
 mod properties;

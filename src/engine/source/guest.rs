@@ -16,13 +16,16 @@ pub enum GuestCommand {
     Release,
 }
 
+/// The VMM, and why its guest does not run on though it should.
+pub type Ended = (Box<dyn SourceVm>, Option<String>);
+
 /// The thread on which the VMM is called: its calls may block. It ends with the reason
 /// why the guest could not be resumed, if it was to be and could not.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<Option<String>>> {
+) -> std::io::Result<std::thread::JoinHandle<Ended>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
         crate::engine::hurry();
@@ -63,7 +66,7 @@ pub fn spawn(
                 break;
             }
         }
-        stranded
+        (vm, stranded)
     };
     std::thread::Builder::new().name("guest".into()).spawn(run)
 }

@@ -3,6 +3,7 @@
 //! [`Migration::run`] blocks until the session is over. The session machine decides;
 //! `driver` does what it says.
 
+mod builder;
 mod driver;
 mod guest;
 mod link;
@@ -11,12 +12,14 @@ mod report;
 mod serve;
 mod zero_scan;
 
+use super::event::{Event, Watch};
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
 use crate::proto::prepaging::PolicyKind;
-use crate::proto::source::{Outcome, SessionLimits, SourceEvent, SourceState};
+use crate::proto::source::{Outcome, SessionLimits, SourceEvent};
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
+pub use builder::SourceBuilder;
 use driver::{Driver, Input};
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,28 +53,12 @@ pub struct SourceConfig {
     pub workload: Option<String>,
 }
 
-/// Where a migration is, for whoever watches.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// The session machine's state.
-    pub state: SourceState,
-    /// Pages that the destination has, as it said last.
-    pub settled: u64,
-    /// Pages of the guest.
-    pub pages: u64,
-    /// Network faults, as the destination said last.
-    pub network_faults: u64,
-    /// Bytes of pages that the destination has received, as it said last.
-    pub wire_bytes: u64,
-    /// Since the session began.
-    pub elapsed: Duration,
-}
-
 /// How it ended.
-#[derive(Debug)]
 pub struct SourceEnd {
     /// The session machine's word.
     pub outcome: Outcome,
+    /// The VMM; after an abort its guest runs on. `None` if one of its methods panicked.
+    pub vm: Option<Box<dyn SourceVm>>,
     /// The report, the destination's part included if it came.
     pub report: Report,
     /// Set if the migration was aborted with the guest paused, and the guest does not
@@ -96,12 +83,20 @@ pub struct Migration {
     config: SourceConfig,
     ram: Arc<GuestRam>,
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+    watch: Watch,
 }
 
 impl Migration {
     /// Prepares to move the guest whose memory is `ram`.
     pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
-        Self { config, ram, inputs: unbounded_channel() }
+        Self { config, ram, inputs: unbounded_channel(), watch: Watch::default() }
+    }
+
+    /// Has `on_event` called with each event, on the thread that serves faults: it must
+    /// return at once.
+    pub fn on_event(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Self {
+        self.watch.set(Box::new(on_event));
+        self
     }
 
     /// A handle that cancels it.
@@ -109,21 +104,15 @@ impl Migration {
         Canceller(self.inputs.0.clone())
     }
 
-    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
+    /// Migrates. Blocks until the session is over.
     ///
     /// # Errors
     /// Only if no thread could be made: every other failure is an [`Outcome`].
-    pub fn run(
-        self,
-        vm: Box<dyn SourceVm>,
-        watch: impl FnMut(Progress) + Send + 'static,
-    ) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, inputs } = self;
+    pub fn run(self, vm: Box<dyn SourceVm>) -> Result<SourceEnd, TransportError> {
+        let Self { config, ram, inputs, watch } = self;
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
-            let drive = async move {
-                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
-            };
+            let drive = async move { Ok(Driver::new(config, ram, vm, inputs, watch)?.run().await) };
             super::hurry();
             async move { local.run_until(drive).await }
         })?
