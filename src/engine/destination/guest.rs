@@ -211,10 +211,12 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             }
             None => {
                 let ram = GuestRam::new(hello.layout.clone(), backing.ram());
-                (ram.map_err(|error| unfit(&error))?, backing)
+                let ram = ram.map_err(|error| unfit(&error))?;
+                // A VMM may have had all that it will ever map locked.
+                users::check_can_be_trapped(&ram).map_err(|error| unfit(&error))?;
+                (ram, backing)
             }
         };
-        users::check_can_be_trapped(&ram).map_err(|error| unfit(&error))?;
         let ram = Arc::new(ram);
         let options = if kvm { UffdOptions::for_kvm() } else { UffdOptions::for_process() };
         // SAFETY: nothing has a reference into this new memory; the VMM reaches it through
@@ -281,6 +283,7 @@ fn vmm_memory(hello: &Hello, memory: GuestMemoryMmap) -> Result<GuestRam, Mismat
         return Err(Mismatch::new("the memory layout", theirs, ours));
     }
     users::check(&ram, &[]).map_err(|error| refuse(&error))?;
+    users::check_can_be_trapped(&ram).map_err(|error| refuse(&error))?;
     // SAFETY: it is not registered yet, and `DestinationVm::memory` says that what is in it
     // is lost.
     unsafe { ram.discard() }.map_err(|error| refuse(&error))?;
