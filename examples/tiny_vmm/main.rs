@@ -7,6 +7,7 @@ mod vmm;
 
 use kvm_ioctls::Kvm;
 use postcopy::proto::source::Outcome;
+use postcopy::uffd::{UffdOptions, open::open};
 use postcopy::{DestinationBuilder, SourceBuilder};
 use std::any::Any;
 use std::thread;
@@ -34,6 +35,9 @@ fn wait_until(mut there: impl FnMut() -> Result<bool>) -> Result<()> {
 fn main() -> Result<()> {
     if let Err(error) = Kvm::new() {
         return Ok(println!("SKIPPED: no guest can run here: /dev/kvm: {error}"));
+    }
+    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+        return Ok(println!("SKIPPED: no guest can be received here: {error}"));
     }
     extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(SIGRTMIN(), interrupt)?;

@@ -202,7 +202,6 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
         let unfit =
             |error: &(dyn std::error::Error + 'static)| cannot("memory", error_chain(error));
-        check_can_hold(bytes).map_err(|error| unfit(&error))?;
         let (ram, backing) = match self.vm.memory(hello)? {
             Some(memory) => {
                 let ram = vmm_memory(hello, memory)?;
@@ -217,6 +216,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                 (ram, backing)
             }
         };
+        // After the VMM's own is emptied: it would count twice.
+        check_can_hold(bytes).map_err(|error| unfit(&error))?;
         let ram = Arc::new(ram);
         let options = if kvm { UffdOptions::for_kvm() } else { UffdOptions::for_process() };
         // SAFETY: nothing has a reference into this new memory; the VMM reaches it through
