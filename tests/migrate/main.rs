@@ -6,6 +6,7 @@
 #![cfg(feature = "io")]
 
 // Child processes: limits, captured output, the number that runs at a time.
+#[allow(dead_code)] // The torture tests use the rest.
 mod harness;
 // A source and a destination made in the test, which do what the real ones never do.
 mod fakes;
@@ -23,5 +24,9 @@ mod bad_arguments;
 mod bad_ticket;
 // Peers that break the protocol or go away.
 mod bad_peer;
+// Guests that the destination cannot take, or cannot run.
+mod broken_guest;
+// Hosts without KVM, without userfaultfd, or with a full disk.
+mod missing_devices;
 // Memory that is not what it should be.
 mod wrong_memory;

@@ -54,8 +54,13 @@ pub struct Machine {
 pub fn open() -> Result<Kvm, KvmError> {
     let unavailable = |reason: String| KvmError::Unavailable(reason);
     let kvm = Kvm::new().map_err(|error| unavailable(format!("cannot open /dev/kvm: {error}")))?;
-    if kvm.get_api_version() != KVM_API_VERSION as i32 {
-        return Err(unavailable(format!("its API has version {}", kvm.get_api_version())));
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => {}
+        version if version < 0 => {
+            let why = std::io::Error::last_os_error();
+            return Err(unavailable(format!("/dev/kvm does not answer as KVM does: {why}")));
+        }
+        version => return Err(unavailable(format!("its API has version {version}"))),
     }
     match NEEDED.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
         Some((_, name)) => Err(unavailable(format!("it lacks {name}"))),
