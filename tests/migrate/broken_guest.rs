@@ -156,7 +156,7 @@ fn a_bad_state_of_a_virtual_machine_is_refused_and_the_guest_runs_on() {
                 },
                 "the guest state cannot be decoded",
             ),
-            (paging_without_protection, "KVM_SET_SREGS failed"),
+            (|state| paging_without_protection(state), "KVM_SET_SREGS failed"),
             // What the guest's processor has and the destination's has not is no matter of
             // the state: it is refused with the machine configuration, before the pause.
         ],
@@ -165,7 +165,7 @@ fn a_bad_state_of_a_virtual_machine_is_refused_and_the_guest_runs_on() {
 
 /// Registers that no processor can have, properly sealed: 64-bit paging without the
 /// page tables' extension that it needs. Only KVM itself finds that out.
-fn paging_without_protection(state: &mut Vec<u8>) {
+fn paging_without_protection(state: &mut [u8]) {
     // In `struct kvm_sregs` CR0, CR2, CR3, CR4, CR8 and EFER stand before the local
     // APIC's base address, which is always this one on the first vCPU.
     let apic_base = 0xfee0_0900_u64.to_le_bytes();
