@@ -108,6 +108,7 @@ impl AttachedVm for Pausable {
             state: b"state".to_vec(),
             seeds: Vec::new(),
             paused_at_ns: 0,
+            frozen_at_ns: 0,
             pause_us: 0,
             capture_us: 0,
             steps: 0,

@@ -6,10 +6,11 @@
 
 use super::commit_word::{CommitWord, CommitWordError, Committed};
 use super::message::{
-    GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION,
-    reason,
+    CAPABILITY_DIRTY_LOG, DirtyRound, GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX,
+    Reply, Request, Status, VERSION, Welcome, reason,
 };
 use super::socket::{Connection, SocketError};
+use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
 use crate::memory::ram::{GuestRam, RamError};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
@@ -34,7 +35,19 @@ pub struct Attached {
     pub guest: GuestInfo,
     /// The word that decides where the guest runs: `commit` it before Commit leaves.
     pub word: Arc<CommitWord>,
+    capabilities: Vec<String>,
     connection: Connection,
+}
+
+/// The log of a guest's writes, since it was started.
+#[derive(Clone, Debug)]
+pub struct DirtyLog {
+    /// Which pages were written; [`Attached::dirty_round`] fills it. Take a page's bit out
+    /// before its content is read.
+    pub bitmap: Arc<DirtyBitmap>,
+    /// Each write after this moment will be in a round:
+    /// [`monotonic_ns`](super::monotonic_ns).
+    pub started_at_ns: u64,
 }
 
 /// Why attaching, or a request, did not succeed.
@@ -110,6 +123,20 @@ pub enum AttachError {
     /// The guest's memory cannot be mapped.
     #[error("cannot map the guest memory handed over")]
     Ram(#[from] RamError),
+    /// The VMM lacks a capability.
+    #[error("the VMM lacks the capability {0}")]
+    Lacks(&'static str),
+    /// The dirty bitmap cannot be mapped.
+    #[error("cannot use the dirty bitmap handed over")]
+    DirtyBitmap(#[from] DirtyBitmapError),
+    /// More pages written than there are.
+    #[error("the VMM counted {counted} pages written; the guest has {pages}")]
+    DirtyPages {
+        /// The pages counted.
+        counted: u64,
+        /// The pages there are.
+        pages: u64,
+    },
     /// The commit word cannot be mapped.
     #[error("cannot use the commit word handed over")]
     CommitWord(#[from] CommitWordError),
@@ -143,9 +170,10 @@ impl Attached {
         };
         let [memory, word] = received.descriptors::<2>().map_err(broke)?;
         seal(&memory)?;
-        let ram = Arc::new(GuestRam::attach_read_only(welcome.layout, memory)?);
+        let Welcome { layout, machine, guest, capabilities, .. } = *welcome;
+        let ram = Arc::new(GuestRam::attach_read_only(layout, memory)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
-        Ok(Self { ram, machine: welcome.machine, guest: welcome.guest, word, connection })
+        Ok(Self { ram, machine, guest, word, capabilities, connection })
     }
 
     /// Where the guest's memory lies.
@@ -202,6 +230,53 @@ impl Attached {
         }
     }
 
+    /// Whether the VMM can tell which pages were written.
+    pub fn has_dirty_log(&self) -> bool {
+        self.capabilities.iter().any(|name| name == CAPABILITY_DIRTY_LOG)
+    }
+
+    /// Has the VMM remember which pages are written, while the guest runs. What was
+    /// written before does not count: read every page once after this. It ends with
+    /// [`Attached::stop_dirty_log`], with the conversation, or when a round fails.
+    pub fn start_dirty_log(&mut self) -> Result<DirtyLog, AttachError> {
+        if !self.has_dirty_log() {
+            return Err(AttachError::Lacks(CAPABILITY_DIRTY_LOG));
+        }
+        match self.exchange(&Request::StartDirtyLog)? {
+            (Reply::DirtyLogStarted { started_at_ns }, Some(bitmap)) => {
+                let bitmap = Arc::new(DirtyBitmap::from_fd(bitmap, self.layout())?);
+                Ok(DirtyLog { bitmap, started_at_ns })
+            }
+            (other, _) => Err(unexpected("StartDirtyLog", &other)),
+        }
+    }
+
+    /// Has the VMM put the pages written since the last round into the bitmap. After
+    /// [`Attached::pause`] one round has all that was written until
+    /// [`Paused::frozen_at_ns`], and the next ones have nothing.
+    ///
+    /// # Errors
+    /// After [`AttachError::Failed`] the log has ended, and any page may have been written.
+    pub fn dirty_round(&mut self) -> Result<DirtyRound, AttachError> {
+        let round = match self.ask(&Request::DirtyRound)? {
+            Reply::DirtyRound(round) => round,
+            other => return Err(unexpected("DirtyRound", &other)),
+        };
+        let pages = self.layout().pages();
+        if round.pages > pages {
+            return Err(AttachError::DirtyPages { counted: round.pages, pages });
+        }
+        Ok(round)
+    }
+
+    /// Has the VMM remember no more.
+    pub fn stop_dirty_log(&mut self) -> Result<(), AttachError> {
+        match self.ask(&Request::StopDirtyLog)? {
+            Reply::DirtyLogStopped => Ok(()),
+            other => Err(unexpected("StopDirtyLog", &other)),
+        }
+    }
+
     /// Has the VMM end the guest and exit. An operator's step: after a commit it takes
     /// the memory away from a fault-server that was to be started again.
     pub fn stop(mut self, why: &str) -> Result<(), AttachError> {
@@ -212,16 +287,27 @@ impl Attached {
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
+        self.exchange(request).map(|(reply, _none)| reply)
+    }
+
+    /// A request, its answer, and the descriptor that belongs to it, if one does.
+    fn exchange(&mut self, request: &Request) -> Result<(Reply, Option<OwnedFd>), AttachError> {
         let name = request.name();
         let broke = |source| AttachError::Socket { request: name, source };
         send(&mut self.connection, request)?;
         let received = self.connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
-        let [] = received.descriptors::<0>().map_err(broke)?;
+        let descriptor = if let Reply::DirtyLogStarted { .. } = reply {
+            let [bitmap] = received.descriptors().map_err(broke)?;
+            Some(bitmap)
+        } else {
+            let [] = received.descriptors().map_err(broke)?;
+            None
+        };
         match reply {
             Reply::Failed { why } => Err(AttachError::Failed { request: name, why }),
-            reply => Ok(reply),
+            reply => Ok((reply, descriptor)),
         }
     }
 }

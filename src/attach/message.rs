@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// First bytes of every conversation.
 pub const MAGIC: [u8; 8] = *b"pc-attch";
 /// The most bytes of a [`Reply`], its length prefix apart.
@@ -27,6 +27,13 @@ pub const SEEDS_MAX: usize = 4096;
 pub const TEXT_BYTES_MAX: usize = 64 << 10;
 /// The most bytes of a text that gives a reason; a longer one is cut.
 pub const REASON_BYTES_MAX: usize = 1024;
+/// The most capabilities that a VMM names.
+pub const CAPABILITIES_MAX: usize = 16;
+/// The most bytes of a capability's name.
+pub const CAPABILITY_BYTES_MAX: usize = 64;
+/// The VMM can tell which pages were written: `StartDirtyLog`, `DirtyRound`,
+/// `StopDirtyLog`.
+pub const CAPABILITY_DIRTY_LOG: &str = "dirty-log";
 
 /// What the attached process asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +61,12 @@ pub enum Request {
         /// Why, for the VMM's log.
         why: String,
     },
+    /// From here on, remember which pages are written.
+    StartDirtyLog,
+    /// Put the pages that were written since the last round into the bitmap.
+    DirtyRound,
+    /// Remember no more.
+    StopDirtyLog,
 }
 
 /// What the VMM answers.
@@ -85,6 +98,17 @@ pub enum Reply {
     Status(Status),
     /// To `Stop`: the guest ends. The connection ends.
     Stopping,
+    /// To `StartDirtyLog`; comes with one memfd: the bitmap, see
+    /// [`DirtyBitmap`](crate::memory::dirty_bitmap::DirtyBitmap).
+    DirtyLogStarted {
+        /// Each write after this moment is in a round:
+        /// [`monotonic_ns`](super::monotonic_ns).
+        started_at_ns: u64,
+    },
+    /// To `DirtyRound`: the bitmap has them.
+    DirtyRound(DirtyRound),
+    /// To `StopDirtyLog`.
+    DirtyLogStopped,
 }
 
 /// The guest that the VMM has.
@@ -98,6 +122,8 @@ pub struct Welcome {
     pub machine: String,
     /// What it is.
     pub guest: GuestInfo,
+    /// What the VMM can do beyond what each must, by name. Unknown names are ignored.
+    pub capabilities: Vec<String>,
 }
 
 /// What a guest is.
@@ -123,6 +149,10 @@ pub struct Paused {
     pub seeds: Vec<PageIndex>,
     /// When the last vCPU had stopped: [`monotonic_ns`](super::monotonic_ns).
     pub paused_at_ns: u64,
+    /// From when on nothing writes to the guest's memory until it is resumed. After
+    /// `paused_at_ns`: device threads stop later, and capturing may write (an interrupt
+    /// controller that keeps its tables in guest memory).
+    pub frozen_at_ns: u64,
     /// From the request until the last vCPU had stopped.
     pub pause_us: u64,
     /// From then until the state was captured.
@@ -140,6 +170,18 @@ pub struct Status {
     pub steps: u64,
     /// What ended it, if something did.
     pub failure: Option<String>,
+}
+
+/// What a round found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRound {
+    /// Pages written since the last round, whether or not their bits were set already.
+    pub pages: u64,
+    /// Each write before this moment is in this round or an earlier one:
+    /// [`monotonic_ns`](super::monotonic_ns).
+    pub began_at_ns: u64,
+    /// No write after this moment is in this round.
+    pub ended_at_ns: u64,
 }
 
 /// Why a message cannot be sent or is not accepted.
@@ -225,6 +267,9 @@ impl Message for Request {
             Request::ResetInstruments => "ResetInstruments",
             Request::Status => "Status",
             Request::Stop { .. } => "Stop",
+            Request::StartDirtyLog => "StartDirtyLog",
+            Request::DirtyRound => "DirtyRound",
+            Request::StopDirtyLog => "StopDirtyLog",
         }
     }
 }
@@ -249,11 +294,7 @@ impl Message for Reply {
             Reply::Refused { why, .. } | Reply::Failed { why } => {
                 limit("reason", why.len(), REASON_BYTES_MAX)
             }
-            Reply::Welcome(welcome) => {
-                limit("machine text", welcome.machine.len(), TEXT_BYTES_MAX)?;
-                limit("guest kind", welcome.guest.kind.len(), REASON_BYTES_MAX)?;
-                limit("workload text", welcome.guest.workload_json.len(), TEXT_BYTES_MAX)
-            }
+            Reply::Welcome(welcome) => welcome.check(),
             Reply::Paused(paused) => paused.check(),
             Reply::Status(status) => {
                 let failure = status.failure.as_deref().unwrap_or_default();
@@ -274,7 +315,21 @@ impl Message for Reply {
             Reply::InstrumentsReset => "InstrumentsReset",
             Reply::Status(_) => "Status",
             Reply::Stopping => "Stopping",
+            Reply::DirtyLogStarted { .. } => "DirtyLogStarted",
+            Reply::DirtyRound(_) => "DirtyRound",
+            Reply::DirtyLogStopped => "DirtyLogStopped",
         }
+    }
+}
+
+impl Welcome {
+    fn check(&self) -> Result<(), MessageError> {
+        limit("machine text", self.machine.len(), TEXT_BYTES_MAX)?;
+        limit("guest kind", self.guest.kind.len(), REASON_BYTES_MAX)?;
+        limit("workload text", self.guest.workload_json.len(), TEXT_BYTES_MAX)?;
+        limit("list of capabilities", self.capabilities.len(), CAPABILITIES_MAX)?;
+        let mut names = self.capabilities.iter();
+        names.try_for_each(|name| limit("capability", name.len(), CAPABILITY_BYTES_MAX))
     }
 }
 

@@ -88,6 +88,7 @@ const UNSAFE: &[&str] = &[
     "src/engine/destination/guest.rs",
     "src/engine/destination/trap_loop.rs",
     "src/engine/source/serve.rs",
+    "src/memory/dirty_bitmap.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
     "src/transport/socket.rs",

@@ -78,7 +78,7 @@ fn another_version_is_named_to_the_client() {
     connection.send(&future.encode().unwrap(), &[], LONG).unwrap();
     let reply = connection.receive(REPLY_BYTES_MAX, LONG).unwrap();
     let reply = Reply::decode(&reply.bytes).unwrap();
-    assert!(matches!(reply, Reply::Refused { version: VERSION, why } if why.contains("only 1")));
+    assert!(matches!(reply, Reply::Refused { version: VERSION, why } if why.contains("only 2")));
     served.stop();
 }
 
@@ -181,6 +181,16 @@ fn another_user_is_refused_even_if_the_socket_lets_it_in() {
     assert!(matches!(&warnings[..], [line] if line.contains("user 65534")), "{warnings:?}");
 }
 
+const EMPTY_CAPTURE: Paused = Paused {
+    state: Vec::new(),
+    seeds: Vec::new(),
+    paused_at_ns: 0,
+    frozen_at_ns: 0,
+    pause_us: 0,
+    capture_us: 0,
+    steps: 0,
+};
+
 /// A server that answers one Hello with `reply` and `descriptors`, then, if there were
 /// any, a Pause with a seed outside of the guest, and hangs up.
 fn fake_server(
@@ -202,8 +212,7 @@ fn fake_server(
         if !descriptors.is_empty() && (&stream).read_exact(&mut request).is_ok() {
             assert_eq!(request[..], Request::Pause.encode().unwrap());
             let seeds = vec![PageIndex::new(PAGES)];
-            let (state, paused_at_ns, pause_us, capture_us, steps) = (vec![], 0, 0, 0, 0);
-            let paused = Paused { state, seeds, paused_at_ns, pause_us, capture_us, steps };
+            let paused = Paused { seeds, ..EMPTY_CAPTURE };
             let reply = Reply::Paused(Box::new(paused)).encode().unwrap();
             (&stream).write_all(&reply).unwrap();
         }
@@ -214,7 +223,8 @@ fn welcome() -> Vec<u8> {
     let (sender, _) = channel();
     let description = MockVm::new(sender).describe();
     let (layout, machine, guest) = (description.layout, description.machine, description.guest);
-    let welcome = Welcome { version: VERSION, layout, machine, guest };
+    let capabilities = vec![CAPABILITY_DIRTY_LOG.to_owned()];
+    let welcome = Welcome { version: VERSION, layout, machine, guest, capabilities };
     Reply::Welcome(Box::new(welcome)).encode().unwrap()
 }
 
@@ -291,9 +301,9 @@ fn a_client_survives_a_server_that_says_the_wrong_things() {
     assert!(matches!(error, AttachError::Message { .. }), "{error:?}");
     let error = answer(Reply::Resumed.encode().unwrap());
     assert!(matches!(error, AttachError::Unexpected { reply: "Resumed", .. }), "{error:?}");
-    let refusal = Reply::Refused { version: 2, why: "too old".to_owned() };
+    let refusal = Reply::Refused { version: 1, why: "too new".to_owned() };
     let error = answer(refusal.encode().unwrap());
-    assert!(matches!(error, AttachError::Version { theirs: 2 }), "{error:?}");
+    assert!(matches!(error, AttachError::Version { theirs: 1 }), "{error:?}");
 }
 
 #[test]

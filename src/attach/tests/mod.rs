@@ -98,6 +98,7 @@ impl AttachedVm for MockVm {
             state: self.state.clone(),
             seeds: vec![PageIndex::new(0), PageIndex::new(PAGES - 1)],
             paused_at_ns: super::monotonic_ns(),
+            frozen_at_ns: super::monotonic_ns(),
             pause_us: 3,
             capture_us: 4,
             steps: self.captures,
