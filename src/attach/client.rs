@@ -286,7 +286,7 @@ impl Attached {
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
+    pub(super) fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
         self.exchange(request).map(|(reply, _none)| reply)
     }
 

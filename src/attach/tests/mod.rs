@@ -1,6 +1,7 @@
 //! Tests of the attach protocol over real sockets: a [`MockVm`] behind a real
 //! [`Server`], and clients that are well-behaved (here), hostile, or killed.
 
+mod dirty;
 mod golden;
 mod hostile;
 mod killed;
@@ -9,6 +10,7 @@ use super::client::{AttachError, Attached};
 use super::commit_word::Decision;
 use super::message::{GuestInfo, Paused, STATE_BYTES_MAX, Status};
 use super::server::{AttachedVm, Description, Patience, ServeEnd, Server, ServerError};
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::{Backing, GuestRam};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -31,6 +33,9 @@ enum Event {
     Reset,
     Released,
     Stopped,
+    LogStarted,
+    Round,
+    LogStopped,
 }
 
 /// A VM whose guest is a flag and eight pages, page `i` filled with `i + 1`.
@@ -41,6 +46,7 @@ struct MockVm {
     state: Vec<u8>,
     pause_fails: bool,
     resume_fails: bool,
+    writes: dirty::Writes,
     events: Sender<Event>,
 }
 
@@ -59,6 +65,7 @@ impl MockVm {
             state,
             pause_fails: false,
             resume_fails: false,
+            writes: dirty::Writes::default(),
             events,
         }
     }
@@ -133,6 +140,28 @@ impl AttachedVm for MockVm {
     fn stop(&mut self) {
         self.running = false;
         self.tell(Event::Stopped);
+    }
+
+    fn has_dirty_log(&self) -> bool {
+        self.writes.known()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), String> {
+        assert!(self.running);
+        self.writes.start()?;
+        self.tell(Event::LogStarted);
+        Ok(())
+    }
+
+    fn dirty_round(&mut self, into: &DirtyBitmap) -> Result<u64, String> {
+        self.tell(Event::Round);
+        self.writes.round(into)
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), String> {
+        self.writes.stop()?;
+        self.tell(Event::LogStopped);
+        Ok(())
     }
 }
 
