@@ -5,16 +5,16 @@
 //! commit word says committed, the VMM then takes the guest back and lets it run.
 
 use super::commit_word::{CommitWord, CommitWordError, Committed};
+use super::handover::{HandoverError, check_region_files, take_over};
 use super::message::{
     CAPABILITY_DIRTY_LOG, DirtyRound, GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX,
     Reply, Request, Status, VERSION, Welcome, reason,
 };
 use super::socket::{Connection, SocketError};
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
-use crate::memory::ram::{GuestRam, RamError};
+use crate::memory::ram::GuestRam;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -116,13 +116,9 @@ pub enum AttachError {
         /// The pages there are.
         pages: u64,
     },
-    /// The guest's memory is not a memfd that can be sealed against shrinking, so
-    /// that reading it could kill this process.
-    #[error("the guest memory handed over cannot be sealed against shrinking")]
-    Seal(#[source] nix::Error),
-    /// The guest's memory cannot be mapped.
-    #[error("cannot map the guest memory handed over")]
-    Ram(#[from] RamError),
+    /// The guest's memory cannot be taken over.
+    #[error("cannot use the guest memory handed over")]
+    Memory(#[from] HandoverError),
     /// The VMM lacks a capability.
     #[error("the VMM lacks the capability {0}")]
     Lacks(&'static str),
@@ -161,17 +157,22 @@ impl Attached {
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request, source })?;
         let welcome = match reply {
-            Reply::Welcome(welcome) => welcome,
+            Reply::Welcome(welcome) if welcome.version == VERSION => welcome,
+            Reply::Welcome(welcome) => {
+                return Err(AttachError::Version { theirs: welcome.version });
+            }
             Reply::Refused { version, .. } if version != VERSION => {
                 return Err(AttachError::Version { theirs: version });
             }
             Reply::Refused { why, .. } => return Err(AttachError::Refused { why }),
             other => return Err(AttachError::Unexpected { request, reply: other.name() }),
         };
-        let [memory, word] = received.descriptors::<2>().map_err(broke)?;
-        seal(&memory)?;
-        let Welcome { layout, machine, guest, capabilities, .. } = *welcome;
-        let ram = Arc::new(GuestRam::attach_read_only(layout, memory)?);
+        let Welcome { layout, memory, machine, guest, capabilities, .. } = *welcome;
+        let files = check_region_files(&layout, &memory)?;
+        let mut descriptors = received.all_descriptors(files + 1).map_err(broke)?;
+        let none = SocketError::Descriptors { got: 0, more: false, expected: files + 1 };
+        let word = descriptors.pop().ok_or(none).map_err(broke)?;
+        let ram = Arc::new(take_over(layout, &memory, descriptors)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
         Ok(Self { ram, machine, guest, word, capabilities, connection })
     }
@@ -319,19 +320,6 @@ fn send(connection: &mut Connection, request: &Request) -> Result<(), AttachErro
     connection
         .send(&bytes, &[], REPLY_TIMEOUT)
         .map_err(|source| AttachError::Socket { request: name, source })
-}
-
-/// Seals the guest's memory against shrinking, so that no page of the mapping can
-/// lose its file, which would end this process with SIGBUS. The size is looked at
-/// afterwards.
-fn seal(memory: &OwnedFd) -> Result<(), AttachError> {
-    let seals = fcntl(memory, FcntlArg::F_GET_SEALS).map_err(AttachError::Seal)?;
-    if SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
-        return Ok(());
-    }
-    fcntl(memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))
-        .map(drop)
-        .map_err(AttachError::Seal)
 }
 
 fn unexpected(request: &'static str, reply: &Reply) -> AttachError {

@@ -6,6 +6,7 @@
 //! and never renumbered within a version; `Hello` and `Refused` are the same in
 //! all versions, so that a mismatch can be named. Nothing here touches a socket.
 
+use super::handover::{HandoverError, RegionFile, check_region_files};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use serde::de::DeserializeOwned;
@@ -79,7 +80,7 @@ pub enum Reply {
         /// Why.
         why: String,
     },
-    /// To `Hello`; comes with two memfds: guest memory, commit word.
+    /// To `Hello`; comes with memfds: those of guest memory, then the commit word.
     Welcome(Box<Welcome>),
     /// To `Pause`.
     Paused(Box<Paused>),
@@ -116,8 +117,10 @@ pub enum Reply {
 pub struct Welcome {
     /// [`VERSION`].
     pub version: u16,
-    /// Where its memory lies; page `i` is at offset `i * 4096` of the first memfd.
+    /// Where its memory lies for the guest.
     pub layout: MemoryLayout,
+    /// In which of the memfds that come with it each region lies.
+    pub memory: Vec<RegionFile>,
     /// The machine configuration that the destination must have, as stable text.
     pub machine: String,
     /// What it is.
@@ -203,6 +206,9 @@ pub enum MessageError {
     /// Bytes after the message.
     #[error("{0} bytes follow the message")]
     Trailing(usize),
+    /// Guest memory in places where it cannot be.
+    #[error("the guest memory cannot lie where it is said to")]
+    Memory(#[source] Box<HandoverError>),
     /// A message that could not be encoded.
     #[error("message cannot be encoded")]
     Encode(#[source] postcard::Error),
@@ -324,6 +330,8 @@ impl Message for Reply {
 
 impl Welcome {
     fn check(&self) -> Result<(), MessageError> {
+        check_region_files(&self.layout, &self.memory)
+            .map_err(|error| MessageError::Memory(error.into()))?;
         limit("machine text", self.machine.len(), TEXT_BYTES_MAX)?;
         limit("guest kind", self.guest.kind.len(), REASON_BYTES_MAX)?;
         limit("workload text", self.guest.workload_json.len(), TEXT_BYTES_MAX)?;

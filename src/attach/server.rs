@@ -8,6 +8,7 @@
 //! `session`.
 
 use super::commit_word::CommitWordError;
+use super::handover::MemoryFiles;
 use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
 use super::session::{Attempt, Ending, Session, SessionError};
@@ -16,7 +17,7 @@ use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,8 @@ use std::time::{Duration, Instant};
 pub trait AttachedVm {
     /// What a client is told about it. The same each time.
     fn describe(&self) -> Description;
-    /// The memfd that holds its memory: page `i` at offset `i * 4096`.
-    fn memory(&self) -> BorrowedFd<'_>;
+    /// The memfds that its memory lies in: [`MemoryFiles::of`].
+    fn memory(&self) -> MemoryFiles<'_>;
     /// Stops the vCPUs and captures their state. From [`Paused::frozen_at_ns`] on nothing
     /// writes to the guest's memory: no device, no thread, no later look at the guest.
     /// After an error the guest runs, as before: the implementation undoes what it did.
@@ -68,7 +69,7 @@ pub trait AttachedVm {
 /// What a VMM says that cannot tell which pages were written.
 pub(super) const NO_DIRTY_LOG: &str = "this VMM cannot tell which pages were written";
 
-/// What a guest is and where its memory lies.
+/// What a guest is, and where its memory lies for it.
 #[derive(Clone, Debug)]
 pub struct Description {
     /// Where its memory lies.

@@ -174,14 +174,16 @@ impl<'a> Session<'a> {
             return Err(SessionError::Version(version));
         }
         let description = self.vm.describe();
+        let memory = self.vm.memory();
         let welcome = Reply::Welcome(Box::new(Welcome {
             version: VERSION,
             layout: description.layout,
+            memory: memory.regions().to_vec(),
             machine: description.machine,
             guest: description.guest,
             capabilities: self.capabilities(),
         }));
-        let descriptors = [self.vm.memory(), self.attempt.word.memfd()];
+        let descriptors = [memory.files(), &[self.attempt.word.memfd()]].concat();
         send(&mut self.connection, &welcome, &descriptors, self.server.patience.message)
     }
 

@@ -1,6 +1,7 @@
 //! A guest that can be attached to: the source's side of the reference VMM.
 
 use super::GuestDescription;
+use crate::attach::handover::{HandoverError, MemoryFiles};
 use crate::attach::message::{GuestInfo, Paused, Status};
 use crate::attach::monotonic_ns;
 use crate::attach::server::{AttachedVm, Description};
@@ -10,7 +11,6 @@ use crate::proto::page::PageIndex;
 use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestError};
 use crate::vmm::workload::{STATUS_RUNNING, control, control_page};
-use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 /// How long a guest may take to notice a request in its control page.
@@ -19,7 +19,6 @@ const NOTICE_MAX: Duration = Duration::from_secs(2);
 /// A running guest, served to whoever attaches.
 pub struct Departure {
     guest: Box<dyn Guest>,
-    memory: std::os::fd::OwnedFd,
     running: bool,
     /// Whether the guest's instruments were reset since the last dirty round: pages that
     /// this process wrote, and the guest may not know of.
@@ -27,13 +26,13 @@ pub struct Departure {
 }
 
 impl Departure {
-    /// Serves `guest`, which runs; its memory must be a memfd.
-    pub fn new(guest: Box<dyn Guest>) -> std::io::Result<Self> {
-        let memory = guest.ram().memfd().ok_or_else(|| {
-            std::io::Error::other("only a guest whose memory is a memfd can be handed over")
-        })?;
-        let memory = memory.try_clone_to_owned()?;
-        Ok(Self { guest, memory, running: true, wrote: false })
+    /// Serves `guest`, which runs.
+    ///
+    /// # Errors
+    /// If its memory does not lie in memfds, which another process could map.
+    pub fn new(guest: Box<dyn Guest>) -> Result<Self, HandoverError> {
+        MemoryFiles::of(guest.ram())?;
+        Ok(Self { guest, running: true, wrote: false })
     }
 
     /// The guest.
@@ -87,8 +86,8 @@ impl AttachedVm for Departure {
         }
     }
 
-    fn memory(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.memory)
+    fn memory(&self) -> MemoryFiles<'_> {
+        MemoryFiles::of(self.guest.ram()).expect("it could be handed over when it was made")
     }
 
     fn pause_and_capture(&mut self) -> Result<Paused, String> {

@@ -4,3 +4,7 @@ pub mod dirty_bitmap;
 pub mod limits;
 pub mod ram;
 pub mod scan;
+pub mod segment;
+
+#[cfg(test)]
+mod properties;

@@ -91,6 +91,7 @@ const UNSAFE: &[&str] = &[
     "src/memory/dirty_bitmap.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
+    "src/memory/segment.rs",
     "src/transport/socket.rs",
     "src/transport/thread.rs",
     "src/uffd/open.rs",

@@ -1,5 +1,6 @@
 //! The bytes of each message, so that a change of the protocol is seen.
 
+use super::super::handover::RegionFile;
 use super::super::message::*;
 use crate::proto::layout::{GuestAddress, MemoryLayout, Region};
 use crate::proto::page::PageIndex;
@@ -30,6 +31,10 @@ fn replies() -> Vec<Reply> {
         Reply::Welcome(Box::new(Welcome {
             version: VERSION,
             layout: MemoryLayout::new(regions).unwrap(),
+            memory: vec![
+                RegionFile { file: 0, offset: 1 << 14 },
+                RegionFile { file: 1, offset: 0 },
+            ],
             machine: "m".to_owned(),
             guest: GuestInfo {
                 kind: "kvm".to_owned(),
