@@ -18,6 +18,11 @@ mod limited_link;
 // Two network namespaces joined by a real, limited link.
 mod netns;
 
+// A guest at the attach protocol: which pages it writes, and that it writes none once it is
+// paused.
+mod dirty_rounds;
+mod frozen;
+
 // What users get wrong: arguments, paths, permissions, ports.
 mod bad_arguments;
 // Tickets that are wrong, used or expired, and strangers at the port.
