@@ -284,6 +284,25 @@ mod tests {
         check_can_be_trapped(&ram).unwrap();
     }
 
+    /// One more huge page in the host's pool, where this user may ask for it.
+    struct HugePage(u64);
+
+    impl HugePage {
+        const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+        fn reserve() -> Option<Self> {
+            let before = fs::read_to_string(Self::POOL).ok()?.trim().parse().ok()?;
+            fs::write(Self::POOL, format!("{}", before + 1)).ok()?;
+            Some(Self(before))
+        }
+    }
+
+    impl Drop for HugePage {
+        fn drop(&mut self) {
+            let _ = fs::write(Self::POOL, self.0.to_string());
+        }
+    }
+
     #[test]
     fn huge_pages_are_refused_whether_they_are_declared_or_found() {
         const HUGE: usize = 2 << 20;
@@ -293,6 +312,7 @@ mod tests {
             let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
             GuestRam::from_guest_memory(GuestMemoryMmap::from_regions(vec![region]).unwrap())
         };
+        let _reserved = HugePage::reserve();
         // Without MAP_NORESERVE it fails here and not at the first access.
         let huge = MmapRegion::build(None, HUGE, protection, flags | libc::MAP_HUGETLB);
         let huge: MmapRegion = match huge {
