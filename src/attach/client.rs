@@ -9,12 +9,12 @@ use super::message::{
     GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION,
     reason,
 };
-use super::socket::{Connection, SocketError};
+use super::socket::{Connection, Received, SocketError};
 use crate::memory::ram::{GuestRam, RamError};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -121,9 +121,15 @@ impl Attached {
         let path = path.as_ref();
         let stream = UnixStream::connect(path)
             .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
+        let connection = Connection::new(stream)
+            .map_err(|source| AttachError::Socket { request: "Hello", source })?;
+        Self::over(connection)
+    }
+
+    /// The same over a connection that stands.
+    pub fn over(mut connection: Connection) -> Result<Self, AttachError> {
         let request = "Hello";
         let broke = |source| AttachError::Socket { request, source };
-        let mut connection = Connection::new(stream).map_err(broke)?;
         match send(&mut connection, &Request::hello()) {
             // A VMM that refuses may have closed before the greeting left; what it
             // said can still be read.
@@ -202,6 +208,22 @@ impl Attached {
         }
     }
 
+    /// The record of the session that the memory belongs to. Only a keeper has one.
+    pub fn record(&mut self) -> Result<OwnedFd, AttachError> {
+        let request = "Record";
+        let (reply, received) = self.ask_with_descriptors(&Request::Record)?;
+        let Reply::Record = reply else { return Err(unexpected(request, &reply)) };
+        let [record] = received
+            .descriptors::<1>()
+            .map_err(|source| AttachError::Socket { request, source })?;
+        Ok(record)
+    }
+
+    /// The conversation's socket, to watch for its end.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+
     /// Has the VMM end the guest and exit. An operator's step: after a commit it takes
     /// the memory away from a fault-server that was to be started again.
     pub fn stop(mut self, why: &str) -> Result<(), AttachError> {
@@ -212,16 +234,26 @@ impl Attached {
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
+        let (reply, received) = self.ask_with_descriptors(request)?;
+        let [] = received
+            .descriptors::<0>()
+            .map_err(|source| AttachError::Socket { request: request.name(), source })?;
+        Ok(reply)
+    }
+
+    fn ask_with_descriptors(
+        &mut self,
+        request: &Request,
+    ) -> Result<(Reply, Received), AttachError> {
         let name = request.name();
         let broke = |source| AttachError::Socket { request: name, source };
         send(&mut self.connection, request)?;
         let received = self.connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
-        let [] = received.descriptors::<0>().map_err(broke)?;
         match reply {
             Reply::Failed { why } => Err(AttachError::Failed { request: name, why }),
-            reply => Ok(reply),
+            reply => Ok((reply, received)),
         }
     }
 }

@@ -43,7 +43,8 @@ pub enum Request {
     Pause,
     /// The migration is off: let the guest run on.
     Resume,
-    /// The commit word says committed: let go of the guest.
+    /// The commit word says committed: let go of the guest, whose memory lives on in
+    /// whoever maps it. To a keeper: nobody needs the memory any more.
     Committed,
     /// Have the guest clear its instruments.
     ResetInstruments,
@@ -54,6 +55,8 @@ pub enum Request {
         /// Why, for the VMM's log.
         why: String,
     },
+    /// To a keeper: the record of the session that the memory belongs to.
+    Record,
 }
 
 /// What the VMM answers.
@@ -85,6 +88,8 @@ pub enum Reply {
     Status(Status),
     /// To `Stop`: the guest ends. The connection ends.
     Stopping,
+    /// To `Record`; comes with the memfd that holds it.
+    Record,
 }
 
 /// The guest that the VMM has.
@@ -225,6 +230,7 @@ impl Message for Request {
             Request::ResetInstruments => "ResetInstruments",
             Request::Status => "Status",
             Request::Stop { .. } => "Stop",
+            Request::Record => "Record",
         }
     }
 }
@@ -274,6 +280,7 @@ impl Message for Reply {
             Reply::InstrumentsReset => "InstrumentsReset",
             Reply::Status(_) => "Status",
             Reply::Stopping => "Stopping",
+            Reply::Record => "Record",
         }
     }
 }

@@ -52,11 +52,23 @@ pub(super) enum SessionError {
 pub(super) struct Attempt {
     word: CommitWord,
     paused: Option<Box<Paused>>,
+    /// Only the guest's memory is here; it was paused, if it was, in another process.
+    kept: bool,
 }
 
 impl Attempt {
     pub(super) fn new() -> Result<Self, ServerError> {
-        Ok(Self { word: CommitWord::create()?, paused: None })
+        Ok(Self { word: CommitWord::create()?, paused: None, kept: false })
+    }
+
+    /// The attempt of a keeper, under a word that the VMM has made.
+    pub(super) fn kept(word: CommitWord) -> Self {
+        Self { word, paused: None, kept: true }
+    }
+
+    /// Whether the guest has been given away. If not, it never will be any more.
+    pub(super) fn is_committed(&self) -> bool {
+        self.word.abort().is_err()
     }
 
     /// The attempt for the next client: this one if the guest has been given away
@@ -130,6 +142,7 @@ impl<'a> Session<'a> {
                 Request::ResetInstruments => self.reset_instruments()?,
                 Request::Status => self.status()?,
                 Request::Stop { why } => self.stop(&why)?,
+                Request::Record => self.record()?,
             };
             if let Some(ending) = ending {
                 return Ok(ending);
@@ -228,7 +241,7 @@ impl<'a> Session<'a> {
     }
 
     fn committed(&mut self) -> Result<Option<Ending>, SessionError> {
-        if self.attempt.paused.is_none() {
+        if self.attempt.paused.is_none() && !self.attempt.kept {
             return self.reply(&Reply::failed("the guest was not paused"));
         }
         if self.attempt.word.decision() != Decision::Committed {
@@ -266,6 +279,17 @@ impl<'a> Session<'a> {
         // The guest has ended, whether or not the client still hears it.
         let _ = self.reply(&Reply::Stopping);
         Ok(Some(Ending::Stopped))
+    }
+
+    fn record(&mut self) -> Result<Option<Ending>, SessionError> {
+        match self.vm.record() {
+            Some(record) => {
+                let within = self.server.patience.message;
+                send(&mut self.connection, &Reply::Record, &[record], within)?;
+                Ok(None)
+            }
+            None => self.reply(&Reply::failed("there is no session record here")),
+        }
     }
 
     fn receive(&mut self, within: Duration) -> Result<Request, SessionError> {

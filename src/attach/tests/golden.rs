@@ -14,6 +14,7 @@ fn requests() -> Vec<Request> {
         Request::ResetInstruments,
         Request::Status,
         Request::Stop { why: "why".to_owned() },
+        Request::Record,
     ]
 }
 
@@ -49,6 +50,7 @@ fn replies() -> Vec<Reply> {
         Reply::InstrumentsReset,
         Reply::Status(Status { running: true, steps: 128, failure: Some("f".to_owned()) }),
         Reply::Stopping,
+        Reply::Record,
     ]
 }
 

@@ -333,6 +333,7 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.command(GuestCommand::Release),
+            SourceAction::ReleaseMemory => self.command(GuestCommand::Drained),
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
@@ -514,6 +515,9 @@ impl Driver {
             if let Err(error) = lane.thread.join() {
                 warn!(%error, "a push lane ended badly");
             }
+        }
+        if let Outcome::Aborted(_) = outcome {
+            self.command(GuestCommand::Aborted);
         }
         drop(self.guest);
         let stranded = self.guest_thread.take().and_then(|thread| {
