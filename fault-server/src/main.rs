@@ -6,6 +6,7 @@ mod status;
 
 use clap::Parser;
 use postcopy::fault_server::arguments::ServeArgs;
+use postcopy::fault_server::keeper;
 use postcopy::program::{exit, signals};
 use status::{Format, Status};
 use std::process::ExitCode;
@@ -38,6 +39,9 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    if let Some(ended) = keeper::run_if_asked() {
+        return ended;
+    }
     let arguments = Arguments::parse();
     signals::log_to_stderr("fault-server", &arguments.log);
     if arguments.die_with_parent {

@@ -35,6 +35,7 @@ pub struct Attached {
     /// The word that decides where the guest runs: `commit` it before Commit leaves.
     pub word: Arc<CommitWord>,
     connection: Connection,
+    path: Option<PathBuf>,
 }
 
 /// Why attaching, or a request, did not succeed.
@@ -123,7 +124,8 @@ impl Attached {
             .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
         let connection = Connection::new(stream)
             .map_err(|source| AttachError::Socket { request: "Hello", source })?;
-        Self::over(connection)
+        let attached = Self::over(connection)?;
+        Ok(Self { path: Some(path.to_owned()), ..attached })
     }
 
     /// The same over a connection that stands.
@@ -151,7 +153,14 @@ impl Attached {
         seal(&memory)?;
         let ram = Arc::new(GuestRam::attach_read_only(welcome.layout, memory)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
-        Ok(Self { ram, machine: welcome.machine, guest: welcome.guest, word, connection })
+        Ok(Self {
+            ram,
+            machine: welcome.machine,
+            guest: welcome.guest,
+            word,
+            connection,
+            path: None,
+        })
     }
 
     /// Where the guest's memory lies.
@@ -222,6 +231,12 @@ impl Attached {
     /// The conversation's socket, to watch for its end.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
+    }
+
+    /// Whether somebody still listens where this conversation began: a VMM that has died
+    /// does not.
+    pub fn is_listening(&self) -> bool {
+        self.path.as_ref().is_some_and(|path| UnixStream::connect(path).is_ok())
     }
 
     /// Has the VMM end the guest and exit. An operator's step: after a commit it takes
