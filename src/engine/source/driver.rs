@@ -550,6 +550,7 @@ impl Driver {
             captured: self.captured.as_ref(),
             observed: &self.figures,
             outcome: &outcome,
+            stranded: stranded.as_deref(),
         });
         SourceEnd { outcome, report, stranded }
     }

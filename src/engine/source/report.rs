@@ -54,6 +54,8 @@ pub struct Facts<'a> {
     pub observed: &'a Observed,
     /// How it ended.
     pub outcome: &'a Outcome,
+    /// Why the guest of an aborted migration does not run on, if it does not.
+    pub stranded: Option<&'a str>,
 }
 
 /// The report of the whole migration.
@@ -82,7 +84,11 @@ fn heading(facts: &Facts<'_>) -> Heading {
     let (outcome, reason) = match facts.outcome {
         Outcome::Completed if facts.machine.epoch() > 0 => (schema::Outcome::Recovered, None),
         Outcome::Completed => (schema::Outcome::Completed, None),
-        Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
+        Outcome::Aborted(why) => {
+            let stranded =
+                facts.stranded.map(|also| format!("; the guest does not run on: {also}"));
+            (schema::Outcome::Aborted, Some(why.clone() + &stranded.unwrap_or_default()))
+        }
         Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),
     };
     let config = facts.config;
