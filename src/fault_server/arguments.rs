@@ -1,6 +1,6 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
-use super::keeper::KeeperCommand;
+use super::keeper::{self, KeeperCommand, Occupied};
 use super::{FaultServer, PushPlan};
 use crate::engine::source::Progress;
 use crate::program::exit::{Failure, Side, write_report};
@@ -26,7 +26,7 @@ pub struct ServeArgs {
     control: PathBuf,
     /// The line that `postcopy receive` printed; `-` reads it from standard input, so
     /// that other users of this host do not see it.
-    #[arg(long, value_name = "TICKET", required_unless_present = "resume")]
+    #[arg(long, value_name = "TICKET", required_unless_present_any = ["resume", "discard"])]
     ticket: Option<String>,
     /// Go on with the session of a fault server that has died: all that it knew is in its
     /// keeper. If the guest was committed, the destination gets the memory that it misses,
@@ -34,6 +34,11 @@ pub struct ServeArgs {
     /// stayed in its VMM.
     #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper"])]
     resume: bool,
+    /// Have the keeper of a guest that is lost end, and free the memory that it holds:
+    /// nobody can go on with the session then.
+    #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
+                                      "no_keeper", "report"])]
+    discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
     /// its VMM may have ended well.
@@ -95,6 +100,10 @@ impl ServeArgs {
         watch: impl FnMut(Progress) + Send + 'static,
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
+        if self.discard {
+            let path = keeper::socket_path(&self.control);
+            return keeper::discard(&path).context("cannot discard a guest's memory");
+        }
         let server = self.server()?;
         let ticket = server.ticket().clone();
         let canceller = server.canceller();
@@ -110,6 +119,16 @@ impl ServeArgs {
         {
             // The other host's clock decided; this one's helps to explain.
             why.push_str(" (by this host's clock the ticket has expired)");
+        }
+        if let Err(Failure::Lost(why)) = &mut session {
+            let path = keeper::socket_path(&self.control);
+            if keeper::look(&path) == Some(Occupied::Committed) {
+                let at = path.display();
+                why.push_str(&format!(
+                    "; a keeper at {at} still holds the memory here: --resume tries again, \
+                     --discard frees it"
+                ));
+            }
         }
         if session.is_ok() && !end.report.has_destination_part() {
             eprintln!("{program}: the destination's part of the report did not come");

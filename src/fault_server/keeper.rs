@@ -81,6 +81,9 @@ pub enum KeeperError {
     /// It was started and cannot be attached to.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// Nobody is there.
+    #[error("there is no keeper at {}", .0.display())]
+    Nobody(PathBuf),
     /// A keeper is at work for another session.
     #[error("a keeper is there already: {0}")]
     Occupied(Occupied),
@@ -138,6 +141,20 @@ pub fn look(path: &Path) -> Option<Occupied> {
         Ok(_) => Some(Occupied::Committed),
         Err(AttachError::Refused { .. }) => Some(Occupied::Busy),
         Err(_) => None,
+    }
+}
+
+/// Has the keeper at `path` let go of what it holds: an operator's word that the guest is
+/// lost, and that nobody will go on with its session.
+///
+/// # Errors
+/// If there is none, or a fault server is at work.
+pub fn discard(path: &Path) -> Result<(), KeeperError> {
+    match connect(path) {
+        Ok(keeper) => Ok(keeper.stop("its operator discards the guest's memory")?),
+        Err(AttachError::Connect { .. }) => Err(KeeperError::Nobody(path.to_owned())),
+        Err(AttachError::Refused { .. }) => Err(KeeperError::Occupied(Occupied::Busy)),
+        Err(error) => Err(error.into()),
     }
 }
 
