@@ -113,6 +113,17 @@ fn kill_process(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
 }
 
+/// What must be true of a report when the fault server has lived through it all. (On a
+/// busy machine the emulated link may be silent for so long that it counts as lost.)
+fn check_moved(report: &Value) {
+    if report["outcome"] != "recovered" {
+        return check_report(report);
+    }
+    assert!(report["link"]["epochs"].as_u64() >= Some(2), "{report:#}");
+    assert_eq!(report["verified"], true, "{report:#}");
+    assert_eq!(report["pages"]["placed_twice"], 0, "{report:#}");
+}
+
 /// What a report of a session that was gone on with may say, and what it cannot know.
 fn check_resumed(report: &Value) {
     assert_eq!(report["outcome"], "recovered", "{report:#}");
@@ -151,7 +162,7 @@ fn the_vmm_leaves_as_soon_as_the_guest_runs_elsewhere() {
         let kept = processes_with(&moved.guest.keeper()).len();
         assert_eq!(kept, usize::from(keeper.is_empty()));
         migration.succeed(MIGRATION);
-        check_report(&moved.verified());
+        check_moved(&moved.verified());
     }
 }
 
@@ -185,7 +196,7 @@ fn a_keeper_killed_in_the_middle_costs_a_warning() {
     migration.says("the keeper has ended");
     assert!(moved.left() < MEMORY * 9 / 10, "it was told too late");
     migration.succeed(MIGRATION);
-    check_report(&moved.verified());
+    check_moved(&moved.verified());
 }
 
 #[test]
