@@ -14,6 +14,7 @@ use crate::attach::message::{Paused, Status};
 use crate::attach::server::{AttachedVm, Description, ServeEnd, Server, ServerError};
 use crate::attach::socket::{Connection, SocketError};
 use crate::engine::attached::Keeper;
+use crate::proto::source::SessionLimits;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,8 +33,6 @@ const NAME: &str = "postcopy-keeper";
 const HAND_OVER_MAX: Duration = Duration::from_secs(10);
 /// The most bytes of a message of the hand-over.
 const MESSAGE_MAX: usize = 8192;
-/// How long a destination stays in doubt. After that nobody can tell it anything.
-const IN_DOUBT_MAX: Duration = Duration::from_secs(60);
 /// How long the kernel and a keeper may take to notice that a fault server is dead.
 const NOTICE_MAX: Duration = Duration::from_secs(2);
 
@@ -301,7 +300,8 @@ fn prepare(
 fn linger(record: &RecordFile) -> Duration {
     let newest = record.memfd().try_clone_to_owned().ok().and_then(|fd| RecordFile::open(fd).ok());
     let in_doubt = newest.is_some_and(|newest| newest.record().state_left);
-    if in_doubt { IN_DOUBT_MAX } else { Duration::ZERO }
+    // After that a destination has given up by itself.
+    if in_doubt { SessionLimits::default().recovery } else { Duration::ZERO }
 }
 
 /// A message of the hand-over with its length.
