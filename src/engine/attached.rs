@@ -52,7 +52,7 @@ impl Keeper {
         told
     }
 
-    /// The VMM has its guest, and the destination knows.
+    /// The VMM has its guest.
     fn aborted(self) -> Result<(), AttachError> {
         let told = self.attached.resume();
         Self::reap_process(self.process);
@@ -129,6 +129,15 @@ impl AttachedVmm {
         }
     }
 
+    /// The guest is its VMM's, and its memory needs no keeper.
+    fn leave_keeper(&mut self) {
+        if let Some(keeper) = self.keeper.take()
+            && let Err(error) = keeper.aborted()
+        {
+            tracing::debug!(%error, "the keeper was not told that it may go");
+        }
+    }
+
     /// What lets go, lets go on the strength of this.
     fn proof(&self) -> Result<Committed, VmError> {
         match self.word.decision() {
@@ -163,10 +172,14 @@ impl SourceVm for AttachedVmm {
     fn resume(&mut self) -> Result<(), VmError> {
         let attached = self.vmm.take().ok_or("the VMM was left already")?;
         // It loses patience with a fault-server that is silent, and has then resumed it.
-        if attached.word.decision() == Decision::Aborted {
-            return Ok(());
-        }
-        Ok(attached.resume()?)
+        let resumed = match attached.word.decision() {
+            Decision::Aborted => Ok(()),
+            _ => attached.resume(),
+        };
+        // The next migration of this guest needs one of its own, and may begin while this
+        // one is still telling its destination.
+        self.leave_keeper();
+        Ok(resumed?)
     }
 
     fn release(&mut self) -> Result<(), VmError> {
@@ -185,11 +198,7 @@ impl SourceVm for AttachedVmm {
     }
 
     fn aborted(&mut self) -> Result<(), VmError> {
-        if let Some(keeper) = self.keeper.take()
-            && let Err(error) = keeper.aborted()
-        {
-            tracing::debug!(%error, "the keeper was not told that it may go");
-        }
+        self.leave_keeper();
         if self.vmm_is_there() { Ok(()) } else { Err(VmmGone.into()) }
     }
 }

@@ -26,7 +26,8 @@ impl KeeperWatch {
 
     /// Looks, and says so once if it has ended before it was told to.
     pub fn look(&mut self, state: SourceState) {
-        let told_to_end = matches!(state, SourceState::Releasing | SourceState::Over);
+        let told_to_end =
+            matches!(state, SourceState::Retracting | SourceState::Releasing | SourceState::Over);
         if self.gone || told_to_end {
             return;
         }

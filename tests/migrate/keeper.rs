@@ -286,6 +286,23 @@ fn a_guest_whose_fault_server_died_in_the_blackout_is_migrated_at_once() {
     assert!(![control, keeper].iter().any(|socket| std::path::Path::new(socket).exists()));
 }
 
+/// The keeper goes when the guest has been resumed, and not when its fault server has made
+/// an end of it with the destination.
+#[test]
+fn a_guest_is_migrated_again_while_its_last_destination_is_still_looked_for() {
+    let guest = Guest::start();
+    let mut destination = FakeDestination::listen();
+    let mut migration = guest.migrate(&destination.ticket, &[]);
+    destination.takes_state();
+    destination.vanish();
+    guest.runs_on();
+    nothing_left(&guest);
+    assert!(migration.runs(), "it is no longer looked for");
+    guest.migrates_to(Receiver::start());
+    let why = ["the link was lost", "the guest runs on here"];
+    migration.wait(SOON).failed_with(3, &why);
+}
+
 #[test]
 fn a_vmm_that_dies_before_the_commit_takes_its_guest_with_it_and_nobody_says_else() {
     let mut guest = Guest::start();

@@ -6,6 +6,7 @@
 #![cfg(feature = "io")]
 
 // Child processes: limits, captured output, the number that runs at a time.
+#[allow(dead_code)] // The tests that torture use the rest.
 mod harness;
 // A source and a destination made in the test, which do what the real ones never do.
 mod fakes;
