@@ -173,6 +173,22 @@ impl<'a> MemoryFiles<'a> {
         Ok(Self { regions, files: files.into_iter().map(|file| file.as_fd()).collect() })
     }
 
+    /// `files`, in which the regions of `layout` lie as a VMM has said.
+    ///
+    /// # Errors
+    /// If they cannot lie so.
+    pub fn handed(
+        layout: &MemoryLayout,
+        regions: &[RegionFile],
+        files: &'a [OwnedFd],
+    ) -> Result<Self, HandoverError> {
+        let expected = check_region_files(layout, regions)?;
+        if files.len() != expected {
+            return Err(HandoverError::FileCount { got: files.len(), expected });
+        }
+        Ok(Self { regions: regions.to_vec(), files: files.iter().map(AsFd::as_fd).collect() })
+    }
+
     /// Where each region lies, in the layout's order.
     pub fn regions(&self) -> &[RegionFile] {
         &self.regions

@@ -51,7 +51,8 @@ pub enum Request {
     Pause,
     /// The migration is off: let the guest run on.
     Resume,
-    /// The commit word says committed: let go of the guest.
+    /// The commit word says committed: let go of the guest, whose memory lives on in
+    /// whoever maps it. To a keeper: nobody needs the memory any more.
     Committed,
     /// Have the guest clear its instruments.
     ResetInstruments,
@@ -68,6 +69,8 @@ pub enum Request {
     DirtyRound,
     /// Remember no more.
     StopDirtyLog,
+    /// To a keeper: the record of the session that the memory belongs to.
+    Record,
 }
 
 /// What the VMM answers.
@@ -110,6 +113,8 @@ pub enum Reply {
     DirtyRound(DirtyRound),
     /// To `StopDirtyLog`.
     DirtyLogStopped,
+    /// To `Record`; comes with the memfd that holds it.
+    Record,
 }
 
 /// The guest that the VMM has.
@@ -276,6 +281,7 @@ impl Message for Request {
             Request::StartDirtyLog => "StartDirtyLog",
             Request::DirtyRound => "DirtyRound",
             Request::StopDirtyLog => "StopDirtyLog",
+            Request::Record => "Record",
         }
     }
 }
@@ -324,6 +330,7 @@ impl Message for Reply {
             Reply::DirtyLogStarted { .. } => "DirtyLogStarted",
             Reply::DirtyRound(_) => "DirtyRound",
             Reply::DirtyLogStopped => "DirtyLogStopped",
+            Reply::Record => "Record",
         }
     }
 }

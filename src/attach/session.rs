@@ -56,11 +56,23 @@ pub(super) struct Attempt {
     paused: Option<Box<Paused>>,
     /// The bitmap, while this attempt's client has writes remembered.
     dirty: Option<DirtyBitmap>,
+    /// Only the guest's memory is here; it was paused, if it was, in another process.
+    kept: bool,
 }
 
 impl Attempt {
     pub(super) fn new() -> Result<Self, ServerError> {
-        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None })
+        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None, kept: false })
+    }
+
+    /// The attempt of a keeper, under a word that the VMM has made.
+    pub(super) fn kept(word: CommitWord) -> Self {
+        Self { word, paused: None, dirty: None, kept: true }
+    }
+
+    /// Whether the guest has been given away. If not, it never will be any more.
+    pub(super) fn is_committed(&self) -> bool {
+        self.word.abort().is_err()
     }
 
     /// The attempt for the next client: this one if the guest has been given away
@@ -149,6 +161,7 @@ impl<'a> Session<'a> {
                 Request::StartDirtyLog => self.start_dirty_log()?,
                 Request::DirtyRound => self.dirty_round()?,
                 Request::StopDirtyLog => self.stop_dirty_log()?,
+                Request::Record => self.record()?,
             };
             if let Some(ending) = ending {
                 return Ok(ending);
@@ -255,7 +268,7 @@ impl<'a> Session<'a> {
     }
 
     fn committed(&mut self) -> Result<Option<Ending>, SessionError> {
-        if self.attempt.paused.is_none() {
+        if self.attempt.paused.is_none() && !self.attempt.kept {
             return self.reply(&Reply::failed("the guest was not paused"));
         }
         if self.attempt.word.decision() != Decision::Committed {
@@ -351,6 +364,17 @@ impl<'a> Session<'a> {
             }
             // It stays this client's, and is stopped at the latest when that leaves.
             Err(why) => self.reply(&Reply::failed(why)),
+        }
+    }
+
+    fn record(&mut self) -> Result<Option<Ending>, SessionError> {
+        match self.vm.record() {
+            Some(record) => {
+                let within = self.server.patience.message;
+                send(&mut self.connection, &Reply::Record, &[record], within)?;
+                Ok(None)
+            }
+            None => self.reply(&Reply::failed("there is no session record here")),
         }
     }
 

@@ -264,6 +264,14 @@ impl FakeDestination {
 
     /// Takes a source's links and its proposal.
     pub fn proposed(&mut self) -> Hello {
+        match self.comes() {
+            ToDestination::Hello(hello) => hello,
+            other => panic!("the source began with {other:?}"),
+        }
+    }
+
+    /// Takes a source's links and what it says first.
+    pub fn comes(&mut self) -> ToDestination {
         let Self { driver, urgent, push, .. } = self;
         let (links, control, first) = driver.run("a proposal", async {
             let urgent = urgent.accept().await.expect("the source's urgent link");
@@ -275,10 +283,7 @@ impl FakeDestination {
         });
         self.links = links;
         self.control = Some(control);
-        match first {
-            Ok(ToDestination::Hello(hello)) => hello,
-            other => panic!("the source began with {other:?}"),
-        }
+        first.expect("a first message")
     }
 
     /// Says something.
