@@ -131,7 +131,7 @@ fn source_goes_on(round: &Round, guest: Guest, migration: Running) {
     // The fault server, which has let go of the guest, may look for the destination still.
     guest.runs_on();
     round.is_whole(guest);
-    if round.seed % 4 != 0 {
+    if !round.seed.is_multiple_of(4) {
         // It is looking for the destination, for ten seconds; no user needs to wait for that.
         migration.signal(Signal::SIGINT);
     }
