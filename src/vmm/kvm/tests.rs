@@ -11,6 +11,7 @@ use std::collections::HashSet;
 use std::sync::mpsc::{Sender, channel};
 
 mod on_demand;
+mod samples;
 
 const G: u64 = 0x9E37_79B9_7F4A_7C15;
 const PAGES: u64 = 512 + 1000;
