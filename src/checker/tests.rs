@@ -126,7 +126,7 @@ fn params(pattern: CheckPattern, vcpus: u32) -> CheckParams {
         seed: 0xFEED_0000_0001,
         pattern,
         zero_pages: 9,
-        kvm: false,
+        kvm: None,
         expect_steps: None,
     }
 }

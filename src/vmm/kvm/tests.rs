@@ -6,7 +6,9 @@ use crate::memory::ram::Backing;
 use crate::proto::layout::{GuestAddress, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::vmm::content::Instruments;
-use crate::vmm::workload::{Pattern, STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
+use crate::vmm::workload::{
+    Cpl, MachineForm, PageTables, Pattern, STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control,
+};
 use std::collections::HashSet;
 use std::sync::mpsc::{Sender, channel};
 
@@ -149,7 +151,8 @@ fn watchdog(seconds: u64) -> Watchdog {
 }
 
 fn workload(pattern: Pattern, vcpus: u32, step_limit: u64) -> Workload {
-    Workload { pattern, seed: 0xC0FFEE, vcpus, think_ns: 0, step_limit, zero_pages: ZERO }
+    let form = MachineForm::default();
+    Workload { pattern, seed: 0xC0FFEE, vcpus, think_ns: 0, step_limit, zero_pages: ZERO, form }
 }
 
 fn memory(layout: MemoryLayout) -> Arc<GuestRam> {
