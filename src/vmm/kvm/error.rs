@@ -36,6 +36,9 @@ pub enum KvmError {
     /// An MSR in a guest's state is refused by this host.
     #[error("KVM_SET_MSRS refuses MSR {0:#x}")]
     WriteMsr(u32),
+    /// More MSRs than KVM takes at a time.
+    #[error("{0} MSRs are more than KVM takes")]
+    TooManyMsrs(usize),
     /// This host cannot show the guest the processor that it has seen so far.
     #[error(transparent)]
     Processor(#[from] Mismatch),

@@ -158,7 +158,12 @@ impl KvmGuest {
         self.vcpus.iter().try_for_each(Vcpu::kick)?;
         let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
-        self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()))
+        let parked = self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()));
+        parked.map_err(|error| match error {
+            // What was left for it of the time that all of them had says nothing.
+            KvmError::NotStopping { vcpu, .. } => KvmError::NotStopping { vcpu, waited: limit },
+            error => error,
+        })
     }
 
     fn take_state(&self) -> Result<Vec<u8>, KvmError> {

@@ -32,14 +32,14 @@ pub struct VcpuState {
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) msrs: Vec<kvm_msr_entry>,
     pub(super) tsc_khz: u32,
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    debug_regs: kvm_debugregs,
-    xcrs: kvm_xcrs,
+    pub(super) mp_state: kvm_mp_state,
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) debug_regs: kvm_debugregs,
+    pub(super) xcrs: kvm_xcrs,
     xsave: kvm_xsave,
     lapic: kvm_lapic_state,
-    events: kvm_vcpu_events,
+    pub(super) events: kvm_vcpu_events,
 }
 
 /// A guest's state.
@@ -177,7 +177,7 @@ pub(super) fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(),
 }
 
 fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
-    Msrs::from_entries(entries).map_err(|error| KvmError::Memory(format!("{error:?}").into()))
+    Msrs::from_entries(entries).map_err(|_| KvmError::TooManyMsrs(entries.len()))
 }
 
 /// Those of `indices` that can be read, and written back, on a vCPU that has not run:
