@@ -135,20 +135,18 @@ fn a_processor_is_shown_or_refused_by_what_it_lacks() {
         entries.map(|entry| entry.function).position(|of| of == function).expect("no such leaf")
     };
     let mut older = own.clone();
-    let features = leaf(&mut older, 1);
-    // SSSE3, SSE4.2, POPCNT, AES, RDRAND: whichever comes first here.
-    let bits = [9, 20, 23, 25, 30].map(|bit| 1 << bit);
-    let taken = bits.into_iter().find(|bit| older.cpuid[features].ecx & bit != 0);
-    let taken = taken.expect("this KVM offers none of them");
-    older.cpuid[features].ecx &= !taken;
+    let extended = leaf(&mut older, 7);
+    let has = older.cpuid[extended].ebx;
+    let taken = 1 << has.checked_ilog2().expect("this KVM offers nothing in leaf 7");
+    older.cpuid[extended].ebx &= !taken;
     older.msrs.pop();
     let prepared = prepare(&older).unwrap();
     assert_eq!(prepared.machine.processor().msrs, older.msrs);
     assert_ne!(prepared.machine(), guest.machine());
     let (_, fds) = machine::Machine::create(memory(flat()), &one(), Some(&older)).unwrap();
     let seen = fds[0].get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
-    let seen = seen.as_slice().iter().find(|entry| entry.function == 1).unwrap();
-    assert_eq!(seen.ecx & taken, 0, "the guest sees this host's processor");
+    let seen = seen.as_slice().iter().find(|entry| entry.function == 7).unwrap();
+    assert_eq!(seen.ebx, has & !taken, "the guest sees this host's processor");
 
     let mut newer = own.clone();
     let extended = leaf(&mut newer, 7);
