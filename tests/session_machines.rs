@@ -60,6 +60,7 @@ fn to_source(message: &ToSource) -> String {
         ToSource::Drained { .. } => "Drained".into(),
         ToSource::Report(_) => "Report".into(),
         ToSource::Abort { .. } => "Abort".into(),
+        ToSource::Lost { .. } => "Lost".into(),
         other => format!("{other:?}"),
     }
 }
@@ -114,6 +115,10 @@ mod source {
         SourceEvent::LinkLost("cut".into())
     }
 
+    fn gone() -> SourceEvent {
+        said(ToSource::Lost { reason: "no".into() })
+    }
+
     fn cancel() -> SourceEvent {
         SourceEvent::Cancel("user".into())
     }
@@ -139,6 +144,7 @@ mod source {
             ("Retracting, linked again", and(&blackout, &[lost(), LinkUp])),
             ("Committing", committing.clone()),
             ("Committing, link lost", and(&committing, &[lost()])),
+            ("Committing, lost there", and(&committing, &[gone()])),
             ("Committed", committed.clone()),
             ("Committed, dialing", and(&committed, &[lost()])),
             ("Committed, dialing since Committing", and(&committing, &[lost(), CommitWord(true)])),
@@ -181,6 +187,7 @@ mod source {
             ("said Report", said(ToSource::Report(vec![]))),
             ("said Abort", said(ToSource::Abort { reason: "no".into() })),
             ("said Pong", said(ToSource::Pong(1))),
+            ("said Lost", gone()),
         ]
     }
 
@@ -252,7 +259,7 @@ mod source {
 
     #[test]
     fn the_pause_between_attempts_grows_to_its_limit_and_only_a_full_answer_resets_it() {
-        let mut machine = arrive(&paths().swap_remove(14).1);
+        let mut machine = arrive(&paths().swap_remove(15).1);
         let mut pauses = Vec::new();
         for attempt in 0..9 {
             machine.handle(NOW, lost());
@@ -307,6 +314,10 @@ mod destination {
         DestinationEvent::LedgerFull { settled: PAGES }
     }
 
+    fn failed() -> DestinationEvent {
+        DestinationEvent::GuestFailed("no".into())
+    }
+
     fn abort() -> DestinationEvent {
         said(ToDestination::Abort { reason: "no".into() })
     }
@@ -339,6 +350,8 @@ mod destination {
             ("Full", filled.clone()),
             ("Full, no link", and(&filled, &[lost()])),
             ("Full, released", and(&filled, &[released])),
+            ("Failed", and(&running, &[lost(), failed()])),
+            ("Failed in doubt", and(&in_doubt, &[lost(), failed()])),
             ("Over", vec![abort()]),
         ]
     }
@@ -353,6 +366,7 @@ mod destination {
             ("Restored", DestinationEvent::Restored),
             ("RestoreFailed", DestinationEvent::RestoreFailed("no".into())),
             ("Entered", DestinationEvent::Entered(NOW)),
+            ("GuestFailed", failed()),
             ("LedgerFull", full()),
             ("ReportReady", DestinationEvent::ReportReady(vec![])),
             ("Cancel", DestinationEvent::Cancel("user".into())),

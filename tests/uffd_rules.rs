@@ -747,13 +747,14 @@ fn raw_memfd(mode: RegisterMode) -> (Arc<GuestRam>, Uffd) {
         .require_features(FeatureFlags::from_bits_retain(features))
         .create()
         .unwrap();
-    uffd.register_with_mode(ram.host_start().as_ptr().cast(), ram.len(), mode).unwrap();
+    let all = &ram.segments()[0];
+    uffd.register_with_mode(all.start().as_ptr().cast(), all.bytes(), mode).unwrap();
     (ram, uffd)
 }
 
 /// Whether the kernel traps missing pages of this mapping.
 fn is_trapped(ram: &GuestRam) -> bool {
-    let start = format!("{:x}-", ram.host_start().as_ptr() as usize);
+    let start = format!("{:x}-", ram.segments()[0].start().as_ptr() as usize);
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
     let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("the mapping");

@@ -12,13 +12,15 @@ use super::message::{
 use super::socket::{Connection, SocketError};
 use crate::memory::ram::{GuestRam, RamError};
 use crate::proto::layout::MemoryLayout;
-use crate::proto::page::PageIndex;
+use crate::proto::page::{PAGE_SIZE, PageIndex};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use vm_memory::FileOffset;
 
 /// The longest wait for an answer of the VMM.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -143,7 +145,12 @@ impl Attached {
         };
         let [memory, word] = received.descriptors::<2>().map_err(broke)?;
         seal(&memory)?;
-        let ram = Arc::new(GuestRam::attach_read_only(welcome.layout, memory)?);
+        let memory = Arc::new(File::from(memory));
+        let files = welcome.layout.region_runs().map(|(_, run)| {
+            FileOffset::from_arc(memory.clone(), run.first().get() * PAGE_SIZE as u64)
+        });
+        let files = files.collect();
+        let ram = Arc::new(GuestRam::attach_read_only(welcome.layout, files)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
         Ok(Self { ram, machine: welcome.machine, guest: welcome.guest, word, connection })
     }

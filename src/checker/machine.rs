@@ -181,7 +181,7 @@ pub(super) fn clock(found: &Page) -> Page {
         // The multiplier's highest bit is set, the shift is small, two flags are defined.
         let shift = (found[3] >> 32) as u8 as i8;
         let plausible = (-31..=31).contains(&shift);
-        let kept = if plausible { 0x3_FF_FFFF_FFFF } else { 0x3_00_FFFF_FFFF };
+        let kept = if plausible { 0x03FF_FFFF_FFFF } else { 0x0300_FFFF_FFFF };
         words[3] = found[3] & kept | 1 << 31;
     }
     // Stolen time: nanoseconds; version and flags; whether the vCPU is preempted (1), and
@@ -200,11 +200,11 @@ mod tests {
     fn a_clock_is_taken_if_it_is_one() {
         let mut page = [0; WORDS];
         assert_eq!(clock(&page), page);
-        page[..4].copy_from_slice(&[6, 1 << 40, 5_000_000, 0x1_FF_8000_0001]);
+        page[..4].copy_from_slice(&[6, 1 << 40, 5_000_000, 0x01FF_8000_0001]);
         page[8..11].copy_from_slice(&[123, 4, 1]);
         assert_eq!(clock(&page), page);
         let wrong =
-            [(0, 7), (0, 1 << 32), (3, 1), (3, 0x40_8000_0000), (9, 3), (9, 1 << 32), (10, 4)];
+            [(0, 7), (0, 1 << 32), (3, 1), (3, 0x0040_8000_0000), (9, 3), (9, 1 << 32), (10, 4)];
         for (word, value) in wrong.into_iter().chain([(4, 1), (7, 1), (11, 1), (511, 1)]) {
             let mut wrong = page;
             wrong[word] = value;

@@ -327,11 +327,11 @@ fn finished_kvm(small_pages: bool) -> Simulated {
     for page in (64..69).chain([72, 76, 80]) {
         guest.pages[page] = [0; WORDS];
     }
-    let table = |page: u64| page * 4096 | 0x27;
+    let table = |page: u64| (page * 4096) | 0x27;
     (guest.pages[64][0], guest.pages[65][0], guest.pages[65][1]) =
         (table(65), table(66), table(80));
     guest.pages[66][1] = 0xFEE0_00F7;
-    let leaf = |first: u64| std::array::from_fn(|i| (first + i as u64) * 4096 | 0x67);
+    let leaf = |first: u64| std::array::from_fn(|i| ((first + i as u64) * 4096) | 0x67);
     let mut last: Page = leaf(512);
     last[301..].fill(0);
     if small_pages {

@@ -60,3 +60,6 @@ pub fn prepare_guest(
         (GuestKind::Process, _) => Box::new(ProcessGuest::prepare(ram, workload)?),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,3 +3,7 @@
 pub mod limits;
 pub mod ram;
 pub mod scan;
+pub mod segment;
+
+#[cfg(test)]
+mod properties;

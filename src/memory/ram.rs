@@ -3,15 +3,18 @@
 //! It knows addresses and file descriptors; it does not know which pages are
 //! valid (the ledgers do) nor how a missing page is trapped (`uffd` does).
 
-use crate::proto::layout::MemoryLayout;
+use super::segment::{Access, Segment, SegmentError};
+use crate::proto::layout::{GuestAddress, LayoutError, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use std::ffi::c_void;
-use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use nix::sys::mman::{MmapAdvise, madvise};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use vm_memory::{
+    FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 /// What a guest's memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +26,7 @@ pub enum Backing {
     Memfd,
 }
 
-/// A failure to make or map guest memory.
+/// A failure to make, map or take over guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// A memfd could not be made or sized.
@@ -42,102 +45,153 @@ pub enum RamError {
         bytes: u64,
         /// The kernel's answer.
         #[source]
-        source: nix::Error,
+        source: vm_memory::mmap::MmapRegionError,
     },
-    /// A file handed over as guest memory is shorter than the layout.
-    #[error("the guest memory file has {actual} bytes; the layout needs {expected}")]
-    FileTooShort {
-        /// The file's size.
-        actual: u64,
-        /// The layout's size.
-        expected: u64,
+    /// The regions make no layout.
+    #[error("the memory regions make no layout")]
+    Layout(#[from] LayoutError),
+    /// A region is not of a kind that can be migrated.
+    #[error("the memory region at {start:#x} cannot be migrated")]
+    Region {
+        /// Its first guest physical address.
+        start: u64,
+        /// Why not.
+        #[source]
+        source: SegmentError,
+    },
+    /// Files handed over that are not one for each region.
+    #[error("{files} files were handed over for {regions} memory regions")]
+    Files {
+        /// The files.
+        files: usize,
+        /// The regions.
+        regions: usize,
     },
 }
 
-/// A stretch of this process's address space, unmapped on drop.
-#[derive(Debug)]
-struct Mapping {
-    start: NonNull<c_void>,
-    len: usize,
-}
-
-// SAFETY: a mapping is a range of addresses that it alone will unmap; what is
-// read or written through it is governed by the users of `GuestRam`.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `start` and `len` came from mmap and are unmapped only here.
-        let _ = unsafe { munmap(self.start, self.len) };
-    }
-}
-
-/// A guest's memory, mapped as one contiguous range of host addresses in page
-/// order (the gaps between regions exist only in guest physical addresses).
+/// A guest's memory: the regions of a [`GuestMemoryMmap`], each a [`Segment`] of pages
+/// that are numbered on through all of them.
+///
+/// It keeps the mappings alive, and so does every [`GuestMemoryMmap`] that came in or
+/// goes out.
 #[derive(Debug)]
 pub struct GuestRam {
     layout: MemoryLayout,
-    mapping: Mapping,
-    memfd: Option<OwnedFd>,
+    pages: u64,
+    segments: Box<[Segment]>,
+    memory: GuestMemoryMmap,
 }
 
 impl GuestRam {
     /// New, zeroed memory.
     pub fn new(layout: MemoryLayout, backing: Backing) -> Result<Self, RamError> {
-        let bytes = layout.bytes();
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
         match backing {
             Backing::Memfd => {
-                let failed = |source| RamError::Memfd { bytes, source };
-                let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-                let memfd = memfd_create(c"guest-memory", flags).map_err(failed)?;
-                nix::unistd::ftruncate(&memfd, bytes as i64).map_err(failed)?;
-                Self::map_memfd(layout, memfd, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+                let memfd = Arc::new(memfd(layout.bytes())?);
+                let offset = |run: PageRun| run.first().get() * PAGE_SIZE as u64;
+                let file = |run| Some(FileOffset::from_arc(memfd.clone(), offset(run)));
+                let files = layout.region_runs().map(|(_, run)| file(run)).collect();
+                Self::map(&layout, files, protection, libc::MAP_SHARED, Access::Write)
             }
             Backing::Anonymous => {
-                let len = length(bytes)?;
-                let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-                let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-                // SAFETY: a new anonymous mapping at an address of the kernel's choice.
-                let start = unsafe { mmap_anonymous(None, len, protection, flags) }
-                    .map_err(|source| RamError::Map { bytes, source })?;
-                let mapping = Mapping { start, len: len.get() };
-                // Pages are trapped one by one; a huge page would hide 511 traps.
-                // SAFETY: the range is the mapping made above.
-                let _ = unsafe { madvise(start, len.get(), MmapAdvise::MADV_NOHUGEPAGE) };
-                Ok(Self { layout, mapping, memfd: None })
+                let files = vec![None; layout.regions().len()];
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let ram = Self::map(&layout, files, protection, flags, Access::Write)?;
+                for segment in &ram.segments {
+                    let start = segment.start().cast();
+                    // Pages are trapped one by one; a huge page would hide 511 traps.
+                    // SAFETY: the range is a mapping made above.
+                    let _ = unsafe { madvise(start, segment.bytes(), MmapAdvise::MADV_NOHUGEPAGE) };
+                }
+                Ok(ram)
             }
         }
     }
 
-    /// Maps a memfd that another process handed over, for reading only, so that a
-    /// write through it is a fault and not a silent change of a frozen guest.
-    pub fn attach_read_only(layout: MemoryLayout, memfd: OwnedFd) -> Result<Self, RamError> {
-        Self::map_memfd(layout, memfd, ProtFlags::PROT_READ)
+    /// The memory that a VMM has already. It stays the VMM's as well: both keep it mapped.
+    ///
+    /// # Errors
+    /// A region that is not made of 4 KiB pages, not writable, or neither private anonymous
+    /// memory nor a shared mapping of a file.
+    pub fn from_guest_memory(memory: GuestMemoryMmap) -> Result<Self, RamError> {
+        Self::over(memory, Access::Write)
     }
 
-    fn map_memfd(
+    /// Maps memory that another process handed over, for reading only, so that a write
+    /// through it is a fault and not a silent change of a frozen guest. There is a file,
+    /// and where in it the region begins, for each region of `layout`; several may have
+    /// the same file.
+    ///
+    /// # Errors
+    /// Files that do not fit the layout, or that cannot be mapped.
+    pub fn attach_read_only(
         layout: MemoryLayout,
-        memfd: OwnedFd,
-        protection: ProtFlags,
+        files: Vec<FileOffset>,
     ) -> Result<Self, RamError> {
-        let expected = layout.bytes();
-        let actual = nix::sys::stat::fstat(&memfd)
-            .map_err(|source| RamError::Map { bytes: expected, source })?
-            .st_size as u64;
-        if actual < expected {
-            return Err(RamError::FileTooShort { actual, expected });
-        }
-        let mapping = map_shared(&memfd, expected, protection)?;
-        Ok(Self { layout, mapping, memfd: Some(memfd) })
+        let files = files.into_iter().map(Some).collect();
+        Self::map(&layout, files, libc::PROT_READ, libc::MAP_SHARED, Access::Read)
     }
 
-    /// A second, writable mapping of the same memfd, at other addresses.
+    /// A second, writable mapping of the same files, at other addresses; `None` for
+    /// memory without files.
     pub fn alias(&self) -> Option<Result<GuestRam, RamError>> {
-        let memfd = self.memfd.as_ref()?.try_clone().ok()?;
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        Some(Self::map_memfd(self.layout.clone(), memfd, protection))
+        let files: Vec<_> = self.segments.iter().map(|of| of.file().cloned()).collect();
+        if files.iter().any(Option::is_none) {
+            return None;
+        }
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        Some(Self::map(&self.layout, files, protection, libc::MAP_SHARED, Access::Write))
+    }
+
+    fn map(
+        layout: &MemoryLayout,
+        files: Vec<Option<FileOffset>>,
+        protection: i32,
+        flags: i32,
+        access: Access,
+    ) -> Result<Self, RamError> {
+        if files.len() != layout.regions().len() {
+            let regions = layout.regions().len();
+            return Err(RamError::Files { files: files.len(), regions });
+        }
+        let mut regions = Vec::new();
+        for ((region, run), file) in layout.region_runs().zip(files) {
+            let flags = flags | libc::MAP_NORESERVE;
+            let mapping = MmapRegion::build(file, run.bytes(), protection, flags)
+                .map_err(|source| RamError::Map { bytes: run.bytes() as u64, source })?;
+            let region = GuestRegionMmap::new(mapping, vm_memory::GuestAddress(region.start.0));
+            // A layout's regions do not overflow.
+            regions.extend(region);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).unwrap_or_default();
+        Self::over(memory, access)
+    }
+
+    fn over(memory: GuestMemoryMmap, access: Access) -> Result<Self, RamError> {
+        let regions = memory.iter().map(|region| Region {
+            start: GuestAddress(region.start_addr().0),
+            pages: region.len() / PAGE_SIZE as u64,
+        });
+        let regions: Vec<Region> = regions.collect();
+        let mut segments: Vec<Segment> = Vec::new();
+        let mut next = PageIndex::new(0);
+        for region in memory.iter() {
+            let start = region.start_addr().0;
+            let refused = |source| RamError::Region { start, source };
+            // The only way to a region that is shared.
+            let taken = memory.remove_region(region.start_addr(), region.len());
+            let (_, region) = taken.map_err(|_| refused(SegmentError::Unaligned))?;
+            let segment = Segment::new(region, next, access).map_err(refused)?;
+            for other in &segments {
+                segment.check_apart(other).map_err(refused)?;
+            }
+            next = PageIndex::new(segment.run().end());
+            segments.push(segment);
+        }
+        let layout = MemoryLayout::new(regions)?;
+        let pages = layout.pages();
+        Ok(Self { layout, pages, segments: segments.into(), memory })
     }
 
     /// The regions.
@@ -145,40 +199,99 @@ impl GuestRam {
         &self.layout
     }
 
-    /// The memfd behind it, if there is one.
+    /// The same memory for a VMM; it stays mapped as long as either is held. Memory that
+    /// was attached read-only must not be written through it.
+    pub fn guest_memory(&self) -> GuestMemoryMmap {
+        self.memory.clone()
+    }
+
+    /// The regions as they are mapped, in page order.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The one file that holds all regions one after another, if that is how it is.
     pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
-        self.memfd.as_ref().map(AsFd::as_fd)
+        let (first, _) = self.segments.first()?.file_at(PageIndex::new(0))?;
+        let all = self.segments.iter().all(|segment| {
+            let at = segment.run().first();
+            let file = segment.file_at(at);
+            file.is_some_and(|(file, offset)| {
+                std::ptr::eq(file, first) && offset == at.get() * PAGE_SIZE as u64
+            })
+        });
+        all.then(|| first.as_fd())
     }
 
-    /// Where the mapping begins.
-    pub fn host_start(&self) -> NonNull<u8> {
-        self.mapping.start.cast()
+    /// Whether nobody else holds any of the mappings.
+    pub(crate) fn is_only_holder(&self) -> bool {
+        self.segments.iter().all(|segment| {
+            // Held by `memory` and by the segment, and its mapping by itself and here.
+            let region = segment.region();
+            Arc::strong_count(region) == 2 && Arc::strong_count(&region.get_mmap()) == 2
+        })
     }
 
-    /// The bytes mapped.
-    pub fn len(&self) -> usize {
-        self.mapping.len
+    /// The segment that `page` is in.
+    ///
+    /// # Panics
+    /// If the layout has no such page: callers have checked what a peer sent.
+    #[inline]
+    pub fn segment_of(&self, page: PageIndex) -> &Segment {
+        assert!(page.get() < self.pages, "{page} is not in the layout");
+        match &*self.segments {
+            [only] => only,
+            all => &all[all.partition_point(|of| of.run().end() <= page.get())],
+        }
     }
 
-    /// Never: a layout has at least one page.
-    pub fn is_empty(&self) -> bool {
-        false
+    /// As much of `run` as lies in one segment, from its first page on, and the segment.
+    ///
+    /// # Panics
+    /// If the first page is not in the layout.
+    #[inline]
+    pub fn first_part(&self, run: PageRun) -> (&Segment, PageRun) {
+        let segment = self.segment_of(run.first());
+        let count = run.count().min(segment.run().end() - run.first().get());
+        // At least one page: the first is in the segment.
+        (segment, PageRun::new(run.first(), count).unwrap_or(run))
+    }
+
+    /// `run`, split where one segment ends and another begins.
+    ///
+    /// # Panics
+    /// When it comes to a page that is not in the layout.
+    pub fn parts(&self, run: PageRun) -> impl Iterator<Item = (&Segment, PageRun)> {
+        let mut rest = Some(run);
+        std::iter::from_fn(move || {
+            let run = rest?;
+            let (segment, part) = self.first_part(run);
+            let left = run.count() - part.count();
+            rest = PageRun::new(PageIndex::new(part.end()), left);
+            Some((segment, part))
+        })
     }
 
     /// The host address of a page.
     ///
     /// # Panics
     /// If the layout has no such page: callers have checked what a peer sent.
+    #[inline]
     pub fn page_ptr(&self, page: PageIndex) -> NonNull<u8> {
-        assert!(page.get() < self.layout.pages(), "{page} is not in the layout");
-        // SAFETY: in bounds of the mapping by the check above.
-        unsafe { self.host_start().add(page.as_usize() * PAGE_SIZE) }
+        let segment = self.segment_of(page);
+        // SAFETY: in bounds of the segment's mapping: the page is one of it.
+        unsafe { segment.start().add(segment.offset_of(page)) }
     }
 
-    /// The page that a host address of this mapping lies in.
+    /// The page that a host address of one of the mappings lies in.
+    #[inline]
     pub fn page_of_host(&self, address: usize) -> Option<PageIndex> {
-        let offset = address.checked_sub(self.host_start().as_ptr() as usize)?;
-        (offset < self.mapping.len).then(|| PageIndex::new((offset / PAGE_SIZE) as u64))
+        self.segments.iter().find_map(|segment| segment.page_of_host(address))
+    }
+
+    /// The runs of pages between two host addresses, one for each segment there.
+    pub fn runs_between(&self, start: usize, end: usize) -> impl Iterator<Item = PageRun> {
+        self.segments.iter().filter_map(move |segment| segment.run_between(start, end))
     }
 
     /// Copies a run out. The content is torn if the guest writes to it meanwhile.
@@ -186,11 +299,16 @@ impl GuestRam {
     /// # Panics
     /// If the run is not in the layout, or `into` is not of its size.
     pub fn read_run(&self, run: PageRun, into: &mut [u8]) {
-        assert!(run.end() <= self.layout.pages() && into.len() == run.bytes());
-        let from = self.page_ptr(run.first());
-        // SAFETY: both ranges are of this length and valid; guest memory and an
-        // exclusive slice of ours do not overlap.
-        unsafe { from.copy_to_nonoverlapping(NonNull::from(into).cast(), run.bytes()) };
+        assert!(run.end() <= self.pages && into.len() == run.bytes());
+        let mut rest = into;
+        for (_, part) in self.parts(run) {
+            let (here, behind) = rest.split_at_mut(part.bytes());
+            let from = self.page_ptr(part.first());
+            // SAFETY: both ranges are of this length and valid; guest memory and an
+            // exclusive slice of ours do not overlap.
+            unsafe { from.copy_to_nonoverlapping(NonNull::from(here).cast(), part.bytes()) };
+            rest = behind;
+        }
     }
 
     /// Copies a run in. Only for memory that is not registered with userfaultfd,
@@ -199,10 +317,15 @@ impl GuestRam {
     /// # Panics
     /// If the run is not in the layout, or `from` is not of its size.
     pub fn write_run(&self, run: PageRun, from: &[u8]) {
-        assert!(run.end() <= self.layout.pages() && from.len() == run.bytes());
-        let to = self.page_ptr(run.first());
-        // SAFETY: as in `read_run`.
-        unsafe { to.copy_from_nonoverlapping(NonNull::from(from).cast(), run.bytes()) };
+        assert!(run.end() <= self.pages && from.len() == run.bytes());
+        let mut rest = from;
+        for (_, part) in self.parts(run) {
+            let (here, behind) = rest.split_at(part.bytes());
+            let to = self.page_ptr(part.first());
+            // SAFETY: as in `read_run`.
+            unsafe { to.copy_from_nonoverlapping(NonNull::from(here).cast(), part.bytes()) };
+            rest = behind;
+        }
     }
 }
 
@@ -214,13 +337,14 @@ pub struct FrozenRun {
 }
 
 impl FrozenRun {
-    /// The bytes of `run`; `None` if it is not in the layout.
+    /// The bytes of `run`; `None` if it does not lie in one segment.
     ///
     /// # Safety
     /// Nothing may write to these pages as long as the value lives: the guest is
     /// paused here for good, or until every such value is gone.
     pub unsafe fn new(ram: Arc<GuestRam>, run: PageRun) -> Option<Self> {
-        (run.end() <= ram.layout.pages()).then_some(Self { ram, run })
+        let whole = run.end() <= ram.pages && ram.first_part(run).1 == run;
+        whole.then_some(Self { ram, run })
     }
 }
 
@@ -233,20 +357,13 @@ impl AsRef<[u8]> for FrozenRun {
     }
 }
 
-fn length(bytes: u64) -> Result<NonZeroUsize, RamError> {
-    usize::try_from(bytes)
-        .ok()
-        .and_then(NonZeroUsize::new)
-        .ok_or(RamError::Map { bytes, source: nix::Error::EINVAL })
-}
-
-fn map_shared(memfd: &OwnedFd, bytes: u64, protection: ProtFlags) -> Result<Mapping, RamError> {
-    let len = length(bytes)?;
-    let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice.
-    let start = unsafe { mmap(None, len, protection, flags, memfd, 0) }
-        .map_err(|source| RamError::Map { bytes, source })?;
-    Ok(Mapping { start, len: len.get() })
+/// A new file in memory, all of it a hole.
+fn memfd(bytes: u64) -> Result<File, RamError> {
+    let failed = |source| RamError::Memfd { bytes, source };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let memfd = memfd_create(c"guest-memory", flags).map_err(failed)?;
+    nix::unistd::ftruncate(&memfd, bytes as i64).map_err(failed)?;
+    Ok(memfd.into())
 }
 
 #[cfg(test)]
@@ -266,5 +383,18 @@ mod tests {
         let address = ram.page_ptr(PageIndex::new(3)).as_ptr() as usize;
         assert_eq!(ram.page_of_host(address + 4095), Some(PageIndex::new(3)));
         assert_eq!(ram.page_of_host(address + 4096), None);
+    }
+
+    #[test]
+    fn the_last_holder_of_the_mappings_is_known() {
+        let ram = GuestRam::new(MemoryLayout::flat(4).unwrap(), Backing::Anonymous).unwrap();
+        assert!(ram.is_only_holder());
+        let memory = ram.guest_memory();
+        assert!(!ram.is_only_holder());
+        let mapping = memory.iter().next().unwrap().get_mmap();
+        drop(memory);
+        assert!(!ram.is_only_holder());
+        drop(mapping);
+        assert!(ram.is_only_holder());
     }
 }

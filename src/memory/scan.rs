@@ -16,14 +16,18 @@
 //!   costs page tables only, but for all of memory they add up.
 
 use super::ram::GuestRam;
+use super::segment::Segment;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+/// How far one question to the kernel goes.
+const STEP_PAGES: u64 = 512;
 
 /// Why a page is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,7 +52,7 @@ pub struct ScanError {
 /// A walk over guest memory, in rising page order, that finds all zero pages.
 pub struct ZeroScan {
     ram: Arc<GuestRam>,
-    /// Only for memory without a memfd.
+    /// Only if some memory has no file.
     pagemap: Option<File>,
     /// The next page to look at.
     next: u64,
@@ -59,13 +63,12 @@ pub struct ZeroScan {
 impl ZeroScan {
     /// A scan of all of `ram`.
     pub fn new(ram: Arc<GuestRam>) -> Result<Self, ScanError> {
-        let pagemap = match ram.memfd() {
-            Some(_) => None,
-            None => {
-                let at = PageIndex::new(0);
-                let opened = File::open("/proc/self/pagemap");
-                Some(opened.map_err(|source| ScanError { at, source })?)
-            }
+        let pagemap = if ram.segments().iter().all(|segment| segment.file().is_some()) {
+            None
+        } else {
+            let at = PageIndex::new(0);
+            let opened = File::open("/proc/self/pagemap");
+            Some(opened.map_err(|source| ScanError { at, source })?)
         };
         Ok(Self { ram, pagemap, next: 0, data_end: 0 })
     }
@@ -85,13 +88,9 @@ impl ZeroScan {
         while self.next < pages && budget > 0 {
             if self.next == self.data_end {
                 budget -= 1;
-                let hole_end = self.data_from(self.next)?.unwrap_or(pages);
-                push(&mut found, self.next, hole_end, Kind::Hole);
-                self.next = hole_end;
-                self.data_end = hole_end;
-                if hole_end < pages {
-                    self.data_end = self.hole_from(hole_end)?;
-                }
+                let data = self.look(self.next)?;
+                push(&mut found, self.next, data.start, Kind::Hole);
+                (self.next, self.data_end) = (data.start, data.end);
                 continue;
             }
             let end = self.data_end.min(self.next.saturating_add(budget));
@@ -130,75 +129,73 @@ impl ZeroScan {
         true
     }
 
-    /// The first page of data at or behind `page`.
-    fn data_from(&self, page: u64) -> Result<Option<u64>, ScanError> {
-        let end = self.ram.layout().pages();
-        let found = match (&self.pagemap, self.ram.memfd()) {
-            (Some(pagemap), _) => Some(self.touched(pagemap, page, true)?),
-            (None, Some(memfd)) => seek(memfd, page, Whence::SeekData)?,
-            (None, None) => Some(page),
-        };
-        // The file may be longer than the layout.
-        Ok(found.filter(|&page| page < end))
-    }
-
-    /// The first page that may be a hole behind the data page `page`, or an earlier one if
-    /// that is far away, or the end of memory.
-    fn hole_from(&self, page: u64) -> Result<u64, ScanError> {
-        let end = self.ram.layout().pages();
-        let found = match (&self.pagemap, self.ram.memfd()) {
-            (Some(pagemap), _) => Some(self.touched(pagemap, page, false)?),
-            (None, Some(_)) => Some(self.resident_until(page)?),
-            (None, None) => None,
-        };
-        Ok(found.unwrap_or(end).min(end))
-    }
-
-    /// How far data surely goes from the data page `page` on, a step at most. A page that
-    /// is not resident may be a hole or swapped out; `SEEK_DATA` tells, and is asked next.
-    fn resident_until(&self, page: u64) -> Result<u64, ScanError> {
-        const STEP_PAGES: u64 = 512;
-        let count = (self.ram.layout().pages() - page).min(STEP_PAGES) as usize;
-        let mut resident = [0u8; STEP_PAGES as usize];
-        let start = self.ram.page_ptr(PageIndex::new(page)).as_ptr().cast();
-        // SAFETY: the range is mapped, and there is a byte for each of its pages.
-        let done = unsafe { libc::mincore(start, count * PAGE_SIZE, resident.as_mut_ptr()) };
-        if done != 0 {
-            let source = io::Error::last_os_error();
-            return Err(ScanError { at: PageIndex::new(page), source });
+    /// The data at or behind `page`, up to where it is sure to be data; up to it there is a
+    /// hole. It is empty where nothing is known yet but the hole before it. It does not go
+    /// beyond a segment.
+    fn look(&self, page: u64) -> Result<Range<u64>, ScanError> {
+        let segment = self.ram.segment_of(PageIndex::new(page));
+        let end = segment.run().end();
+        if segment.file().is_some() {
+            let start = data_in_file(segment, page)?.unwrap_or(end);
+            let data_end = if start < end { resident_until(segment, start)? } else { end };
+            return Ok(start..data_end);
         }
-        let resident = resident[..count].iter().take_while(|of| **of & 1 == 1).count();
-        Ok(page + resident.max(1) as u64)
-    }
-
-    /// The first page at or behind `page` that was ever touched, or was not; or
-    /// an earlier page if it is far away, so that a step stays short: the next step
-    /// then goes on from there.
-    fn touched(&self, pagemap: &File, page: u64, wanted: bool) -> Result<u64, ScanError> {
-        const ENTRY: usize = 8;
-        const STEP_PAGES: u64 = 512;
-        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-        let base = (self.ram.host_start().as_ptr() as usize / PAGE_SIZE) as u64;
-        let count = (self.ram.layout().pages() - page).min(STEP_PAGES);
-        let mut entries = [0; STEP_PAGES as usize * ENTRY];
-        let entries = &mut entries[..count as usize * ENTRY];
-        pagemap
-            .read_exact_at(entries, (base + page) * ENTRY as u64)
-            .map_err(|source| ScanError { at: PageIndex::new(page), source })?;
-        let (entries, _) = entries.as_chunks::<ENTRY>();
-        let touched = |entry: &[u8; ENTRY]| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
-        let found = entries.iter().position(|entry| touched(entry) == wanted);
-        Ok(page + found.map_or(count, |index| index as u64))
+        let Some(pagemap) = &self.pagemap else { return Ok(page..end) };
+        let start = touched(pagemap, segment, page, true)?;
+        let data_end = if start < end { touched(pagemap, segment, start, false)? } else { end };
+        Ok(start..data_end)
     }
 }
 
-fn seek(memfd: BorrowedFd<'_>, page: u64, whence: Whence) -> Result<Option<u64>, ScanError> {
-    match lseek(memfd, (page * PAGE_SIZE as u64) as i64, whence) {
-        Ok(offset) => Ok(Some(offset as u64 / PAGE_SIZE as u64)),
+/// The first page of data at or behind `page` in its segment.
+fn data_in_file(segment: &Segment, page: u64) -> Result<Option<u64>, ScanError> {
+    let at = PageIndex::new(page);
+    let Some((file, offset)) = segment.file_at(at) else { return Ok(Some(page)) };
+    match lseek(file, offset as i64, Whence::SeekData) {
+        // It may be in another segment's part of the file, or behind all of them.
+        Ok(found) => Ok(segment.page_of_file(found as u64).map(PageIndex::get)),
         // No data behind here.
         Err(Errno::ENXIO) => Ok(None),
-        Err(errno) => Err(ScanError { at: PageIndex::new(page), source: errno.into() }),
+        Err(errno) => Err(ScanError { at, source: errno.into() }),
     }
+}
+
+/// How far data surely goes from the data page `page` on, a step at most. A page that
+/// is not resident may be a hole or swapped out; `SEEK_DATA` tells, and is asked next.
+fn resident_until(segment: &Segment, page: u64) -> Result<u64, ScanError> {
+    let count = (segment.run().end() - page).min(STEP_PAGES) as usize;
+    let mut resident = [0u8; STEP_PAGES as usize];
+    let start = segment.address_of(PageIndex::new(page));
+    // SAFETY: the range is mapped, and there is a byte for each of its pages.
+    let done = unsafe {
+        libc::mincore(start as *mut libc::c_void, count * PAGE_SIZE, resident.as_mut_ptr())
+    };
+    if done != 0 {
+        let source = io::Error::last_os_error();
+        return Err(ScanError { at: PageIndex::new(page), source });
+    }
+    let resident = resident[..count].iter().take_while(|of| **of & 1 == 1).count();
+    Ok(page + resident.max(1) as u64)
+}
+
+/// The first page at or behind `page` that was ever touched, or was not; or an earlier
+/// page if it is far away, so that a step stays short: the next step then goes on from
+/// there.
+fn touched(pagemap: &File, segment: &Segment, page: u64, wanted: bool) -> Result<u64, ScanError> {
+    const ENTRY: usize = 8;
+    const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+    let at = PageIndex::new(page);
+    let number = (segment.address_of(at) / PAGE_SIZE) as u64;
+    let count = (segment.run().end() - page).min(STEP_PAGES);
+    let mut entries = [0; STEP_PAGES as usize * ENTRY];
+    let entries = &mut entries[..count as usize * ENTRY];
+    pagemap
+        .read_exact_at(entries, number * ENTRY as u64)
+        .map_err(|source| ScanError { at, source })?;
+    let (entries, _) = entries.as_chunks::<ENTRY>();
+    let touched = |entry: &[u8; ENTRY]| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
+    let found = entries.iter().position(|entry| touched(entry) == wanted);
+    Ok(page + found.map_or(count, |index| index as u64))
 }
 
 /// Adds pages `first..end`, growing the last run if they continue it.
@@ -299,9 +296,9 @@ mod tests {
         let long = GuestRam::new(MemoryLayout::flat(8).unwrap(), Backing::Memfd).unwrap();
         write(&long, 2, 0, 1);
         write(&long, 7, 0, 1);
-        let memfd = long.memfd().unwrap().try_clone_to_owned().unwrap();
+        let file = long.segments()[0].file().unwrap().clone();
         let layout = MemoryLayout::flat(4).unwrap();
-        let short = Arc::new(GuestRam::attach_read_only(layout, memfd).unwrap());
+        let short = Arc::new(GuestRam::attach_read_only(layout, vec![file]).unwrap());
         assert_eq!(scan_all(&short, 100), vec![(run(0, 2), Kind::Hole), (run(3, 1), Kind::Hole)]);
     }
 

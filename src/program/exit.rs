@@ -29,7 +29,7 @@ pub enum Failure {
         /// Why the guest does not run on.
         stranded: String,
     },
-    /// After the commit, and the link did not come back.
+    /// After the commit: the link did not come back, or the guest cannot go on there.
     #[error("the migration was lost after the commit: {0}")]
     Lost(String),
     /// A page is not what it should be.

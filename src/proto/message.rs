@@ -215,6 +215,12 @@ pub enum ToSource {
     },
     /// Answer to `Ping`.
     Pong(u64),
+    /// The guest cannot go on at the destination, and may not anywhere else: said from
+    /// `Ready` on; the last message.
+    Lost {
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A message that no honest peer of this version sends.
@@ -297,7 +303,7 @@ impl ToSource {
     pub fn decode(body: &[u8]) -> Result<Self, MessageError> {
         let message = exactly(body)?;
         match &message {
-            Self::Abort { reason } if reason.len() > TEXT_MAX => {
+            Self::Abort { reason } | Self::Lost { reason } if reason.len() > TEXT_MAX => {
                 Err(MessageError::FieldTooLong("a reason"))
             }
             Self::Refuse(mismatch)
@@ -308,6 +314,7 @@ impl ToSource {
                 Err(MessageError::FieldTooLong("a refusal"))
             }
             Self::Abort { reason } => Ok(Self::Abort { reason: printable(reason.clone()) }),
+            Self::Lost { reason } => Ok(Self::Lost { reason: printable(reason.clone()) }),
             Self::Refuse(Mismatch { field, source_value, destination_value }) => {
                 Ok(Self::Refuse(Mismatch {
                     field: printable(field.clone()),
@@ -358,6 +365,7 @@ mod tests {
             ToSource::Drained { settled: 3 },
             ToSource::Report(vec![b'{', b'}']),
             ToSource::Abort { reason: "no".into() },
+            ToSource::Lost { reason: "no".into() },
             ToSource::Pong(300),
         ];
         let mut golden = String::new();
@@ -394,6 +402,9 @@ mod tests {
         let body = encode(&ToSource::Abort { reason: said.clone() });
         let heard = ToSource::decode(&body[4..]);
         assert_eq!(heard, Ok(ToSource::Abort { reason: shown.clone() }));
+        let body = encode(&ToSource::Lost { reason: said.clone() });
+        let heard = ToSource::decode(&body[4..]);
+        assert_eq!(heard, Ok(ToSource::Lost { reason: shown.clone() }));
         let body = encode(&ToDestination::Abort { reason: said.clone() });
         let heard = ToDestination::decode(&body[4..]);
         assert_eq!(heard, Ok(ToDestination::Abort { reason: shown.clone() }));

@@ -97,9 +97,9 @@ impl Placer {
         assert_eq!(content.len(), run.bytes(), "content of {run:?}");
         match self.backing() {
             DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
-                self.fill("UFFDIO_COPY", run, |rest| {
-                    let offset = content.len() - rest.bytes();
-                    self.copy(rest, &content[offset..])
+                self.fill("UFFDIO_COPY", run, |part| {
+                    let done = part.first().as_usize() - run.first().as_usize();
+                    self.copy(part, &content[done * PAGE_SIZE..][..part.bytes()])
                 })
             }
             DestinationBacking::MemfdContinue => {
@@ -164,11 +164,14 @@ impl Placer {
         if self.backing() == DestinationBacking::MemfdContinue {
             self.map_again(run)?;
         }
-        let start = self.address(run);
-        self.registration.uffd().wake(start, run.bytes()).map_err(|error| {
-            let source = errno_of(&error);
-            PlaceError { operation: "UFFDIO_WAKE", run, placed: 0, source }
-        })
+        for (_, part) in self.registration.ram().parts(run) {
+            let woken = self.registration.uffd().wake(self.address(part), part.bytes());
+            woken.map_err(|error| {
+                let source = errno_of(&error);
+                PlaceError { operation: "UFFDIO_WAKE", run: part, placed: 0, source }
+            })?;
+        }
+        Ok(())
     }
 
     /// Ends trapping for all threads; everybody who waits runs on. Pages that are
@@ -217,17 +220,22 @@ impl Placer {
     /// second mapping, whose every page costs a fault and a page table entry.
     fn write(&self, run: PageRun, content: &[u8]) -> Result<(), PlaceError> {
         let failed = |source| PlaceError { operation: "pwrite", run, placed: 0, source };
-        let memfd = self.registration.ram().memfd().ok_or(failed(Errno::EBADF))?;
-        let start = run.first().get() * PAGE_SIZE as u64;
-        let mut done = 0;
-        while done < content.len() {
-            let at = (start + done as u64) as i64;
-            match nix::sys::uio::pwrite(memfd, &content[done..], at) {
-                Ok(0) => return Err(failed(Errno::EIO)),
-                Ok(written) => done += written,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(failed(errno)),
+        let mut rest = content;
+        for (segment, part) in self.registration.ram().parts(run) {
+            let (mut here, behind) = rest.split_at(part.bytes());
+            let (file, mut at) = segment.file_at(part.first()).ok_or(failed(Errno::EBADF))?;
+            while !here.is_empty() {
+                match nix::sys::uio::pwrite(file, here, at as i64) {
+                    Ok(0) => return Err(failed(Errno::EIO)),
+                    Ok(written) => {
+                        here = &here[written..];
+                        at += written as u64;
+                    }
+                    Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(failed(errno)),
+                }
             }
+            rest = behind;
         }
         Ok(())
     }
@@ -270,7 +278,9 @@ impl Placer {
     ) -> Result<Placed, PlaceError> {
         let mut placed = Placed { pages: 0, stop: None };
         while let Some(rest) = placed.rest(run) {
-            placed.stop = match attempt(rest) {
+            // The kernel takes no range that goes beyond a mapping.
+            let (_, part) = self.registration.ram().first_part(rest);
+            placed.stop = match attempt(part) {
                 Ok(bytes) if bytes >= PAGE_SIZE as u64 => {
                     placed.pages += bytes / PAGE_SIZE as u64;
                     continue;

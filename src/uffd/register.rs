@@ -146,22 +146,24 @@ pub unsafe fn register(
     backing: DestinationBacking,
     options: UffdOptions,
 ) -> Result<(Trap, Placer), RegisterError> {
-    if ram.memfd().is_some() != backing.is_memfd() {
+    if ram.segments().iter().any(|segment| segment.file().is_some() != backing.is_memfd()) {
         return Err(RegisterError::OtherBacking(backing));
     }
     prepare(&ram, backing)?;
     let mode = backing.register_mode();
     let minor = mode.contains(RegisterMode::MINOR);
     let descriptor = open(options, backing.is_memfd(), minor)?;
-    let bytes = ram.len();
-    let offered: IoctlFlags = descriptor
-        .uffd
-        .register_with_mode(ram.host_start().as_ptr().cast(), bytes, mode)
-        .map_err(|source| RegisterError::Register { backing, bytes, source })?;
-    let needed = backing.needed_ioctls();
-    if offered.bits() & needed != needed {
-        let offered = offered.bits();
-        return Err(RegisterError::MissingOperations { backing, offered, needed });
+    for segment in ram.segments() {
+        let bytes = segment.bytes();
+        let offered: IoctlFlags = descriptor
+            .uffd
+            .register_with_mode(segment.start().as_ptr().cast(), bytes, mode)
+            .map_err(|source| RegisterError::Register { backing, bytes, source })?;
+        let needed = backing.needed_ioctls();
+        if offered.bits() & needed != needed {
+            let offered = offered.bits();
+            return Err(RegisterError::MissingOperations { backing, offered, needed });
+        }
     }
     let registration = Arc::new(Registration {
         descriptor: ManuallyDrop::new(descriptor),
@@ -174,25 +176,31 @@ pub unsafe fn register(
 
 /// Sees to it that no page of a memfd is mapped before it is trapped.
 fn prepare(ram: &GuestRam, backing: DestinationBacking) -> Result<(), RegisterError> {
-    let Some(memfd) = ram.memfd() else { return Ok(()) };
-    if backing == DestinationBacking::MemfdCopy {
-        match lseek(memfd, 0, Whence::SeekData) {
-            // The file may be longer than the memory.
-            Ok(offset) if (offset as usize) < ram.len() => {
-                let page = PageIndex::new(offset as u64 / PAGE_SIZE as u64);
-                return Err(RegisterError::NotEmpty { page });
+    for segment in ram.segments() {
+        let first = segment.run().first();
+        let Some((file, begin)) = segment.file_at(first) else { continue };
+        if backing == DestinationBacking::MemfdCopy {
+            match lseek(file, begin as i64, Whence::SeekData) {
+                // The file may be longer than the memory.
+                Ok(offset) if (offset as u64) < begin + segment.bytes() as u64 => {
+                    let pages = (offset as u64 - begin) / PAGE_SIZE as u64;
+                    let page = first.checked_add(pages).unwrap_or(first);
+                    return Err(RegisterError::NotEmpty { page });
+                }
+                Ok(_) | Err(Errno::ENXIO) => {}
+                Err(errno) => return Err(RegisterError::Prepare(errno)),
             }
-            Ok(_) | Err(Errno::ENXIO) => {}
-            Err(errno) => return Err(RegisterError::Prepare(errno)),
         }
+        // What was touched through this mapping is mapped, and would not be trapped.
+        // This unmaps it and leaves the file as it is. It must be done before
+        // registering: as an event it would wait for its own reader.
+        let start = segment.start().cast();
+        // SAFETY: a whole mapping, to which no references exist; it is shared, so
+        // that no content is lost.
+        unsafe { madvise(start, segment.bytes(), MmapAdvise::MADV_DONTNEED) }
+            .map_err(RegisterError::Prepare)?;
     }
-    // What was touched through this mapping is mapped, and would not be trapped.
-    // This unmaps it and leaves the file as it is. It must be done before
-    // registering: as an event it would wait for its own reader.
-    let start = ram.host_start().cast();
-    // SAFETY: the whole mapping, to which no references exist; it is shared, so
-    // that no content is lost.
-    unsafe { madvise(start, ram.len(), MmapAdvise::MADV_DONTNEED) }.map_err(RegisterError::Prepare)
+    Ok(())
 }
 
 /// Guest memory under userfaultfd.
@@ -223,8 +231,14 @@ impl Registration {
 
     /// Ends trapping; every waiting thread runs on. What is missing is zero.
     pub(super) fn unregister(&self) -> Result<(), Errno> {
-        let start = self.ram.host_start().as_ptr().cast();
-        self.uffd().unregister(start, self.ram.len()).map_err(|error| errno_of(&error))?;
+        let mut ended = Ok(());
+        for segment in self.ram.segments() {
+            let start = segment.start().as_ptr().cast();
+            let unregistered = self.uffd().unregister(start, segment.bytes());
+            // Whoever waits in another segment must run on all the same.
+            ended = ended.and(unregistered.map_err(|error| errno_of(&error)));
+        }
+        ended?;
         self.unregistered.store(true, Ordering::Release);
         Ok(())
     }
@@ -239,7 +253,7 @@ impl Drop for Registration {
         // SAFETY: taken once, in drop.
         let ram = unsafe { ManuallyDrop::take(&mut self.ram) };
         let ended = self.unregistered.load(Ordering::Acquire);
-        let memory_is_gone = Arc::into_inner(ram).map(drop).is_some();
+        let memory_is_gone = Arc::into_inner(ram).is_some_and(|ram| ram.is_only_holder());
         if ended || memory_is_gone {
             // SAFETY: taken once, in drop.
             drop(unsafe { ManuallyDrop::take(&mut self.descriptor) });

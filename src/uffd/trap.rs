@@ -4,13 +4,14 @@
 
 use super::register::{DestinationBacking, Registration};
 use crate::memory::ram::GuestRam;
-use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use crate::proto::page::{PageIndex, PageRun};
 use nix::unistd::Pid;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use userfaultfd::{Event, EventBuffer, FaultKind, ReadWrite};
 
-/// The most events that one [`Trap::read`] returns.
+/// The most events of the kernel's that one [`Trap::read`] takes; fewer told means that
+/// there were no more.
 pub const BATCH_EVENTS_MAX: usize = 64;
 
 /// What happened to the guest's memory.
@@ -59,13 +60,16 @@ impl Trap {
         Self { registration, buffer: Mutex::new(EventBuffer::new(BATCH_EVENTS_MAX)) }
     }
 
-    /// Appends up to [`BATCH_EVENTS_MAX`] events to `events` and returns how many.
+    /// Reads up to [`BATCH_EVENTS_MAX`] events of the kernel's, appends what they tell to
+    /// `events` and returns how many that are: one removal may be several runs of pages.
     /// It never waits: 0 means that there are none now.
     pub fn read(&self, events: &mut Vec<TrapEvent>) -> Result<usize, TrapError> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let before = events.len();
         let read = self.registration.uffd().read_events(&mut buffer)?;
-        events.extend(read.map(|event| translate(self.registration.ram(), event)));
+        for event in read {
+            translate(self.registration.ram(), event, events);
+        }
         Ok(events.len() - before)
     }
 
@@ -87,62 +91,38 @@ impl AsRawFd for Trap {
     }
 }
 
-/// One event of a batch. A bad one must not cost the others: a fault event that
-/// is lost is a thread that never runs on.
-fn translate(ram: &GuestRam, event: userfaultfd::Result<Event>) -> TrapEvent {
-    match event {
+/// Appends what one event of a batch tells. A bad one must not cost the others: a fault
+/// event that is lost is a thread that never runs on.
+fn translate(ram: &GuestRam, event: userfaultfd::Result<Event>, events: &mut Vec<TrapEvent>) {
+    let told = match event {
         Ok(Event::Pagefault { kind: FaultKind::WriteProtected, .. }) => {
             TrapEvent::Unexpected("a write-protection fault, though no page is protected")
         }
         Ok(Event::Pagefault { kind, rw, addr, thread_id }) => {
-            let Some(page) = ram.page_of_host(addr as usize) else {
-                return TrapEvent::Unexpected("a fault outside guest memory");
-            };
-            let write = rw == ReadWrite::Write;
-            let minor = kind == FaultKind::Minor;
-            TrapEvent::Fault { page, write, minor, thread: Pid::from_raw(thread_id.as_raw()) }
+            match ram.page_of_host(addr as usize) {
+                Some(page) => TrapEvent::Fault {
+                    page,
+                    write: rw == ReadWrite::Write,
+                    minor: kind == FaultKind::Minor,
+                    thread: Pid::from_raw(thread_id.as_raw()),
+                },
+                None => TrapEvent::Unexpected("a fault outside guest memory"),
+            }
         }
-        Ok(Event::Remove { start, end }) => match run_between(ram, start as usize, end as usize) {
-            Some(run) => TrapEvent::Removed(run),
-            None => TrapEvent::Unexpected("a removal outside guest memory"),
-        },
+        Ok(Event::Remove { start, end }) => {
+            let before = events.len();
+            // The kernel tells of neighbours in its address space as one.
+            let runs = ram.runs_between(start as usize, end as usize);
+            events.extend(runs.map(TrapEvent::Removed));
+            if events.len() > before {
+                return;
+            }
+            TrapEvent::Unexpected("a removal outside guest memory")
+        }
         Ok(Event::Fork { .. }) => TrapEvent::Unexpected("a fork, though forks are not followed"),
         Ok(Event::Remap { .. }) => TrapEvent::Unexpected("guest memory was moved (mremap)"),
         Ok(Event::Unmap { .. }) => TrapEvent::Unexpected("guest memory was unmapped"),
         Err(_) => TrapEvent::Unexpected("an event of a kind that is not known"),
-    }
-}
-
-/// The pages of `ram` between two host addresses.
-fn run_between(ram: &GuestRam, start: usize, end: usize) -> Option<PageRun> {
-    let base = ram.host_start().as_ptr() as usize;
-    let first = start.max(base) - base;
-    let end = end.min(base + ram.len()).checked_sub(base)?.div_ceil(PAGE_SIZE) as u64;
-    let first = (first / PAGE_SIZE) as u64;
-    PageRun::new(PageIndex::new(first), end.checked_sub(first)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::ram::Backing;
-    use crate::proto::layout::MemoryLayout;
-
-    #[test]
-    fn a_range_of_addresses_is_clipped_to_guest_memory() {
-        let ram = GuestRam::new(MemoryLayout::flat(8).unwrap(), Backing::Anonymous).unwrap();
-        let base = ram.host_start().as_ptr() as usize;
-        let run = |first, count| PageRun::new(PageIndex::new(first), count);
-        let between = |from: isize, to: isize| {
-            let at = |pages: isize| base.wrapping_add_signed(pages * PAGE_SIZE as isize);
-            run_between(&ram, at(from), at(to))
-        };
-        assert_eq!(between(2, 5), run(2, 3));
-        assert_eq!(between(-3, 1), run(0, 1));
-        assert_eq!(between(7, 20), run(7, 1));
-        assert_eq!(between(8, 9), None);
-        assert_eq!(between(-2, 0), None);
-        assert_eq!(between(-4, -2), None);
-        assert_eq!(between(3, 3), None);
-    }
+    };
+    events.push(told);
 }

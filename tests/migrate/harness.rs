@@ -205,6 +205,19 @@ impl Running {
         Ended { code: status.code(), stdout, stderr }
     }
 
+    /// Waits until it is gone; whether by a kill, and not by itself.
+    pub fn wait_killed(&mut self) -> bool {
+        poll("the end of a process that was killed", SOON, || {
+            let ended = self.child.try_wait().expect("a child can be waited for")?;
+            Some(ended.code().is_none())
+        })
+    }
+
+    /// Whether it has said something with `text` in it.
+    pub fn said_so_far(&self, text: &str) -> bool {
+        self.stderr.so_far().contains(text)
+    }
+
     /// Whether it still runs.
     pub fn runs(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
@@ -238,7 +251,13 @@ impl Running {
         self.signal(Signal::SIGSTOP);
     }
 
-    fn signal(&self, signal: Signal) {
+    /// The number of its process, and of its group.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends its whole group a signal, without waiting for what comes of it.
+    pub fn signal(&self, signal: Signal) {
         // It has not been waited for, so the number is still its own.
         let group = Pid::from_raw(self.child.id() as i32);
         if let Err(error) = killpg(group, signal) {

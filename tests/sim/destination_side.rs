@@ -157,6 +157,14 @@ impl<L: Ledger> World<L> {
         self.destination.armed = timeout;
     }
 
+    /// Its vCPUs, or its traps, are at their end; before there is a doubt, it aborts.
+    pub fn guest_fails(&mut self) {
+        use DestinationState as S;
+        let state = self.destination.state();
+        self.may_be_lost |= matches!(state, Some(S::InDoubt | S::Starting | S::Running));
+        self.destination_event(DestinationEvent::GuestFailed("a vCPU broke".into()));
+    }
+
     pub fn destination_early_timer(&mut self) {
         self.destination_event(DestinationEvent::Timer);
     }
@@ -491,6 +499,8 @@ impl<L: Ledger> World<L> {
             return;
         }
         self.trace.line(self.now, format_args!("the destination dies"));
+        // Its Ready may be on the way: the source commits to nobody then.
+        self.may_be_lost |= self.destination.state() == Some(DestinationState::InDoubt);
         self.destination.crashed = true;
         if let Some(connection) = self.destination.connection.take() {
             self.network.silence(self.now, connection);

@@ -18,6 +18,8 @@ pub enum Fault {
     CrashDestination,
     CancelSource,
     CancelDestination,
+    /// The destination's engine finds that the guest cannot go on there.
+    GuestFails,
     /// The VMM takes its guest back by itself.
     TakeBack,
     /// The source's engine finds that the destination broke the protocol.
@@ -50,7 +52,7 @@ pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
     let horizon = random.pick(&[50, 400, 1_000, 2_000]);
     (0..count)
         .map(|_| {
-            let fault = match random.below(24) {
+            let fault = match random.below(25) {
                 0..7 => Fault::Cut,
                 7..10 => Fault::Outage(random.micros(0, if long { 90_000_000 } else { 3_000_000 })),
                 10..14 => Fault::CrashSource,
@@ -59,6 +61,7 @@ pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
                 17 => Fault::CancelDestination,
                 18..20 => Fault::TakeBack,
                 20..22 => Fault::Violation,
+                22 => Fault::GuestFails,
                 _ => Fault::EarlyTimer,
             };
             let after = random.pick(&[0, 0, 1, 2, 5, 20]);

@@ -107,6 +107,8 @@ fn must_happen() -> impl Iterator<Item = String> {
     let others = [
         "CrashDestination with the destination Agreed",
         "CrashDestination with the destination InDoubt",
+        "GuestFails with the destination Starting",
+        "GuestFails with the destination Running",
         "back before the loss was noticed",
         "claim of an epoch that is over",
         "late hit",

@@ -124,6 +124,8 @@ pub struct World<L> {
     plans: Vec<Plan>,
     /// An outage may outlast what the sides wait for: the guest may be lost.
     long: bool,
+    /// The destination could not go on with a guest which it may have been given.
+    pub may_be_lost: bool,
     last_fault: Duration,
 }
 
@@ -159,6 +161,7 @@ impl<L: Ledger> World<L> {
             steps: 0,
             plans,
             long,
+            may_be_lost: false,
             last_fault: Duration::ZERO,
             random,
         };
@@ -217,10 +220,11 @@ impl<L: Ledger> World<L> {
         let lost = |outcome: Option<&Outcome>| matches!(outcome, Some(Outcome::Lost(_)));
         let source_lost = lost(self.checker.outcome(Side::Source));
         let destination_lost = lost(self.checker.outcome(Side::Destination));
-        if source_lost && !self.long {
+        let may_be_lost = self.long || self.may_be_lost;
+        if source_lost && !may_be_lost {
             return self.checker.fail("the source gave the guest up");
         }
-        if destination_lost && !self.long && !self.source.may_leave_in_doubt {
+        if destination_lost && !may_be_lost && !self.source.may_leave_in_doubt {
             return self.checker.fail("the destination gave the guest up");
         }
         let duplicates = self.destination.duplicates();
@@ -409,6 +413,7 @@ impl<L: Ledger> World<L> {
             Fault::CrashDestination => self.crash_destination(),
             Fault::CancelSource => self.cancel_source(),
             Fault::CancelDestination => self.cancel_destination(),
+            Fault::GuestFails => self.guest_fails(),
             Fault::TakeBack => self.vmm_step(VmmStep::TakeBack),
             Fault::Violation => self.source_finds_violation(),
             Fault::EarlyTimer => {

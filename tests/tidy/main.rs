@@ -90,6 +90,7 @@ const UNSAFE: &[&str] = &[
     "src/engine/source/serve.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
+    "src/memory/segment.rs",
     "src/transport/socket.rs",
     "src/transport/thread.rs",
     "src/uffd/open.rs",

@@ -12,6 +12,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::task::JoinError;
 
 /// The queues of the demand streams, one for each vCPU and one for the rest.
 #[derive(Clone, Default)]
@@ -54,8 +55,14 @@ impl DemandLanes {
         serving.spawn_local(self.receive(seeds));
         let mut outgoing: Vec<_> = outgoing.into_iter().map(Some).collect();
         for _ in 0..outgoing.len() {
-            let (requests, mut pages) = self.connection.accept_bi().await.map_err(lost)?;
-            let index = usize::from(greeted(&mut pages).await?);
+            let mut opened = std::pin::pin!(self.demand_stream());
+            let (index, requests, pages) = loop {
+                tokio::select! {
+                    opened = &mut opened => break opened?,
+                    // A stream that is served already may fail before the next one opens.
+                    Some(ended) = serving.join_next() => ended_well(ended)?,
+                }
+            };
             let queue = outgoing.get_mut(index).and_then(Option::take);
             let queue = queue.ok_or_else(|| {
                 LaneError::Violation(format!("demand stream {index} opened twice or too many"))
@@ -64,9 +71,17 @@ impl DemandLanes {
             serving.spawn_local(send_requests(queue, requests));
         }
         while let Some(ended) = serving.join_next().await {
-            ended.map_err(|error| LaneError::Local(error.to_string()))??;
+            ended_well(ended)?;
         }
         Ok(())
+    }
+
+    /// The next demand stream that the source opens, and its index.
+    async fn demand_stream(&self) -> Result<(usize, SendStream, RecvStream), LaneError> {
+        let (requests, mut pages) =
+            self.connection.accept_bi().await.map_err(LaneError::lost::<quinn::ConnectionError>)?;
+        let index = greeted(&mut pages).await?;
+        Ok((usize::from(index), requests, pages))
     }
 
     /// Takes in the pages of one stream until the link is gone.
@@ -86,6 +101,10 @@ impl DemandLanes {
             }
         }
     }
+}
+
+fn ended_well(task: Result<Result<(), LaneError>, JoinError>) -> Result<(), LaneError> {
+    task.map_err(|error| LaneError::Local(error.to_string()))?
 }
 
 /// Sends the requests of one queue until its link is gone.

@@ -241,7 +241,7 @@ impl Driver {
             }
             Input::TrapsEnded(error) => {
                 let why = format!("faults of the guest can no longer be served: {error}");
-                self.outcome = Some(Outcome::Lost(why));
+                self.handle(DestinationEvent::GuestFailed(why));
             }
             Input::Guest(event) => self.guest_event(event).await,
         }
@@ -368,7 +368,8 @@ impl Driver {
                 }
             }
             GuestEvent::RunFailed(why) => {
-                self.outcome = Some(Outcome::Lost(format!("the guest does not run here: {why}")));
+                let why = format!("its vCPUs cannot be started: {why}");
+                self.handle(DestinationEvent::GuestFailed(why));
             }
             GuestEvent::WorkloadEnded => self.workload_ended = true,
             GuestEvent::Figures(figures) => {

@@ -88,8 +88,10 @@ impl PushShared {
             prepaging::Origin::Push => Origin::Push,
             prepaging::Origin::Drain => Origin::Drain,
         };
+        // Pages are sent from where they lie, so a frame's must lie in one piece.
+        let (_, run) = self.source.ram.first_part(suggestion.run);
         // Another lane or a request may have been faster; then the policy is asked anew.
-        let Some(claim) = self.source.ledger.claim_within(suggestion.run) else { return Ok(()) };
+        let Some(claim) = self.source.ledger.claim_within(run) else { return Ok(()) };
         let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
         stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
         self.source.sent(claim, PageKind::Raw, origin);

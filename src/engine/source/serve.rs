@@ -77,7 +77,7 @@ impl SourceShared {
         // SAFETY: pages are framed only after the guest was paused, and if it is ever
         // resumed here, only after the lanes are closed.
         let run = unsafe { FrozenRun::new(self.ram.clone(), claim.run()) };
-        Bytes::from_owner(run.expect("claims are in the layout"))
+        Bytes::from_owner(run.expect("a claim lies in one segment"))
     }
 
     /// Counts the claimed pages as sent.

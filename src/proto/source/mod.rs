@@ -74,6 +74,8 @@ pub struct SourceSession {
     backoff: Duration,
     deadline: Option<Duration>,
     abort_reason: String,
+    /// Why the destination gave the guest up, if it did while the commit was being made.
+    lost: Option<String>,
     actions: VecDeque<SourceAction>,
     timeline: Timeline,
     report: Option<Vec<u8>>,
@@ -95,6 +97,7 @@ impl SourceSession {
             backoff: Duration::ZERO,
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),
+            lost: None,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -155,6 +158,7 @@ impl SourceSession {
             backoff: Duration::ZERO,
             deadline: None,
             abort_reason: String::new(),
+            lost: None,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -233,6 +237,12 @@ impl SourceSession {
             (S::Unpausing, E::PauseFailed(_)) => self.finish_aborted(now),
             (S::Blackout, E::StateSent) => self.timeline.stamp(Stamp::StateSent, now),
             (S::Committing, E::CommitWord(true)) => self.committed(now),
+            (S::Committing, E::CommitWord(false)) if self.lost.is_some() => {
+                // Nobody is left there to be told.
+                let why = self.lost.take().unwrap_or_default();
+                self.abort_reason = format!("the destination gave up: {why}");
+                self.finish_aborted(now);
+            }
             (S::Committing, E::CommitWord(false)) => {
                 self.retract(now, "the VMM had already taken its guest back".into());
             }
@@ -306,7 +316,12 @@ impl SourceSession {
                 M::Progress { .. } | M::WorkloadEnded | M::Pong(_),
             ) => {}
             // The destination has heard it, too, and nobody is in doubt.
-            (S::Retracting, M::Abort { .. }) => self.finish_aborted(now),
+            (S::Retracting, M::Abort { .. } | M::Lost { .. }) => self.finish_aborted(now),
+            // The word, which is being written, decides what this means.
+            (S::Committing, M::Lost { reason }) => self.lost = Some(reason),
+            (S::Committed | S::Brownout, M::Lost { reason }) => {
+                self.finish(now, Outcome::Lost(lost_there(&reason)));
+            }
             // It is over; what matters is only that the guest is resumed.
             (S::Unpausing | S::Retracting, _) => {}
             (S::Committing | S::Committed | S::Brownout | S::Releasing, M::Abort { reason }) => {
@@ -367,6 +382,9 @@ impl SourceSession {
         self.enter(SourceState::Committed, None);
         let record = CommitRecord { session: self.session, epoch: self.epoch };
         self.committed = Some(record);
+        if let Some(why) = self.lost.take() {
+            return self.finish(now, Outcome::Lost(lost_there(&why)));
+        }
         if self.link == Link::Up {
             self.push(SourceAction::Say(ToDestination::Commit(record)));
             self.push(SourceAction::StartPush);
@@ -523,6 +541,14 @@ impl SourceSession {
     }
 }
 
+/// The guest was given away by the commit: what is left of it here may not run.
+fn lost_there(reason: &str) -> String {
+    format!(
+        "the guest cannot go on at the destination: {reason}; it is not resumed here, and \
+         nothing of its memory was released"
+    )
+}
+
 fn name_of(message: &ToSource) -> &'static str {
     match message {
         ToSource::Accept { .. } => "Accept",
@@ -536,5 +562,6 @@ fn name_of(message: &ToSource) -> &'static str {
         ToSource::Report(_) => "Report",
         ToSource::Abort { .. } => "Abort",
         ToSource::Pong(_) => "Pong",
+        ToSource::Lost { .. } => "Lost",
     }
 }

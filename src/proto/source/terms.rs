@@ -127,7 +127,8 @@ pub enum Outcome {
     Completed,
     /// Nothing was moved: the guest is whole at the source.
     Aborted(String),
-    /// The link never came back after the commit. The guest's memory is still held
-    /// at the source, and what the destination had of it there.
+    /// The link never came back after the commit, or the guest cannot go on at the
+    /// destination. Its memory is still held at the source, and what the destination had
+    /// of it there.
     Lost(String),
 }

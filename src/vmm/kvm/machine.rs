@@ -12,10 +12,7 @@ use crate::vmm::workload::{MachineForm, Workload};
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Where KVM may put three pages of its own on Intel processors.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
@@ -110,7 +107,7 @@ impl Machine {
         vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(call("KVM_CREATE_PIT2"))?;
         keep_faults_on_vcpus(&vm)?;
-        let memory = describe(&ram)?;
+        let memory = ram.guest_memory();
         set_slots(&vm, &memory)?;
 
         let mut fds = Vec::new();
@@ -245,24 +242,6 @@ impl Machine {
         let written = self.memory.write_slice(bytes, GuestAddress(address));
         written.map_err(|error| KvmError::Memory(error.into()))
     }
-}
-
-/// Guest memory as vm-memory sees it, over the mapping that `ram` owns.
-fn describe(ram: &GuestRam) -> Result<GuestMemoryMmap, KvmError> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_NORESERVE
-        | if ram.memfd().is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    let mut regions = Vec::new();
-    for (region, run) in ram.layout().region_runs() {
-        let start = ram.page_ptr(run.first()).as_ptr();
-        // SAFETY: the run lies inside ram's mapping, which the machine keeps alive for
-        // as long as this view of it.
-        let mapping = unsafe { MmapRegion::build_raw(start, run.bytes(), protection, flags) };
-        let mapping = mapping.map_err(|error| KvmError::Memory(error.into()))?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(region.start.0));
-        regions.push(region.ok_or_else(|| KvmError::Memory("a region overflows".into()))?);
-    }
-    GuestMemoryMmap::from_regions(regions).map_err(|error| KvmError::Memory(error.into()))
 }
 
 fn set_slots(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> {

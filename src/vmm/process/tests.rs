@@ -354,8 +354,9 @@ fn trapped(source: &mut ProcessGuest, uffd: &Uffd, missing: PageIndex) -> (Proce
     let state = source.capture().unwrap();
     let bytes = content(source);
     let ram = memory(Backing::Anonymous);
-    let start = ram.host_start().as_ptr();
-    uffd.register_with_mode(start.cast(), ram.len(), RegisterMode::MISSING).unwrap();
+    let all = &ram.segments()[0];
+    let start = all.start().as_ptr().cast();
+    uffd.register_with_mode(start, all.bytes(), RegisterMode::MISSING).unwrap();
     for page in all_pages().pages().filter(|&page| page != missing) {
         place(uffd, &ram, &bytes, page);
     }

@@ -30,11 +30,11 @@ impl GuestWords {
     #[inline]
     pub(super) fn word(&self, page: PageIndex, index: usize) -> &AtomicU64 {
         assert!(page.get() < self.pages && index < WORDS, "{page} has no word {index}");
-        let start = self.ram.host_start().cast::<AtomicU64>();
-        // SAFETY: the mapping holds `pages` pages of `WORDS` words each, starts at a page
-        // boundary and lives as long as `self.ram`, so the word is inside and aligned.
+        let start = self.ram.page_ptr(page).cast::<AtomicU64>();
+        // SAFETY: a page has `WORDS` words and lies at a page boundary of a mapping that lives
+        // as long as `self.ram`, so the word is inside and aligned.
         // Everything that touches guest memory while vCPUs run does so by whole aligned
         // words or only reads, so that each value is one that somebody stored.
-        unsafe { start.add(page.as_usize() * WORDS + index).as_ref() }
+        unsafe { start.add(index).as_ref() }
     }
 }

@@ -27,7 +27,7 @@ impl Clock {
             fence(Ordering::SeqCst);
             let [counter, nanoseconds, rest] = [word(1), word(2), word(3)];
             fence(Ordering::SeqCst);
-            if version % 2 == 0 && version == word(0) as u32 {
+            if version.is_multiple_of(2) && version == word(0) as u32 {
                 let [multiplier, shift, flags] = [rest, rest >> 32, rest >> 40];
                 let (multiplier, shift, flags) = (multiplier as u32, shift as i8, flags as u8);
                 return Self { version, counter, nanoseconds, multiplier, shift, flags };

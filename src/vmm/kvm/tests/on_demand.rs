@@ -1,6 +1,7 @@
 //! The guest over memory whose pages come when they are asked for, late, or never.
 
 use super::*;
+use nix::sys::mman::{MmapAdvise, madvise};
 use std::ffi::c_void;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,7 +20,9 @@ fn register(ram: &GuestRam) -> Uffd {
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
     let uffd = builder.create().unwrap();
-    uffd.register(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    for segment in ram.segments() {
+        uffd.register(segment.start().as_ptr().cast(), segment.bytes()).unwrap();
+    }
     uffd
 }
 
@@ -28,6 +31,12 @@ fn place(uffd: &Uffd, source: &GuestRam, ram: &GuestRam, page: PageIndex) {
     let (from, to) = (source.page_ptr(page).as_ptr(), ram.page_ptr(page).as_ptr());
     // SAFETY: both are whole pages; `to` is registered and missing.
     unsafe { uffd.copy(from as *const c_void, to.cast(), PAGE_SIZE, true) }.unwrap();
+}
+
+fn unregister(uffd: &Uffd, ram: &GuestRam) {
+    for segment in ram.segments() {
+        uffd.unregister(segment.start().as_ptr().cast(), segment.bytes()).unwrap();
+    }
 }
 
 /// Serves the faults of `ram` from `source`, on a thread, while the test runs.
@@ -92,7 +101,7 @@ fn serve_faults(
         });
     }
     (0..ram.layout().pages()).filter(|page| !placed.contains(page)).for_each(place);
-    uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    unregister(uffd, ram);
     placed
 }
 
@@ -260,14 +269,13 @@ fn a_lost_page_ends_the_vcpu_and_not_the_process() {
         let failure = target.failure().unwrap();
         assert!(ends.iter().any(|end| failure.contains(end)), "{failure}");
         // First of all, so that nothing can wait for a page any more.
-        uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+        unregister(&uffd, &ram);
         drop(target);
-        // SAFETY: nobody uses the memory now.
-        unsafe {
-            let start = ram.host_start().cast();
-            nix::sys::mman::madvise(start, ram.len(), nix::sys::mman::MmapAdvise::MADV_DONTNEED)
+        for segment in ram.segments() {
+            let (start, advice) = (segment.start().cast(), MmapAdvise::MADV_DONTNEED);
+            // SAFETY: nobody uses the memory now.
+            unsafe { madvise(start, segment.bytes(), advice) }.unwrap();
         }
-        .unwrap();
     }
 }
 
@@ -367,7 +375,7 @@ fn stuck_at_cpl_0_until_unregistered() {
     let (source, target, uffd, _) = stuck_at_cpl_0();
     let stuck = cannot_be_paused(&target);
     let ram = Arc::clone(target.ram());
-    uffd.unregister(ram.host_start().as_ptr().cast(), ram.len()).unwrap();
+    unregister(&uffd, &ram);
     // It reads zeroes now, which its own checks find; but it obeys.
     if stuck {
         target.stop_vcpus(Duration::from_secs(10)).unwrap();

@@ -11,6 +11,9 @@
 //!   Running --> Full: no page is missing / Drained
 //!   Full --> Over: Released / report
 //!   InDoubt --> Over: Abort
+//!   Running --> Over: the guest cannot go on / Lost
+//!   Running --> Failed: the same, without a link
+//!   Failed --> Over: Reattach / Lost
 //!   Waiting --> Over: any failure up to Restoring leaves the guest at the source
 //! ```
 //!
@@ -20,120 +23,24 @@
 //! `Full` the source is still waited for: it would take the guest for lost if it never
 //! heard that it has nothing more to give.
 //!
+//! A guest that cannot go on here, from `InDoubt` on, is lost: the source hears why, at
+//! once or in `Failed` when it has come back, and does not look for this side in vain.
+//!
 //! The contract is that of the [source's machine](super::source), with the same rule
 //! for links: only the connection that the machine was last told of, by its first
 //! message, has a say. When the source comes back before the loss of the old link was
 //! noticed, and [`may_reattach`](DestinationSession::may_reattach) says yes, `LinkLost`
 //! is fed first and then the `Reattach`.
 
-use super::message::{CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, cut};
+mod terms;
+
+pub use terms::{DestinationAction, DestinationEvent, DestinationState};
+
+use super::message::{CommitRecord, SessionId, ToDestination, ToSource, cut};
 use super::source::{Outcome, SessionLimits};
 use super::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// Where the session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum DestinationState {
-    /// No proposal yet.
-    Waiting,
-    /// The guest's shell is being made.
-    Preparing,
-    /// Faults can be served; waiting for the state.
-    Agreed,
-    /// The state is being restored.
-    Restoring,
-    /// Ready to run; whether the source committed is not known.
-    InDoubt,
-    /// Committed; the vCPUs are being started.
-    Starting,
-    /// The guest runs; pages are missing.
-    Running,
-    /// No page is missing; waiting for the source to know it.
-    Full,
-    /// The end.
-    Over,
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum DestinationEvent {
-    /// The link was lost, or the source broke the protocol on it (it is closed then).
-    LinkLost(String),
-    /// The source said something.
-    Message(ToDestination),
-    /// The guest's shell stands.
-    Prepared,
-    /// The guest of the proposal cannot be made here.
-    Refused(Mismatch),
-    /// The state is restored.
-    Restored,
-    /// The state cannot be restored.
-    RestoreFailed(String),
-    /// The first vCPU entered the guest, at this time.
-    Entered(Duration),
-    /// The ledger says that no page is missing.
-    LedgerFull {
-        /// Pages settled.
-        settled: u64,
-    },
-    /// The figures for the report are complete.
-    ReportReady(Vec<u8>),
-    /// The user wants no migration.
-    Cancel(String),
-    /// The time that `timeout` named has come.
-    Timer,
-}
-
-/// What to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DestinationAction {
-    /// Make memory, VM, vCPUs and traps for this proposal, or refuse it.
-    Prepare(Box<Hello>),
-    /// Send a control message.
-    Say(ToSource),
-    /// Take in pages and send requests of this epoch from now on.
-    OpenLanes {
-        /// The epoch.
-        epoch: u32,
-    },
-    /// Close the connection: the peer broke the protocol on it.
-    DropLink(String),
-    /// Restore this machine state; faults are served meanwhile.
-    Restore(Vec<u8>),
-    /// Let the vCPUs run.
-    RunGuest,
-    /// Send the set of settled pages as `Placed` messages, then ask again for the
-    /// pages whose requests were lost.
-    SendPlaced,
-    /// No page is missing: stop trapping.
-    Unregister,
-    /// Collect the figures for the report.
-    MakeReport,
-    /// Nothing of the guest may stay here.
-    DropGuest,
-    /// The session is over; nothing follows.
-    Finish(Outcome),
-}
-
-impl DestinationAction {
-    /// Its name, for logs: some carry megabytes.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Prepare(_) => "Prepare",
-            Self::Say(_) => "Say",
-            Self::OpenLanes { .. } => "OpenLanes",
-            Self::DropLink(_) => "DropLink",
-            Self::Restore(_) => "Restore",
-            Self::RunGuest => "RunGuest",
-            Self::SendPlaced => "SendPlaced",
-            Self::Unregister => "Unregister",
-            Self::MakeReport => "MakeReport",
-            Self::DropGuest => "DropGuest",
-            Self::Finish(_) => "Finish",
-        }
-    }
-}
 
 /// The destination's session machine.
 #[derive(Debug)]
@@ -146,6 +53,8 @@ pub struct DestinationSession {
     released: bool,
     /// Pages settled, once the ledger is full; it may be before the guest runs.
     full: Option<u64>,
+    /// Why the guest cannot go on, in `Failed`.
+    failure: String,
     deadline: Option<Duration>,
     actions: VecDeque<DestinationAction>,
     timeline: Timeline,
@@ -164,6 +73,7 @@ impl DestinationSession {
             linked: true,
             released: false,
             full: None,
+            failure: String::new(),
             deadline: Some(now + limits.handshake),
             actions: VecDeque::new(),
             timeline,
@@ -208,6 +118,7 @@ impl DestinationSession {
             (_, E::LinkLost(why)) => self.link_lost(now, why),
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
+            (_, E::GuestFailed(why)) => self.guest_failed(now, why),
 
             (S::Preparing, E::Prepared) => {
                 self.timeline.stamp(Stamp::Agreed, now);
@@ -288,7 +199,7 @@ impl DestinationSession {
             }
             (S::InDoubt, M::Commit(record)) => self.committed(now, record),
             (
-                S::InDoubt | S::Starting | S::Running | S::Full,
+                S::InDoubt | S::Starting | S::Running | S::Full | S::Failed,
                 M::Reattach { session, epoch, committed },
             ) => self.reattached(now, session, epoch, committed),
             (S::Full, M::Released) => {
@@ -330,6 +241,10 @@ impl DestinationSession {
         if !self.may_reattach(session, epoch) {
             let why = format!("link epoch {epoch} of session {session} is not one to come back in");
             return self.violated(now, why);
+        }
+        if self.state == DestinationState::Failed {
+            self.linked = true;
+            return self.lost(now);
         }
         if committed.is_none() && self.state != DestinationState::InDoubt {
             return self.violated(now, "it came back without the commit it had made".into());
@@ -393,7 +308,7 @@ impl DestinationSession {
             S::InDoubt | S::Starting | S::Running | S::Full => {
                 self.deadline = Some(now + self.limits.recovery);
             }
-            S::Over => {}
+            S::Failed | S::Over => {}
         }
     }
 
@@ -403,7 +318,8 @@ impl DestinationSession {
             DestinationState::InDoubt
             | DestinationState::Starting
             | DestinationState::Running
-            | DestinationState::Full => {
+            | DestinationState::Full
+            | DestinationState::Failed => {
                 self.push(DestinationAction::DropLink(cut(why.clone())));
                 self.link_lost(now, why);
             }
@@ -429,6 +345,7 @@ impl DestinationSession {
                 self.finish(now, Outcome::Lost(why.into()));
             }
             S::Full => self.finish(now, Outcome::Completed),
+            S::Failed => self.lost(now),
             S::Preparing | S::Restoring | S::Starting | S::Running | S::Over => {}
         }
     }
@@ -439,7 +356,30 @@ impl DestinationSession {
             S::Waiting | S::Preparing | S::Agreed | S::Restoring => self.abort(now, why),
             // The guest may be, or is, ours: it is not thrown away on a key press.
             S::InDoubt | S::Starting | S::Running | S::Full | S::Over => {}
+            S::Failed => self.lost(now),
         }
+    }
+
+    fn guest_failed(&mut self, now: Duration, why: String) {
+        use DestinationState as S;
+        match self.state {
+            S::Waiting | S::Preparing | S::Agreed | S::Restoring => self.abort(now, why),
+            S::InDoubt | S::Starting | S::Running => {
+                self.failure = why;
+                if self.linked {
+                    return self.lost(now);
+                }
+                self.enter(S::Failed, self.deadline);
+            }
+            // It has all its memory, or is given up already.
+            S::Full | S::Failed | S::Over => {}
+        }
+    }
+
+    fn lost(&mut self, now: Duration) {
+        let why = std::mem::take(&mut self.failure);
+        self.say(ToSource::Lost { reason: cut(why.clone()) });
+        self.finish(now, Outcome::Lost(why));
     }
 
     fn abort(&mut self, now: Duration, why: String) {
