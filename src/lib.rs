@@ -13,9 +13,8 @@
 //!   clocks or `unsafe`.
 //! * `memory`, `uffd`, `transport`, `attach` and `vmm` each talk to one part of the
 //!   outside, and know nothing of each other.
-//! * `engine` wires them: `engine::source::Migration` on one side,
-//!   `engine::destination::Receiver` on the other, and in `engine::vm` what both ask of a
-//!   VMM.
+//! * `engine` wires them: `SourceBuilder` and `Migration` on one side, `DestinationBuilder`
+//!   and `Receiver` on the other, and in `engine::vm` what both ask of a VMM.
 //! * `host` is the reference VMM, `fault_server` the source for VMMs in another process,
 //!   [`checker`] the judge of both.
 //!
@@ -61,32 +60,25 @@
     doc = r##"
 # In a VMM
 
-The source; the engine calls `pause` when both sides have agreed, `release` when the guest
-runs at the destination, and `drained` when all its pages are there:
+Two traits say what a VMM must do: [`SourceVm`] and [`DestinationVm`]. Two builders say what
+the engine must know: [`SourceBuilder`] takes the guest's memory, as a
+[`GuestMemoryMmap`](vm_memory::GuestMemoryMmap), and the [`Ticket`] that
+[`DestinationBuilder`] made. An [`Event`] tells how it goes.
 
-```no_run
-use postcopy::engine::source::{Migration, SourceConfig};
-use postcopy::engine::vm::{Captured, SourceVm, VmError};
-use postcopy::memory::ram::{Backing, GuestRam};
-use postcopy::proto::layout::MemoryLayout;
-use postcopy::proto::prepaging::PolicyKind;
-use postcopy::proto::source::SessionLimits;
-use postcopy::transport::{LinkOptions, Ticket};
-use std::sync::Arc;
+```
+use postcopy::{Captured, DestinationBuilder, Event, SourceBuilder, SourceVm, VmError};
 use std::time::{Duration, Instant};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 struct Vmm { /* vCPUs, devices */ }
 
 impl SourceVm for Vmm {
     fn pause(&mut self) -> Result<Captured, VmError> {
         let asked = Instant::now();
-        // Stop every vCPU, so that nothing writes guest memory any more.
+        // Stop every vCPU and device, so that nothing writes guest memory any more.
         let pause = asked.elapsed();
         let state = Vec::new(); // The registers of vCPUs and devices.
         Ok(Captured { state, seeds: Vec::new(), pause, capture: Duration::ZERO })
-    }
-    fn commit(&mut self) -> Result<bool, VmError> {
-        Ok(true) // From here on the guest must never run here again.
     }
     fn resume(&mut self) -> Result<(), VmError> {
         Ok(()) // Aborted before the commit: let the vCPUs run on.
@@ -99,33 +91,32 @@ impl SourceVm for Vmm {
     }
 }
 
-fn migrate(vmm: Vmm, ram: Arc<GuestRam>, ticket: Ticket) -> Result<(), Box<dyn std::error::Error>> {
-    let config = SourceConfig {
-        ticket,
-        link: LinkOptions::default(),
-        limits: SessionLimits::default(),
-        policy: PolicyKind::Bubbling,
-        pivots: None,
-        drain_after: None,
-        machine: "what must be equal on both sides".into(),
-        guest: b"what the destination's VMM must know to make the guest".to_vec(),
-        vcpus: 1,
-        guest_kind: "kvm".into(),
-        workload: None,
-    };
-    let end = Migration::new(config, ram).run(Box::new(vmm), |_progress| {})?;
-    println!("{:?}", end.outcome);
-    Ok(())
-}
 # fn main() -> Result<(), Box<dyn std::error::Error>> {
-#     let ram = Arc::new(GuestRam::new(MemoryLayout::flat(1024)?, Backing::Memfd)?);
-#     migrate(Vmm {}, ram, std::env::args().nth(1).ok_or("no ticket")?.parse()?)
+// On one host; its VMM is given to `receiver.run`.
+let receiver = DestinationBuilder::new().push_lanes(2).build()?;
+println!("{}", receiver.ticket());
+
+// On the other, where the guest runs.
+let ticket = receiver.ticket().to_string().parse()?;
+let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+let migration = SourceBuilder::new(memory, ticket)
+    .machine("what must be equal on both sides")
+    .guest("what the destination's VMM must know to make the guest")
+    .vcpus(1)
+    .on_event(|event| if let Event::Phase(phase) = event { println!("{phase}") })
+    .build()?;
+# let elsewhere = false;
+# if elsewhere {
+let end = migration.run(Box::new(Vmm {}))?;
+println!("{:?}", end.outcome);
+# }
+# Ok(())
 # }
 ```
 
-The destination implements `engine::vm::DestinationVm` in the same way and hands it to
-`engine::destination::Receiver::run`; `host::arrival` is an example. A VMM in another
-process than the engine is reached through [`attach`] and served by [`fault_server`].
+The whole of it, with the destination and a KVM guest, is `examples/tiny_vmm`; what may block,
+what must never touch memory and which memory is refused is in `docs/embedding.md`. A VMM in
+another process than the engine is reached through [`attach`] and served by [`fault_server`].
 "##
 )]
 #![cfg_attr(not(feature = "io"), forbid(unsafe_code))]
@@ -152,3 +143,16 @@ pub mod transport;
 pub mod uffd;
 #[cfg(feature = "io")]
 pub mod vmm;
+
+#[cfg(feature = "io")]
+pub use engine::{
+    ConfigError,
+    destination::{DestinationBuilder, DestinationEnd, Receiver},
+    event::{Event, Phase, Progress},
+    source::{Migration, SourceBuilder, SourceEnd},
+    vm::{Captured, DestinationVm, SourceVm, VmError},
+};
+#[cfg(feature = "io")]
+pub use memory::users::MemoryUser;
+#[cfg(feature = "io")]
+pub use transport::Ticket;

@@ -6,14 +6,15 @@ use postcopy::attach::handover::MemoryFiles;
 use postcopy::attach::message::{GuestInfo, Paused, Status};
 use postcopy::attach::server::{AttachedVm, Description, Server};
 use postcopy::engine::attached::{AttachedVmm, GivenAway};
-use postcopy::engine::source::{Migration, Progress, SourceConfig};
+use postcopy::engine::source::{Migration, SourceConfig};
 use postcopy::engine::vm::{Captured, SourceVm, VmError};
 use postcopy::memory::ram::{Backing, GuestRam};
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::prepaging::PolicyKind;
-use postcopy::proto::source::{Outcome, SessionLimits, SourceState};
+use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::transport::ticket::Host;
 use postcopy::transport::{Identity, LinkOptions};
+use postcopy::{Event, Phase, Progress};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -79,13 +80,14 @@ fn a_source_that_is_cancelled_while_nobody_answers_ends_at_once() {
     let migration = Migration::new(config, Arc::new(ram()));
     let canceller = migration.canceller();
     let began = Instant::now();
-    let watch = move |now: Progress| {
-        // The dial is under way since the first call.
-        if !now.elapsed.is_zero() && now.state == SourceState::Connecting {
+    let watch = move |event: Event| {
+        // The dial is under way since before the first one.
+        let Event::Progress(Progress { phase, elapsed, .. }) = event else { return };
+        if phase == Phase::Handshake && elapsed > Duration::from_millis(50) {
             canceller.cancel("the user says so");
         }
     };
-    let end = migration.run(Box::new(Untouched), watch).unwrap();
+    let end = migration.on_event(watch).run(Box::new(Untouched)).unwrap();
     let took = began.elapsed();
     assert_eq!(end.outcome, Outcome::Aborted("the user says so".into()));
     // The handshake alone would go on for 4 s.

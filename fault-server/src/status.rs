@@ -2,9 +2,8 @@
 //! phase, as text or as JSON; and a last line that says how it ended.
 
 use clap::ValueEnum;
-use postcopy::engine::source::Progress;
-use postcopy::fault_server::phase;
 use postcopy::report::schema::Report;
+use postcopy::{Phase, Progress};
 use std::io::Write;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ pub enum Format {
 #[derive(Debug)]
 pub struct Status {
     format: Format,
-    last: Option<(&'static str, Duration)>,
+    last: Option<(Phase, Duration)>,
 }
 
 impl Status {
@@ -41,7 +40,7 @@ impl Status {
     }
 
     fn line(&mut self, now: Progress) -> Option<String> {
-        let phase = phase(now.state);
+        let phase = now.phase;
         let due = self
             .last
             .is_none_or(|(last, at)| last != phase || now.elapsed.saturating_sub(at) >= INTERVAL);
@@ -60,7 +59,7 @@ impl Status {
             ),
             Format::Json => serde_json::json!({
                 "elapsed_us": now.elapsed.as_micros() as u64,
-                "phase": phase,
+                "phase": phase.name(),
                 "pages_settled": now.settled,
                 "pages_total": now.pages,
                 "network_faults": now.network_faults,
@@ -106,11 +105,10 @@ fn print(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use postcopy::proto::source::SourceState;
 
-    fn at(millis: u64, state: SourceState) -> Progress {
+    fn at(millis: u64, phase: Phase) -> Progress {
         Progress {
-            state,
+            phase,
             settled: 3,
             pages: 4,
             network_faults: 2,
@@ -122,19 +120,19 @@ mod tests {
     #[test]
     fn a_line_comes_each_second_and_at_each_change_of_phase() {
         let mut status = Status::new(Format::Text);
-        assert!(status.line(at(0, SourceState::Connecting)).is_some());
-        assert!(status.line(at(10, SourceState::Negotiating)).is_none());
-        assert!(status.line(at(20, SourceState::Blackout)).is_some());
-        assert!(status.line(at(1019, SourceState::Committed)).is_none());
-        assert!(status.line(at(1020, SourceState::Committed)).is_some());
-        let line = status.line(at(2500, SourceState::Brownout)).unwrap();
+        assert!(status.line(at(0, Phase::Handshake)).is_some());
+        assert!(status.line(at(10, Phase::Handshake)).is_none());
+        assert!(status.line(at(20, Phase::Blackout)).is_some());
+        assert!(status.line(at(1019, Phase::Blackout)).is_none());
+        assert!(status.line(at(1020, Phase::Blackout)).is_some());
+        let line = status.line(at(2500, Phase::TargetBrownout)).unwrap();
         let expected = "2.5 s target brownout: 3 of 4 pages, 2 network faults, 5 MiB of pages";
         assert_eq!(line, expected);
     }
 
     #[test]
     fn a_json_line_is_an_object_with_units_in_its_names() {
-        let line = Status::new(Format::Json).line(at(2500, SourceState::Brownout)).unwrap();
+        let line = Status::new(Format::Json).line(at(2500, Phase::TargetBrownout)).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         let expected = serde_json::json!({
             "elapsed_us": 2_500_000, "phase": "target brownout", "pages_settled": 3,

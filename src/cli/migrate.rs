@@ -1,7 +1,8 @@
 //! `postcopy migrate`: attach to a guest and move it.
 
 use clap::Args;
-use postcopy::fault_server::{arguments::ServeArgs, phase};
+use postcopy::Event;
+use postcopy::fault_server::arguments::ServeArgs;
 use postcopy::report::human::render;
 use postcopy::report::progress::{Progress, ProgressMode, Snapshot};
 
@@ -21,9 +22,10 @@ impl Migrate {
     pub fn run(self) -> anyhow::Result<()> {
         let mode = if self.quiet { ProgressMode::Quiet } else { ProgressMode::Auto };
         let mut display = Progress::new(mode);
-        let watch = move |now: postcopy::engine::source::Progress| {
+        let watch = move |event: Event| {
+            let Event::Progress(now) = event else { return };
             display.update(Snapshot {
-                phase: phase(now.state),
+                phase: now.phase.name(),
                 pages_done: now.settled,
                 pages_total: now.pages,
                 bytes: now.wire_bytes,

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use postcopy::engine::destination::{DestinationConfig, Receiver};
+use postcopy::DestinationBuilder;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::program::exit::{Failure, Side, write_report};
@@ -10,11 +10,11 @@ use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::source::{Outcome, SessionLimits};
+use postcopy::proto::source::Outcome;
 use postcopy::report::human::render;
 use postcopy::report::merge::Heading;
 use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
-use postcopy::transport::{LinkOptions, ticket::Host};
+use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::guest::{Guest, GuestKind};
 use std::io::Write;
@@ -61,19 +61,19 @@ pub struct Receive {
 impl Receive {
     /// Receives a guest.
     pub fn run(self) -> anyhow::Result<()> {
-        let receiver = Receiver::bind(DestinationConfig {
-            listen: self.listen,
-            port: self.port,
-            public_host: self.public_host.clone(),
-            push_lanes: usize::from(self.push_lanes),
-            link: LinkOptions::default(),
-            limits: SessionLimits::default(),
-            ticket_life: self.ticket_life,
-            backing: self.backing,
-            is_kvm: |hello| {
+        let mut destination = DestinationBuilder::new()
+            .listen(self.listen)
+            .port(self.port)
+            .push_lanes(usize::from(self.push_lanes))
+            .ticket_life(self.ticket_life)
+            .backing(self.backing)
+            .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
-            },
-        })?;
+            });
+        if let Some(host) = &self.public_host {
+            destination = destination.public_host(host.to_string());
+        }
+        let receiver = destination.build()?;
         println!("{}", receiver.ticket());
         std::io::stdout().flush()?;
         let interrupted = Arc::new(AtomicBool::new(false));

@@ -13,12 +13,16 @@
 //! | `zero-scan` | holes and zero pages, after the commit | |
 
 pub mod attached;
+mod config;
 mod control;
 pub mod destination;
+pub mod event;
 mod lane;
 mod process_figures;
 pub mod source;
 pub mod vm;
+
+pub use config::ConfigError;
 
 /// Why a link ended, in the words of whoever ended it.
 pub(crate) fn link_words(error: impl Into<crate::transport::TransportError>) -> String {

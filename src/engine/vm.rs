@@ -1,18 +1,18 @@
 //! What the engine asks of a VMM, on either side.
 
-use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
 use crate::proto::page::PageIndex;
 use crate::report::schema::Distribution;
 use nix::unistd::Pid;
-use std::sync::Arc;
+use std::any::Any;
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 
 /// A failure of the VMM, with its cause.
 pub type VmError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A paused guest as it travels.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Captured {
     /// The machine state, memory apart.
     pub state: Vec<u8>,
@@ -27,14 +27,18 @@ pub struct Captured {
 /// The source's VMM: it has a running guest whose memory the engine can read.
 ///
 /// All calls come from one thread, and may block. `pause` begins the blackout.
-pub trait SourceVm: Send {
+pub trait SourceVm: Any + Send {
     /// Asks the guest to start its own instruments anew, before the blackout.
     fn reset_instruments(&mut self) {}
     /// Stops every vCPU and takes the machine state out. After an error the guest
     /// runs on.
     fn pause(&mut self) -> Result<Captured, VmError>;
-    /// The point of no return. `Ok(false)`: the VMM has taken its guest back already.
-    fn commit(&mut self) -> Result<bool, VmError>;
+    /// The point of no return: after `Ok(true)` the guest must never run here again.
+    /// `Ok(false)`: the VMM has taken its guest back already, which a VMM in this process
+    /// does not do by itself.
+    fn commit(&mut self) -> Result<bool, VmError> {
+        Ok(true)
+    }
     /// Lets the guest run on here: the migration was aborted before the commit.
     fn resume(&mut self) -> Result<(), VmError>;
     /// The guest runs elsewhere: vCPUs and devices may go. Its memory is still read here
@@ -66,13 +70,23 @@ pub struct GuestFigures {
 
 /// The destination's VMM. All calls come from one thread, and may block; while
 /// `restore` and `resume` run, the engine serves faults on other threads.
-pub trait DestinationVm: Send {
-    /// Makes VM, vCPUs and memory slots for the proposed guest over `ram`, whose pages
-    /// are missing and trapped: nothing here may touch them. Returns the machine
-    /// configuration that came out, which must equal the source's.
-    fn prepare(&mut self, hello: &Hello, ram: Arc<GuestRam>) -> Result<String, Mismatch>;
-    /// The kernel thread of each vCPU.
-    fn vcpu_threads(&self) -> Vec<Pid>;
+pub trait DestinationVm: Any + Send {
+    /// Memory of the VMM's own making for the proposed guest, of the proposed layout:
+    /// private anonymous, or shared mappings of files, but not both. What is in it is lost.
+    /// `None`: the engine makes it.
+    fn memory(&mut self, _proposal: &Hello) -> Result<Option<GuestMemoryMmap>, Mismatch> {
+        Ok(None)
+    }
+    /// Makes VM, vCPUs and memory slots for the proposed guest over `memory`, whose pages
+    /// are missing and trapped: nothing here may touch them, and no reference into them may
+    /// be made, ever. Returns the machine configuration that came out, which must equal the
+    /// source's.
+    fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch>;
+    /// The kernel thread of each vCPU, asked for after `prepare`. Faults of threads that are
+    /// not named are served as well, but not counted as a vCPU's.
+    fn vcpu_threads(&self) -> Vec<Pid> {
+        Vec::new()
+    }
     /// Puts the machine state in. May touch guest memory.
     fn restore(&mut self, state: &[u8]) -> Result<(), VmError>;
     /// Lets the vCPUs run; returns when the first one has entered the guest, and

@@ -2,7 +2,7 @@
 
 use super::keeper::{self, KeeperCommand, Occupied};
 use super::{FaultServer, PushPlan};
-use crate::engine::source::Progress;
+use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, write_report};
 use crate::program::signals::on_interrupt;
 use crate::program::units::parse_time;
@@ -97,7 +97,7 @@ impl ServeArgs {
     pub fn run(
         &self,
         program: &'static str,
-        watch: impl FnMut(Progress) + Send + 'static,
+        watch: impl FnMut(Event) + Send + 'static,
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
         if self.discard {

@@ -16,9 +16,10 @@ use crate::attach::commit_word::Decision;
 use crate::attach::handover::MemoryFiles;
 use crate::attach::message::GuestInfo;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
-use crate::engine::source::{Canceller, Left, Migration, Progress, SourceConfig, SourceEnd};
+use crate::engine::event::Event;
+use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
 use crate::proto::prepaging::PolicyKind;
-use crate::proto::source::{SessionLimits, SourceState};
+use crate::proto::source::SessionLimits;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use keeper::{KeeperCommand, KeeperError, Occupied};
@@ -201,23 +202,26 @@ impl FaultServer {
         self.migration.canceller()
     }
 
-    /// Moves the guest. Blocks until the session is over; `watch` is called some times a
-    /// second.
+    /// Moves the guest. Blocks until the session is over; `watch` is called with each
+    /// event, and must return at once.
     ///
     /// # Errors
     /// As [`Migration::run`]: only if no thread could be made.
     pub fn run(
         self,
-        mut watch: impl FnMut(Progress) + Send + 'static,
+        mut watch: impl FnMut(Event) + Send + 'static,
     ) -> Result<SourceEnd, TransportError> {
         let mut keeper = self.keeper;
-        let watch = move |now: Progress| {
-            if let Some(keeper) = &mut keeper {
-                keeper.look(now.state);
+        let watch = move |event: Event| {
+            if let (Some(keeper), Event::Progress(now)) = (&mut keeper, &event) {
+                keeper.look(now.phase);
             }
-            watch(now);
+            watch(event);
         };
-        self.migration.run(Box::new(self.vmm), watch)
+        let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
+        // Nobody asks the VMM for anything any more: the conversation ends here.
+        end.vm = None;
+        Ok(end)
     }
 }
 
@@ -255,21 +259,6 @@ fn config(ticket: Ticket, plan: PushPlan, machine: String, guest: GuestInfo) -> 
 fn workload_name(description: &str) -> Option<String> {
     let description: serde_json::Value = serde_json::from_str(description).ok()?;
     Some(description.pointer("/workload/pattern")?.as_str()?.to_owned())
-}
-
-/// The phase that a state of the session belongs to, in the field's word.
-pub fn phase(state: SourceState) -> &'static str {
-    match state {
-        SourceState::Connecting | SourceState::Negotiating => "handshake",
-        SourceState::Pausing
-        | SourceState::Unpausing
-        | SourceState::Retracting
-        | SourceState::Blackout
-        | SourceState::Committing
-        | SourceState::Committed => "blackout",
-        SourceState::Brownout => "target brownout",
-        SourceState::Releasing | SourceState::Over => "release",
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use crate::attach::listener::PrivateListener;
 use crate::engine::attached::Keeper;
-use crate::proto::source::SourceState;
+use crate::engine::event::Phase;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -25,10 +25,8 @@ impl KeeperWatch {
     }
 
     /// Looks, and says so once if it has ended before it was told to.
-    pub fn look(&mut self, state: SourceState) {
-        let told_to_end =
-            matches!(state, SourceState::Retracting | SourceState::Releasing | SourceState::Over);
-        if self.gone || told_to_end {
+    pub fn look(&mut self, phase: Phase) {
+        if self.gone || phase == Phase::Release {
             return;
         }
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];

@@ -15,6 +15,7 @@ use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, contr
 use nix::unistd::Pid;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 
 /// How long the first vCPU may take to enter the guest.
 const ENTER_MAX: Duration = Duration::from_secs(10);
@@ -47,10 +48,12 @@ impl Arrival {
 }
 
 impl DestinationVm for Arrival {
-    fn prepare(&mut self, hello: &Hello, ram: Arc<GuestRam>) -> Result<String, Mismatch> {
+    fn prepare(&mut self, hello: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
         let description = description(hello)?;
         let GuestDescription { kind, ref workload, .. } = description;
         let refuse = |why: String| Mismatch::new("the guest", kind.name(), why);
+        let ram = GuestRam::from_guest_memory(memory);
+        let ram = Arc::new(ram.map_err(|error| refuse(error_chain(&error)))?);
         workload.check(ram.layout()).map_err(|error| refuse(error_chain(&error)))?;
         if workload.vcpus != u32::from(hello.vcpus) {
             return Err(Mismatch::new("vCPUs", hello.vcpus, workload.vcpus));

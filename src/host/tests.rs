@@ -40,7 +40,7 @@ fn proposal(form: MachineForm) -> Option<Hello> {
 }
 
 fn prepare(hello: &Hello) -> Result<String, Mismatch> {
-    Arrival::default().prepare(hello, memory())
+    Arrival::default().prepare(hello, memory().guest_memory())
 }
 
 /// The same proposal with a change in its description.

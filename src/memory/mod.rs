@@ -5,6 +5,7 @@ pub mod limits;
 pub mod ram;
 pub mod scan;
 pub mod segment;
+pub mod users;
 
 #[cfg(test)]
 mod properties;

@@ -6,6 +6,7 @@
 use super::segment::{Access, Segment, SegmentError};
 use crate::proto::layout::{GuestAddress, LayoutError, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use std::fs::File;
@@ -58,6 +59,15 @@ pub enum RamError {
         /// Why not.
         #[source]
         source: SegmentError,
+    },
+    /// What was in the memory cannot be thrown away.
+    #[error("cannot empty the memory region at {start:#x}")]
+    Discard {
+        /// The region's first guest physical address.
+        start: u64,
+        /// The kernel's answer.
+        #[source]
+        source: nix::Error,
     },
     /// Files handed over that are not one for each region.
     #[error("{files} files were handed over for {regions} memory regions")]
@@ -221,6 +231,32 @@ impl GuestRam {
             })
         });
         all.then(|| first.as_fd())
+    }
+
+    /// Empties the memory: every page is a hole afterwards, whatever was written to it.
+    ///
+    /// # Safety
+    /// The memory is not registered with userfaultfd, and nobody reads or writes it
+    /// meanwhile or expects to find in it what was there.
+    pub unsafe fn discard(&self) -> Result<(), RamError> {
+        for segment in &self.segments {
+            let start = segment.region().start_addr().0;
+            let first = segment.run().first();
+            let emptied = match segment.file_at(first) {
+                Some((file, offset)) => {
+                    let hole =
+                        FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                    fallocate(file, hole, offset as i64, segment.bytes() as i64)
+                }
+                None => {
+                    let advice = MmapAdvise::MADV_DONTNEED;
+                    // SAFETY: a whole mapping, whose content nobody expects.
+                    unsafe { madvise(segment.start().cast(), segment.bytes(), advice) }
+                }
+            };
+            emptied.map_err(|source| RamError::Discard { start, source })?;
+        }
+        Ok(())
     }
 
     /// Whether nobody else holds any of the mappings.

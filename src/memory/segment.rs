@@ -6,6 +6,7 @@
 
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::sys::stat::fstat;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -94,8 +95,8 @@ impl Segment {
             Some(file) => check_length(file, region.len())?,
             None => {}
         }
-        let huge = region.flags() & libc::MAP_HUGETLB != 0;
-        if huge || region.is_hugetlbfs() == Some(true) {
+        let huge = region.flags() & libc::MAP_HUGETLB != 0 || region.is_hugetlbfs() == Some(true);
+        if huge || region.file_offset().map(is_huge).transpose()? == Some(true) {
             return Err(SegmentError::Huge);
         }
         Ok(Self { run, start, region })
@@ -197,6 +198,12 @@ fn check_length(file: &FileOffset, bytes: u64) -> Result<(), SegmentError> {
             Err(SegmentError::FileTooShort { actual, expected })
         }
     }
+}
+
+/// Whether the file is one of huge pages.
+fn is_huge(file: &FileOffset) -> Result<bool, SegmentError> {
+    let system = fstatfs(file.file()).map_err(SegmentError::File)?;
+    Ok(system.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
 fn same_file(one: &FileOffset, other: &FileOffset) -> Result<bool, SegmentError> {

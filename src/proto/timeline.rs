@@ -32,7 +32,21 @@ pub enum Stamp {
     End,
 }
 
-const STAMPS: usize = Stamp::End as usize + 1;
+const ALL: [Stamp; 12] = [
+    Stamp::Begin,
+    Stamp::Agreed,
+    Stamp::PauseAsked,
+    Stamp::Captured,
+    Stamp::StateSent,
+    Stamp::StateReceived,
+    Stamp::Restored,
+    Stamp::ReadySeen,
+    Stamp::Committed,
+    Stamp::Running,
+    Stamp::Drained,
+    Stamp::End,
+];
+const STAMPS: usize = ALL.len();
 
 /// The stamps of one side, as time since the session began there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +63,11 @@ impl Timeline {
     /// When the step happened, if it did.
     pub fn at(&self, stamp: Stamp) -> Option<Duration> {
         self.at[stamp as usize]
+    }
+
+    /// The steps that were made, in the order in which they are listed.
+    pub fn steps(&self) -> impl Iterator<Item = (Stamp, Duration)> {
+        ALL.into_iter().filter_map(|stamp| Some((stamp, self.at(stamp)?)))
     }
 
     /// The time from one step to another; `None` unless both happened.

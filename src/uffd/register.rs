@@ -42,6 +42,15 @@ impl DestinationBacking {
         }
     }
 
+    /// How the pages of memory that is there already get into it: by CONTINUE if it has
+    /// files, else by COPY. (What is only partly in files cannot be registered.)
+    pub fn of(ram: &GuestRam) -> Self {
+        match ram.segments().iter().any(|segment| segment.file().is_some()) {
+            true => Self::MemfdContinue,
+            false => Self::Anonymous,
+        }
+    }
+
     const fn is_memfd(self) -> bool {
         matches!(self.ram(), Backing::Memfd)
     }

@@ -10,6 +10,7 @@ use super::push_in::{self, CLOSE_USED, PushGate};
 use super::trap_loop::{FaultCounts, TrapLoop};
 use super::{DestinationConfig, DestinationEnd, Receiver, report};
 use crate::engine::control;
+use crate::engine::event::{Event, Phase, Progress, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
 use crate::memory::ram::GuestRam;
@@ -18,7 +19,9 @@ use crate::proto::destination::{
 };
 use crate::proto::ledger::DestinationLedger;
 use crate::proto::message::{Hello, Mismatch, ToDestination, ToSource};
+use crate::proto::page::PAGE_SIZE;
 use crate::proto::source::Outcome;
+use crate::proto::timeline::Timeline;
 use crate::report::merge::DestinationPart;
 use crate::transport::{Lane, LaneServer, LaneThread, TransportError};
 use quinn::{Connection, SendStream};
@@ -87,11 +90,12 @@ pub struct Driver {
     outcome: Option<Outcome>,
     phase: Option<(Option<DestinationState>, Span)>,
     facts: report::Facts,
+    watch: Watch,
 }
 
 impl Driver {
     pub fn start(receiver: Receiver, vm: Box<dyn DestinationVm>) -> Result<Self, TransportError> {
-        let Receiver { config, identity, sockets, inputs: (input, inputs), .. } = receiver;
+        let Receiver { config, identity, sockets, inputs: (input, inputs), watch, .. } = receiver;
         let mut sockets = sockets.into_iter();
         let urgent = sockets.next().expect("bind_ports binds the urgent port first");
         let server = LaneServer::listen(urgent, &identity, Lane::Urgent, config.link.clone())?;
@@ -135,6 +139,7 @@ impl Driver {
             outcome: None,
             phase: None,
             facts: report::Facts::default(),
+            watch,
         })
     }
 
@@ -152,6 +157,7 @@ impl Driver {
             if self.outcome.is_some() {
                 break;
             }
+            self.tell_watcher();
             self.tell_workload_end().await;
             let wake = tokio::time::Instant::from_std(self.began + self.wake_at());
             tokio::select! {
@@ -202,9 +208,34 @@ impl Driver {
         }
         self.handle(DestinationEvent::Timer);
         self.next_progress = self.now() + PROGRESS_EVERY;
+        self.tell_progress();
         if self.state() == Some(DestinationState::Running) {
             self.say_progress().await;
         }
+    }
+
+    fn tell_watcher(&mut self) {
+        let phase = self.state().map_or(Phase::Waiting, Phase::from);
+        let nothing = Timeline::default();
+        let (timeline, epoch) = match &self.machine {
+            Some(machine) => (machine.timeline(), machine.epoch()),
+            None => (&nothing, 0),
+        };
+        self.watch.observe(phase, timeline, self.link.is_some().then_some(epoch));
+    }
+
+    fn tell_progress(&mut self) {
+        let Some(installer) = &self.installer else { return };
+        let demanded = installer.arrivals.demanded.load(Ordering::Relaxed) * PAGE_SIZE as u64;
+        let progress = Progress {
+            phase: self.state().map_or(Phase::Waiting, Phase::from),
+            settled: installer.ledger.pages() - installer.ledger.missing(),
+            pages: installer.ledger.pages(),
+            network_faults: self.faults.requests.load(Ordering::Relaxed),
+            wire_bytes: self.gate.pushed_bytes.load(Ordering::Relaxed) + demanded,
+            elapsed: self.now(),
+        };
+        self.watch.tell(Event::Progress(progress));
     }
 
     async fn say_progress(&mut self) {
@@ -299,6 +330,7 @@ impl Driver {
             warn!(why, "this side failed");
         }
         info!(%error, "the link ended");
+        self.watch.losing(&error);
         self.drop_link(&error.to_string());
         self.handle(DestinationEvent::LinkLost(error.to_string()));
     }
@@ -318,8 +350,8 @@ impl Driver {
             DestinationAction::Prepare(hello) => {
                 self.hello = Some(hello.clone());
                 let kvm = (self.config.is_kvm)(&hello);
-                let backing = self.config.backing;
-                self.guest.tell(GuestCommand::Prepare { hello, backing, kvm });
+                let (backing, users) = (self.config.backing, self.config.users.clone());
+                self.guest.tell(GuestCommand::Prepare { hello, backing, kvm, users });
             }
             DestinationAction::Say(message) => self.say(message).await,
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
@@ -518,6 +550,8 @@ impl Driver {
     async fn end(mut self) -> Result<DestinationEnd, TransportError> {
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted("cancelled".into()));
         info!(?outcome, "the session is over");
+        self.tell_progress();
+        self.tell_watcher();
         let report = self.report();
         if let Some(mut link) = self.link.take() {
             last_words(&mut link.control, &link.connection).await;
@@ -539,6 +573,7 @@ impl Driver {
         let name = "guest".to_owned();
         let message = "see above".to_owned();
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
+        self.watch.tell(Event::Ended(outcome.clone()));
         Ok(DestinationEnd { outcome, vm, ram: self.ram, report })
     }
 }

@@ -5,6 +5,8 @@ use crate::engine::error_chain;
 use crate::engine::vm::{DestinationVm, GuestFigures};
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
+use crate::memory::users::{self, MemoryUser};
+use crate::proto::layout::MemoryLayout;
 use crate::proto::message::{Hello, Mismatch};
 use crate::uffd::{DestinationBacking, Placer, Trap, UffdOptions, register};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -12,6 +14,7 @@ use nix::unistd::Pid;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 
 /// How long the VMM may take to come back from its last call.
 const END_MAX: Duration = Duration::from_secs(30);
@@ -32,6 +35,8 @@ pub enum GuestCommand {
         backing: DestinationBacking,
         /// Whether the guest runs under KVM.
         kvm: bool,
+        /// Users of guest memory that only the VMM knows of.
+        users: Vec<MemoryUser>,
     },
     /// Put this machine state in.
     Restore(Vec<u8>),
@@ -158,8 +163,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
 
     fn obey(&mut self, command: GuestCommand) -> GuestEvent {
         match command {
-            GuestCommand::Prepare { hello, backing, kvm } => {
-                match self.prepare(&hello, backing, kvm) {
+            GuestCommand::Prepare { hello, backing, kvm, users } => {
+                match self.prepare(&hello, backing, kvm, &users) {
                     Ok(shell) => GuestEvent::Prepared(Box::new(shell)),
                     Err(mismatch) => GuestEvent::Refused(mismatch),
                 }
@@ -184,6 +189,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         hello: &Hello,
         backing: DestinationBacking,
         kvm: bool,
+        users: &[MemoryUser],
     ) -> Result<Shell, Mismatch> {
         let page_size = crate::proto::page::PAGE_SIZE as u32;
         if hello.page_size != page_size {
@@ -194,9 +200,24 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         }
         let bytes = hello.layout.bytes();
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
-        check_can_hold(bytes).map_err(|error| cannot("memory", error_chain(&error)))?;
-        let ram = GuestRam::new(hello.layout.clone(), backing.ram())
-            .map_err(|error| cannot("memory", error_chain(&error)))?;
+        let unfit =
+            |error: &(dyn std::error::Error + 'static)| cannot("memory", error_chain(error));
+        let (ram, backing) = match self.vm.memory(hello)? {
+            Some(memory) => {
+                let ram = vmm_memory(hello, memory)?;
+                let backing = DestinationBacking::of(&ram);
+                (ram, backing)
+            }
+            None => {
+                let ram = GuestRam::new(hello.layout.clone(), backing.ram());
+                let ram = ram.map_err(|error| unfit(&error))?;
+                // A VMM may have had all that it will ever map locked.
+                users::check_can_be_trapped(&ram).map_err(|error| unfit(&error))?;
+                (ram, backing)
+            }
+        };
+        // After the VMM's own is emptied: it would count twice.
+        check_can_hold(bytes).map_err(|error| unfit(&error))?;
         let ram = Arc::new(ram);
         let options = if kvm { UffdOptions::for_kvm() } else { UffdOptions::for_process() };
         // SAFETY: nothing has a reference into this new memory; the VMM reaches it through
@@ -204,7 +225,12 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         // touches the mapping.
         let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
             .map_err(|error| cannot("memory traps", error_chain(&error)))?;
-        let machine = self.vm.prepare(hello, ram.clone()).inspect_err(|_| {
+        let prepared = self.vm.prepare(hello, ram.guest_memory()).and_then(|machine| {
+            // Now the VMM has opened its devices.
+            users::check_users(users).map_err(|error| unfit(&error))?;
+            Ok(machine)
+        });
+        let machine = prepared.inspect_err(|_| {
             // No vCPU of it ever ran: its memory can go as it is.
             let _ = placer.unregister();
         })?;
@@ -243,6 +269,26 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         }
         figures
     }
+}
+
+/// Memory that the VMM made for the proposed guest, emptied.
+fn vmm_memory(hello: &Hello, memory: GuestMemoryMmap) -> Result<GuestRam, Mismatch> {
+    let refuse = |error: &(dyn std::error::Error + 'static)| {
+        let bytes = format!("{} bytes", hello.layout.bytes());
+        Mismatch::new("memory", bytes, error_chain(error))
+    };
+    let ram = GuestRam::from_guest_memory(memory).map_err(|error| refuse(&error))?;
+    if *ram.layout() != hello.layout {
+        let regions = |layout: &MemoryLayout| format!("{:?}", layout.regions());
+        let (theirs, ours) = (regions(&hello.layout), regions(ram.layout()));
+        return Err(Mismatch::new("the memory layout", theirs, ours));
+    }
+    users::check(&ram, &[]).map_err(|error| refuse(&error))?;
+    users::check_can_be_trapped(&ram).map_err(|error| refuse(&error))?;
+    // SAFETY: it is not registered yet, and `DestinationVm::memory` says that what is in it
+    // is lost.
+    unsafe { ram.discard() }.map_err(|error| refuse(&error))?;
+    Ok(ram)
 }
 
 /// The guest's steps over time.

@@ -4,6 +4,7 @@
 //! whole or the session failed. The session machine decides; `driver` does what it
 //! says.
 
+mod builder;
 mod demand_in;
 mod driver;
 mod fault_book;
@@ -14,8 +15,10 @@ mod push_in;
 mod report;
 mod trap_loop;
 
+use super::event::{Event, Watch};
 use super::vm::DestinationVm;
 use crate::memory::ram::GuestRam;
+use crate::memory::users::MemoryUser;
 use crate::proto::destination::DestinationEvent;
 use crate::proto::message::Hello;
 use crate::proto::source::{Outcome, SessionLimits};
@@ -25,6 +28,7 @@ use crate::transport::{
     Identity, LaneSocket, LaneThread, LinkOptions, Ticket, TransportError, bind_ports,
 };
 use crate::uffd::DestinationBacking;
+pub use builder::DestinationBuilder;
 use driver::{Driver, Input};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -53,6 +57,8 @@ pub struct DestinationConfig {
     /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
     /// the proposal's description of the guest.
     pub is_kvm: fn(&Hello) -> bool,
+    /// Users of guest memory that only the VMM knows of.
+    pub users: Vec<MemoryUser>,
 }
 
 /// A destination that waits for its guest.
@@ -63,6 +69,7 @@ pub struct Receiver {
     ticket: Ticket,
     sockets: Vec<LaneSocket>,
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+    watch: Watch,
 }
 
 /// Asks a waiting or running session to stop; only heard before the commit.
@@ -103,7 +110,15 @@ impl Receiver {
         let ticket = identity.ticket(host, ports[0], ports[1..].to_vec()).map_err(|error| {
             TransportError::Setup { what: "the ticket", detail: error.to_string() }
         })?;
-        Ok(Self { config, identity, ticket, sockets, inputs: unbounded_channel() })
+        let (inputs, watch) = (unbounded_channel(), Watch::default());
+        Ok(Self { config, identity, ticket, sockets, inputs, watch })
+    }
+
+    /// Has `on_event` called with each event, on the thread that serves faults: it must
+    /// return at once.
+    pub fn on_event(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Self {
+        self.watch.set(Box::new(on_event));
+        self
     }
 
     /// What the sender needs.

@@ -8,9 +8,10 @@ use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
 use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
 use super::zero_scan::scan_zeros;
-use super::{Progress, SourceConfig, SourceEnd, report};
+use super::{SourceConfig, SourceEnd, report};
 use crate::engine::control::{self, ControlError};
 use crate::engine::error_chain;
+use crate::engine::event::{Event, Phase, Progress, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::{Captured, SourceVm};
 use crate::memory::ram::GuestRam;
@@ -78,13 +79,13 @@ pub struct Driver {
     inputs: UnboundedReceiver<Input>,
     input: UnboundedSender<Input>,
     guest: crossbeam_channel::Sender<GuestCommand>,
-    guest_thread: Option<std::thread::JoinHandle<Option<String>>>,
+    guest_thread: Option<std::thread::JoinHandle<guest::Ended>>,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
     lane_tasks: Vec<JoinHandle<()>>,
     dial: Option<JoinHandle<()>>,
     captured: Option<Captured>,
-    watch: Box<dyn FnMut(Progress) + Send>,
+    watch: Watch,
     settled: u64,
     network_faults: u64,
     wire_bytes: u64,
@@ -104,7 +105,7 @@ impl Driver {
         vm: Box<dyn SourceVm>,
         (beginning, journal): (Beginning, Option<Box<dyn Journal>>),
         inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
-        watch: Box<dyn FnMut(Progress) + Send>,
+        watch: Watch,
     ) -> Result<Self, TransportError> {
         let layout = ram.layout().clone();
         let pages = layout.pages();
@@ -190,10 +191,10 @@ impl Driver {
                 let phase = self.phase();
                 self.perform(action).instrument(phase).await;
             }
-            self.report_progress();
             if self.outcome.is_some() {
                 break;
             }
+            self.tell_watcher();
             let wake_at = self.wake_at();
             let wake = tokio::time::Instant::from_std(self.shared.began + wake_at);
             tokio::select! {
@@ -272,6 +273,7 @@ impl Driver {
                 self.heard(now, message);
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
+                self.watch.losing(&error);
                 let event = match error {
                     LaneError::Violation(why) => SourceEvent::Violation(why),
                     error => SourceEvent::LinkLost(error.to_string()),
@@ -496,26 +498,35 @@ impl Driver {
         let _ = self.guest.send(command);
     }
 
-    fn report_progress(&mut self) {
-        let now = self.now();
-        if now < self.next_watch && self.outcome.is_none() {
-            return;
+    fn tell_watcher(&mut self) {
+        let phase = Phase::from(self.machine.state());
+        let epoch = self.link.as_ref().map(|link| link.epoch);
+        self.watch.observe(phase, self.machine.timeline(), epoch);
+        if self.now() >= self.next_watch {
+            self.next_watch = self.now() + WATCH_EVERY;
+            self.tell_progress();
         }
-        self.next_watch = now + WATCH_EVERY;
-        (self.watch)(Progress {
-            state: self.machine.state(),
+    }
+
+    fn tell_progress(&mut self) {
+        self.watch.tell(Event::Progress(Progress {
+            phase: Phase::from(self.machine.state()),
             settled: self.settled,
             pages: self.shared.ram.layout().pages(),
             network_faults: self.network_faults,
             wire_bytes: self.wire_bytes,
-            elapsed: now,
-        });
+            elapsed: self.now(),
+        }));
     }
 
     /// Lets every thread go and puts the report together.
     async fn end(mut self) -> SourceEnd {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
+        self.tell_progress();
+        let phase = Phase::from(self.machine.state());
+        let epoch = self.link.as_ref().map(|link| link.epoch);
+        self.watch.observe(phase, self.machine.timeline(), epoch);
         if let Some(dial) = self.dial.take() {
             // It holds the push lanes' commands, and they end only without them: joined
             // while it lives, they would never end.
@@ -539,9 +550,11 @@ impl Driver {
             self.command(GuestCommand::Aborted);
         }
         drop(self.guest);
-        let stranded = self.guest_thread.take().and_then(|thread| {
-            thread.join().unwrap_or_else(|_| Some("the thread that drives it panicked".into()))
-        });
+        let ended = self.guest_thread.take().and_then(|thread| thread.join().ok());
+        let (vm, stranded) = match ended {
+            Some((vm, stranded)) => (Some(vm), stranded),
+            None => (None, Some("the thread that drives it panicked".into())),
+        };
         let report = report::report(&report::Facts {
             config: &self.config,
             machine: &self.machine,
@@ -552,7 +565,8 @@ impl Driver {
             outcome: &outcome,
             stranded: stranded.as_deref(),
         });
-        SourceEnd { outcome, report, stranded }
+        self.watch.tell(Event::Ended(outcome.clone()));
+        SourceEnd { outcome, vm, report, stranded }
     }
 }
 

@@ -18,13 +18,16 @@ pub enum GuestCommand {
     Aborted,
 }
 
+/// The VMM, and why its guest does not run on though it should.
+pub type Ended = (Box<dyn SourceVm>, Option<String>);
+
 /// The thread on which the VMM is called: its calls may block. It ends with the reason
 /// why the guest of an aborted migration does not run on, if it does not.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<Option<String>>> {
+) -> std::io::Result<std::thread::JoinHandle<Ended>> {
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
         crate::engine::hurry();
@@ -76,7 +79,7 @@ pub fn spawn(
                 break;
             }
         }
-        stranded
+        (vm, stranded)
     };
     std::thread::Builder::new().name("guest".into()).spawn(run)
 }

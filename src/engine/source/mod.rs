@@ -3,6 +3,7 @@
 //! [`Migration::run`] blocks until the session is over. The session machine decides;
 //! `driver` does what it says.
 
+mod builder;
 mod driver;
 mod guest;
 mod journal;
@@ -12,13 +13,15 @@ mod report;
 mod serve;
 mod zero_scan;
 
+use super::event::{Event, Watch};
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
-use crate::proto::source::{Outcome, SessionLimits, SourceEvent, SourceState};
+use crate::proto::source::{Outcome, SessionLimits, SourceEvent};
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
+pub use builder::SourceBuilder;
 use driver::{Driver, Input};
 pub use journal::{Beginning, Journal, Left};
 use std::sync::Arc;
@@ -53,28 +56,12 @@ pub struct SourceConfig {
     pub workload: Option<String>,
 }
 
-/// Where a migration is, for whoever watches.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// The session machine's state.
-    pub state: SourceState,
-    /// Pages that the destination has, as it said last.
-    pub settled: u64,
-    /// Pages of the guest.
-    pub pages: u64,
-    /// Network faults, as the destination said last.
-    pub network_faults: u64,
-    /// Bytes of pages that the destination has received, as it said last.
-    pub wire_bytes: u64,
-    /// Since the session began.
-    pub elapsed: Duration,
-}
-
 /// How it ended.
-#[derive(Debug)]
 pub struct SourceEnd {
     /// The session machine's word.
     pub outcome: Outcome,
+    /// The VMM; after an abort its guest runs on. `None` if one of its methods panicked.
+    pub vm: Option<Box<dyn SourceVm>>,
     /// The report, the destination's part included if it came.
     pub report: Report,
     /// Set if the migration was aborted and the guest does not run on: why not.
@@ -100,6 +87,7 @@ pub struct Migration {
     beginning: Beginning,
     journal: Option<Box<dyn Journal>>,
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+    watch: Watch,
 }
 
 impl Migration {
@@ -115,7 +103,8 @@ impl Migration {
     }
 
     fn begin(config: SourceConfig, ram: Arc<GuestRam>, beginning: Beginning) -> Self {
-        Self { config, ram, beginning, journal: None, inputs: unbounded_channel() }
+        let (inputs, watch) = (unbounded_channel(), Watch::default());
+        Self { config, ram, beginning, journal: None, inputs, watch }
     }
 
     /// The same, with what another process would need in order to go on with it kept in
@@ -132,27 +121,29 @@ impl Migration {
         }
     }
 
+    /// Has `on_event` called with each event, on the thread that serves faults: it must
+    /// return at once.
+    pub fn on_event(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Self {
+        self.watch.set(Box::new(on_event));
+        self
+    }
+
     /// A handle that cancels it.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.inputs.0.clone())
     }
 
-    /// Migrates. Blocks until the session is over; `watch` is called some times a second.
+    /// Migrates. Blocks until the session is over.
     ///
     /// # Errors
     /// Only if no thread could be made: every other failure is an [`Outcome`].
-    pub fn run(
-        self,
-        vm: Box<dyn SourceVm>,
-        watch: impl FnMut(Progress) + Send + 'static,
-    ) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, beginning, journal, inputs } = self;
+    pub fn run(self, vm: Box<dyn SourceVm>) -> Result<SourceEnd, TransportError> {
+        let Self { config, ram, beginning, journal, inputs, watch } = self;
         let begin = (beginning, journal);
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
-            let drive = async move {
-                Ok(Driver::new(config, ram, vm, begin, inputs, Box::new(watch))?.run().await)
-            };
+            let drive =
+                async move { Ok(Driver::new(config, ram, vm, begin, inputs, watch)?.run().await) };
             super::hurry();
             async move { local.run_until(drive).await }
         })?

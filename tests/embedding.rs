@@ -1,0 +1,325 @@
+//! The library as a VMM uses it: builders, events, and memory of the VMM's own making on both
+//! sides, moved over loopback and compared byte by byte.
+#![cfg(feature = "io")]
+
+use postcopy::memory::users::MemoryUserError;
+use postcopy::proto::message::{Hello, Mismatch};
+use postcopy::proto::source::{Outcome, SessionLimits};
+use postcopy::proto::timeline::Stamp;
+use postcopy::transport::LinkOptions;
+use postcopy::uffd::UffdOptions;
+use postcopy::uffd::open::open;
+use postcopy::{
+    Captured, ConfigError, DestinationBuilder, DestinationVm, Event, MemoryUser, Phase, Receiver,
+    SourceBuilder, SourceVm, Ticket, VmError,
+};
+use std::fs::File;
+use std::sync::mpsc::{Receiver as Events, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
+
+const PAGE: u64 = 4096;
+/// First page in guest physical memory, and pages.
+const REGIONS: [(u64, u64); 3] = [(0, 300), (512, 40), (1 << 20, 150)];
+const STATE: &[u8] = b"registers";
+
+/// Ends the process if a test hangs.
+fn watchdog() -> Sender<()> {
+    let (alive, ended) = channel::<()>();
+    thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(120)) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("a migration does not end");
+            std::process::abort();
+        }
+    });
+    alive
+}
+
+/// Whether guests can be received here; if not, it says so.
+fn can_receive() -> bool {
+    let opened = open(UffdOptions::for_kvm(), true, true);
+    if let Err(error) = &opened {
+        println!("SKIPPED: {error}");
+    }
+    opened.is_ok()
+}
+
+/// Memory as a VMM makes it: private, or a file for each region, from its second page on.
+fn memory(files: bool) -> GuestMemoryMmap {
+    let regions = REGIONS.map(|(first, pages)| {
+        let file = files.then(|| {
+            let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+            let file = File::from(nix::sys::memfd::memfd_create(c"test", flags).unwrap());
+            file.set_len((pages + 1) * PAGE).unwrap();
+            FileOffset::new(file, PAGE)
+        });
+        let start = GuestAddress(first * PAGE);
+        GuestRegionMmap::from_range(start, (pages * PAGE) as usize, file).unwrap()
+    });
+    GuestMemoryMmap::from_regions(regions.into()).unwrap()
+}
+
+/// Every third page has content of its own, every third is zero, every third never touched.
+fn fill(memory: &GuestMemoryMmap) {
+    for page in REGIONS.into_iter().flat_map(|(first, pages)| first..first + pages) {
+        let words =
+            (0..PAGE / 8).map(|word| (page << 9 | word).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let content: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        match page % 3 {
+            0 => memory.write_slice(&content, GuestAddress(page * PAGE)).unwrap(),
+            1 => memory.write_slice(&[0; PAGE as usize], GuestAddress(page * PAGE)).unwrap(),
+            _ => {}
+        }
+    }
+}
+
+fn content(memory: &GuestMemoryMmap) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (first, pages) in REGIONS {
+        let mut region = vec![0; (pages * PAGE) as usize];
+        memory.read_slice(&mut region, GuestAddress(first * PAGE)).unwrap();
+        all.extend(region);
+    }
+    all
+}
+
+/// A guest that does nothing at the source.
+struct Still(Arc<Mutex<Vec<&'static str>>>);
+
+impl SourceVm for Still {
+    fn pause(&mut self) -> Result<Captured, VmError> {
+        self.0.lock().unwrap().push("pause");
+        Ok(Captured { state: STATE.to_vec(), ..Captured::default() })
+    }
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.0.lock().unwrap().push("resume");
+        Ok(())
+    }
+    fn release(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+/// At the destination a thread reads one page of each region when it is to run.
+#[derive(Default)]
+struct Reader {
+    own: Option<GuestMemoryMmap>,
+    memory: Option<GuestMemoryMmap>,
+    state: Vec<u8>,
+}
+
+impl DestinationVm for Reader {
+    fn memory(&mut self, _: &Hello) -> Result<Option<GuestMemoryMmap>, Mismatch> {
+        Ok(self.own.clone())
+    }
+    fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
+        assert_eq!(proposal.guest, b"still");
+        self.memory = Some(memory);
+        Ok("machine".into())
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
+        self.state = state.to_vec();
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<Instant, VmError> {
+        let memory = self.memory.clone().ok_or("not prepared")?;
+        thread::spawn(move || {
+            for (first, pages) in REGIONS {
+                let _: u64 = memory.read_obj(GuestAddress((first + pages - 1) * PAGE)).unwrap();
+            }
+        });
+        Ok(Instant::now())
+    }
+}
+
+fn destination() -> (DestinationBuilder, Events<Event>) {
+    let (tell, events) = channel();
+    let builder = DestinationBuilder::new().on_event(move |event| drop(tell.send(event)));
+    (builder, events)
+}
+
+fn source(memory: &GuestMemoryMmap, ticket: &Ticket) -> (SourceBuilder, Events<Event>) {
+    let (tell, events) = channel();
+    let builder = SourceBuilder::new(memory.clone(), ticket.clone())
+        .machine("machine")
+        .guest("still")
+        .on_event(move |event| drop(tell.send(event)));
+    (builder, events)
+}
+
+fn ticket() -> Ticket {
+    DestinationBuilder::new().build().unwrap().ticket().clone()
+}
+
+/// Both sides to their ends; the source's outcome, its VMM's calls, and the destination.
+fn migrate(
+    source: SourceBuilder,
+    receiver: Receiver,
+    vm: Reader,
+) -> (Outcome, Vec<&'static str>, postcopy::DestinationEnd) {
+    let receiving = thread::spawn(move || receiver.run(Box::new(vm)).unwrap());
+    let calls = Arc::default();
+    let end = source.build().unwrap().run(Box::new(Still(Arc::clone(&calls)))).unwrap();
+    assert_eq!(end.stranded, None);
+    let destination = receiving.join().unwrap();
+    let calls = calls.lock().unwrap().clone();
+    (end.outcome, calls, destination)
+}
+
+/// The phases and steps that were told, in order, and the rest.
+fn told(events: Events<Event>) -> (Vec<Phase>, Vec<Stamp>, Vec<Event>) {
+    let (mut phases, mut steps, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    for event in events.try_iter() {
+        match event {
+            Event::Phase(phase) => phases.push(phase),
+            Event::Step { step, .. } => steps.push(step),
+            Event::Progress(_) => {}
+            other => others.push(other),
+        }
+    }
+    (phases, steps, others)
+}
+
+#[test]
+fn memory_of_a_vmms_own_making_moves_between_any_two_kinds() {
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    for (from_files, own) in [(false, None), (true, Some(false)), (false, Some(true))] {
+        let from = memory(from_files);
+        fill(&from);
+        let own = own.map(memory);
+        if let Some(own) = &own {
+            // What is in it is lost, also where the source has zeros and holes.
+            for (first, pages) in REGIONS {
+                let garbage = vec![0xEE; (pages * PAGE) as usize];
+                own.write_slice(&garbage, GuestAddress(first * PAGE)).unwrap();
+            }
+        }
+        let (builder, at_destination) = destination();
+        let receiver = builder.build().unwrap();
+        let (source, at_source) = source(&from, receiver.ticket());
+        let vm = Reader { own, ..Reader::default() };
+        let (outcome, calls, end) = migrate(source, receiver, vm);
+        assert_eq!((outcome, end.outcome), (Outcome::Completed, Outcome::Completed));
+        assert_eq!(calls, ["pause"]);
+        let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
+        assert_eq!(vm.state, STATE);
+        assert!(content(&vm.memory.unwrap()) == content(&from), "files {from_files}");
+
+        use Phase::*;
+        let (phases, steps, others) = told(at_source);
+        assert_eq!(phases, [Handshake, Blackout, TargetBrownout, Release]);
+        for step in [Stamp::Captured, Stamp::Committed, Stamp::Running, Stamp::Drained] {
+            assert!(steps.contains(&step), "{step:?} not in {steps:?}");
+        }
+        assert_eq!(others.first(), Some(&Event::LinkUp { epoch: 0 }));
+        assert_eq!(others.last(), Some(&Event::Ended(Outcome::Completed)));
+        let (phases, steps, others) = told(at_destination);
+        assert_eq!(phases, [Waiting, Handshake, Blackout, TargetBrownout, Release]);
+        for step in [Stamp::StateReceived, Stamp::Committed, Stamp::Running, Stamp::Drained] {
+            assert!(steps.contains(&step), "{step:?} not in {steps:?}");
+        }
+        assert_eq!(others.first(), Some(&Event::LinkUp { epoch: 0 }));
+        assert_eq!(others.last(), Some(&Event::Ended(Outcome::Completed)));
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_received_is_refused_before_the_guest_is_paused() {
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    let locked = memory(false);
+    let first = locked.iter().next().unwrap().as_ptr();
+    let start = std::ptr::NonNull::new(first.cast()).unwrap();
+    // SAFETY: a page of the mapping.
+    let lock = unsafe { nix::sys::mman::mlock(start, PAGE as usize) };
+    let other = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let vhost = MemoryUser::VhostUser { postcopy: false };
+    let mut cases = vec![
+        (Some(other), None, "the memory layout"),
+        (None, Some(MemoryUser::Vfio), "VFIO"),
+        (None, Some(vhost), "vhost-user"),
+    ];
+    match lock {
+        Ok(()) => cases.push((Some(locked), None, "is locked (mlock")),
+        Err(error) => println!("SKIPPED: memory cannot be locked here: {error}"),
+    }
+    for (own, user, expected) in cases {
+        let from = memory(false);
+        let (mut builder, _) = destination();
+        if let Some(user) = user {
+            builder = builder.memory_user(user);
+        }
+        let receiver = builder.build().unwrap();
+        let (source, events) = source(&from, receiver.ticket());
+        let vm = Reader { own, ..Reader::default() };
+        let (outcome, calls, _) = migrate(source, receiver, vm);
+        let Outcome::Aborted(why) = outcome else { panic!("{outcome:?}") };
+        assert!(why.contains(expected), "{why}");
+        assert!(calls.is_empty(), "the guest was touched: {calls:?}");
+        assert_eq!(told(events).2.last(), Some(&Event::Ended(Outcome::Aborted(why))));
+    }
+}
+
+#[test]
+fn a_source_is_not_built_with_wrong_values_and_names_the_field() {
+    let ticket = ticket();
+    let memory = memory(false);
+    let new = || SourceBuilder::new(memory.clone(), ticket.clone());
+    assert!(new().build().is_ok());
+    let none = Duration::ZERO;
+    let wrong = [
+        ("vcpus", new().vcpus(0)),
+        ("vcpus", new().vcpus(64)),
+        ("pivots", new().pivots(0)),
+        ("pivots", new().pivots(65)),
+        ("machine", new().machine("x".repeat(4097))),
+        ("guest", new().guest(vec![0; 32769])),
+        ("limits.handshake", new().limits(SessionLimits { handshake: none, ..Default::default() })),
+        ("limits.recovery", new().limits(SessionLimits { recovery: none, ..Default::default() })),
+        ("link.idle_timeout", new().link(LinkOptions { idle_timeout: none, ..Default::default() })),
+        ("link.mtu_max", new().link(LinkOptions { mtu_max: Some(100), ..Default::default() })),
+    ];
+    for (expected, builder) in wrong {
+        match builder.build() {
+            Err(ConfigError::Field { field, .. }) => assert_eq!(field, expected),
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+    match new().memory_user(MemoryUser::Vfio).build() {
+        Err(ConfigError::MemoryUser(MemoryUserError::Vfio { .. })) => {}
+        other => panic!("{other:?}"),
+    }
+    let empty = SourceBuilder::new(GuestMemoryMmap::default(), ticket.clone()).build();
+    assert!(matches!(empty, Err(ConfigError::Memory(_))), "{empty:?}");
+}
+
+#[test]
+fn a_destination_is_not_built_with_wrong_values_and_names_the_field() {
+    let new = DestinationBuilder::new;
+    let none = Duration::ZERO;
+    let wrong = [
+        ("push_lanes", new().push_lanes(0)),
+        ("push_lanes", new().push_lanes(9)),
+        ("port", new().port(65535)),
+        ("public_host", new().public_host("not a host")),
+        ("public_host", new().listen("0.0.0.0".parse().unwrap())),
+        ("ticket_life", new().ticket_life(none)),
+        ("ticket_life", new().ticket_life(Duration::from_secs(1 << 30))),
+        ("limits.restore", new().limits(SessionLimits { restore: none, ..Default::default() })),
+    ];
+    for (expected, builder) in wrong {
+        match builder.build() {
+            Err(ConfigError::Field { field, .. }) => assert_eq!(field, expected),
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+}
