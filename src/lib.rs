@@ -61,8 +61,8 @@
     doc = r##"
 # In a VMM
 
-The source; the engine calls `pause` when both sides have agreed, and `release` when the
-destination has all pages:
+The source; the engine calls `pause` when both sides have agreed, `release` when the guest
+runs at the destination, and `drained` when all its pages are there:
 
 ```no_run
 use postcopy::engine::source::{Migration, SourceConfig};
@@ -92,7 +92,10 @@ impl SourceVm for Vmm {
         Ok(()) // Aborted before the commit: let the vCPUs run on.
     }
     fn release(&mut self) -> Result<(), VmError> {
-        Ok(()) // The memory is not needed any more.
+        Ok(()) // It runs there: let the vCPUs go. The memory is still read.
+    }
+    fn drained(&mut self) -> Result<(), VmError> {
+        Ok(()) // Now it is not.
     }
 }
 

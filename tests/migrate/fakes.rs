@@ -12,7 +12,7 @@ use postcopy::transport::{
     Identity, Lane, LaneServer, Link, LinkOptions, Ticket, TransportError, bind_ports, connect,
 };
 use postcopy::vmm::guest::GuestKind;
-use postcopy::vmm::workload::{Pattern, Workload};
+use postcopy::vmm::workload::{MachineForm, Pattern, Workload};
 use quinn::{RecvStream, SendStream};
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread::JoinHandle;
@@ -81,8 +81,9 @@ pub fn proposal(pages: u64) -> Hello {
         think_ns: 0,
         step_limit: 0,
         zero_pages: 0,
+        form: MachineForm::default(),
     };
-    let guest = GuestDescription { kind: GuestKind::Process, workload };
+    let guest = GuestDescription { kind: GuestKind::Process, workload, processor: None };
     let layout = MemoryLayout::pc(pages).expect("a layout");
     let arch = std::env::consts::ARCH;
     let machine = format!(
@@ -155,6 +156,17 @@ impl FakeSource {
                 demand.write_all(&[index, 0]).await.expect("the link stands");
                 streams.push(demand);
             }
+            seeds.write_all(bytes).await.expect("the link stands");
+            streams.push(seeds);
+        });
+    }
+
+    /// Opens the stream for seeds and none of the others, and sends `bytes` on it.
+    pub fn send_seeds_alone(&mut self, bytes: &[u8]) {
+        let Self { driver, link, streams, .. } = self;
+        driver.run("sending seeds", async {
+            let mut seeds = link.connection.open_uni().await.expect("a stream");
+            seeds.write_all(&[0, 0]).await.expect("the link stands");
             seeds.write_all(bytes).await.expect("the link stands");
             streams.push(seeds);
         });
@@ -253,6 +265,14 @@ impl FakeDestination {
 
     /// Takes a source's links and its proposal.
     pub fn proposed(&mut self) -> Hello {
+        match self.comes() {
+            ToDestination::Hello(hello) => hello,
+            other => panic!("the source began with {other:?}"),
+        }
+    }
+
+    /// Takes a source's links and what it says first.
+    pub fn comes(&mut self) -> ToDestination {
         let Self { driver, urgent, push, .. } = self;
         let (links, control, first) = driver.run("a proposal", async {
             let urgent = urgent.accept().await.expect("the source's urgent link");
@@ -264,10 +284,7 @@ impl FakeDestination {
         });
         self.links = links;
         self.control = Some(control);
-        match first {
-            Ok(ToDestination::Hello(hello)) => hello,
-            other => panic!("the source began with {other:?}"),
-        }
+        first.expect("a first message")
     }
 
     /// Says something.

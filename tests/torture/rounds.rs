@@ -38,7 +38,8 @@ pub struct Round {
 pub fn rounds<T>(name: &str, mut round: impl FnMut(&mut Round) -> T) -> Vec<T> {
     let count = number("POSTCOPY_TORTURE_ROUNDS").unwrap_or(ROUNDS);
     // Even, so that what depends on the seed's parity comes up as often as it can.
-    let first = number("POSTCOPY_TORTURE_SEED").unwrap_or_else(|| rand::random_range(0..1 << 30) * 2);
+    let first =
+        number("POSTCOPY_TORTURE_SEED").unwrap_or_else(|| rand::random_range(0..1 << 30) * 2);
     let seeds = first..first + count;
     let run = |seed| {
         let mut of = Round::new(name, seed);
@@ -130,8 +131,7 @@ impl Round {
     pub fn is_whole(&self, guest: Guest) {
         let receiver = self.receiver(&[]);
         let report = guest.path("last.json");
-        let migration =
-            guest.migrate_as(self.postcopy(), &receiver.ticket, &["--report", &report]);
+        let migration = guest.migrate_as(self.postcopy(), &receiver.ticket, &["--report", &report]);
         migration.succeed(MIGRATION);
         let mut whole = read_report(&report);
         guest.has_left();

@@ -5,6 +5,7 @@
 
 mod driver;
 mod guest;
+mod journal;
 mod link;
 mod push;
 mod report;
@@ -13,11 +14,13 @@ mod zero_scan;
 
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
+use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::{Outcome, SessionLimits, SourceEvent, SourceState};
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
 use driver::{Driver, Input};
+pub use journal::{Beginning, Journal, Left};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -74,8 +77,7 @@ pub struct SourceEnd {
     pub outcome: Outcome,
     /// The report, the destination's part included if it came.
     pub report: Report,
-    /// Set if the migration was aborted with the guest paused, and the guest does not
-    /// run on: why not.
+    /// Set if the migration was aborted and the guest does not run on: why not.
     pub stranded: Option<String>,
 }
 
@@ -95,13 +97,39 @@ impl Canceller {
 pub struct Migration {
     config: SourceConfig,
     ram: Arc<GuestRam>,
+    beginning: Beginning,
+    journal: Option<Box<dyn Journal>>,
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
 }
 
 impl Migration {
     /// Prepares to move the guest whose memory is `ram`.
     pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
-        Self { config, ram, inputs: unbounded_channel() }
+        Self::begin(config, ram, Beginning::New(SessionId(rand::random())))
+    }
+
+    /// Prepares to go on with a session that another process has left. The commit word
+    /// must have decided, and nobody else may go on with it.
+    pub fn resume(config: SourceConfig, ram: Arc<GuestRam>, left: Left) -> Self {
+        Self::begin(config, ram, Beginning::Left(left))
+    }
+
+    fn begin(config: SourceConfig, ram: Arc<GuestRam>, beginning: Beginning) -> Self {
+        Self { config, ram, beginning, journal: None, inputs: unbounded_channel() }
+    }
+
+    /// The same, with what another process would need in order to go on with it kept in
+    /// `journal`.
+    pub fn with_journal(mut self, journal: Box<dyn Journal>) -> Self {
+        self.journal = Some(journal);
+        self
+    }
+
+    /// The session's name.
+    pub fn session(&self) -> SessionId {
+        match self.beginning {
+            Beginning::New(session) | Beginning::Left(Left { session, .. }) => session,
+        }
     }
 
     /// A handle that cancels it.
@@ -118,11 +146,12 @@ impl Migration {
         vm: Box<dyn SourceVm>,
         watch: impl FnMut(Progress) + Send + 'static,
     ) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, inputs } = self;
+        let Self { config, ram, beginning, journal, inputs } = self;
+        let begin = (beginning, journal);
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
             let drive = async move {
-                Ok(Driver::new(config, ram, vm, inputs, Box::new(watch))?.run().await)
+                Ok(Driver::new(config, ram, vm, begin, inputs, Box::new(watch))?.run().await)
             };
             super::hurry();
             async move { local.run_until(drive).await }
