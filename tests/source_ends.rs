@@ -2,6 +2,7 @@
 //! migrate: in time, and without a second guest.
 
 use postcopy::attach::client::Attached;
+use postcopy::attach::handover::MemoryFiles;
 use postcopy::attach::message::{GuestInfo, Paused, Status};
 use postcopy::attach::server::{AttachedVm, Description, Server};
 use postcopy::engine::attached::{AttachedVmm, GivenAway};
@@ -14,7 +15,6 @@ use postcopy::proto::source::{Outcome, SessionLimits, SourceState};
 use postcopy::transport::ticket::Host;
 use postcopy::transport::{Identity, LinkOptions};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -100,14 +100,15 @@ impl AttachedVm for Pausable {
         let guest = GuestInfo { kind: "none".into(), vcpus: 1, workload_json: "{}".into(), pid: 1 };
         Description { layout: self.0.layout().clone(), machine: "none".into(), guest }
     }
-    fn memory(&self) -> BorrowedFd<'_> {
-        self.0.memfd().unwrap()
+    fn memory(&self) -> MemoryFiles<'_> {
+        MemoryFiles::of(&self.0).unwrap()
     }
     fn pause_and_capture(&mut self) -> Result<Paused, String> {
         Ok(Paused {
             state: b"state".to_vec(),
             seeds: Vec::new(),
             paused_at_ns: 0,
+            frozen_at_ns: 0,
             pause_us: 0,
             capture_us: 0,
             steps: 0,

@@ -5,22 +5,21 @@
 //! commit word says committed, the VMM then takes the guest back and lets it run.
 
 use super::commit_word::{CommitWord, CommitWordError, Committed};
+use super::handover::{HandoverError, check_region_files, take_over};
 use super::message::{
-    GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION,
-    reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo, Message, MessageError,
+    Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome, reason,
 };
-use super::socket::{Connection, Received, SocketError};
-use crate::memory::ram::{GuestRam, RamError};
+use super::socket::{Connection, SocketError};
+use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
+use crate::memory::ram::GuestRam;
 use crate::proto::layout::MemoryLayout;
-use crate::proto::page::{PAGE_SIZE, PageIndex};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use std::fs::File;
+use crate::proto::page::PageIndex;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use vm_memory::FileOffset;
 
 /// The longest wait for an answer of the VMM.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,8 +35,20 @@ pub struct Attached {
     pub guest: GuestInfo,
     /// The word that decides where the guest runs: `commit` it before Commit leaves.
     pub word: Arc<CommitWord>,
+    capabilities: Vec<String>,
     connection: Connection,
     path: Option<PathBuf>,
+}
+
+/// The log of a guest's writes, since it was started.
+#[derive(Clone, Debug)]
+pub struct DirtyLog {
+    /// Which pages were written; [`Attached::dirty_round`] fills it. Take a page's bit out
+    /// before its content is read.
+    pub bitmap: Arc<DirtyBitmap>,
+    /// Each write after this moment will be in a round:
+    /// [`monotonic_ns`](super::monotonic_ns).
+    pub started_at_ns: u64,
 }
 
 /// Why attaching, or a request, did not succeed.
@@ -106,13 +117,23 @@ pub enum AttachError {
         /// The pages there are.
         pages: u64,
     },
-    /// The guest's memory is not a memfd that can be sealed against shrinking, so
-    /// that reading it could kill this process.
-    #[error("the guest memory handed over cannot be sealed against shrinking")]
-    Seal(#[source] nix::Error),
-    /// The guest's memory cannot be mapped.
-    #[error("cannot map the guest memory handed over")]
-    Ram(#[from] RamError),
+    /// The guest's memory cannot be taken over.
+    #[error("cannot use the guest memory handed over")]
+    Memory(#[from] HandoverError),
+    /// The VMM lacks a capability.
+    #[error("the VMM lacks the capability {0}")]
+    Lacks(&'static str),
+    /// The dirty bitmap cannot be mapped.
+    #[error("cannot use the dirty bitmap handed over")]
+    DirtyBitmap(#[from] DirtyBitmapError),
+    /// More pages written than there are.
+    #[error("the VMM counted {counted} pages written; the guest has {pages}")]
+    DirtyPages {
+        /// The pages counted.
+        counted: u64,
+        /// The pages there are.
+        pages: u64,
+    },
     /// The commit word cannot be mapped.
     #[error("cannot use the commit word handed over")]
     CommitWord(#[from] CommitWordError),
@@ -144,30 +165,24 @@ impl Attached {
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request, source })?;
         let welcome = match reply {
-            Reply::Welcome(welcome) => welcome,
+            Reply::Welcome(welcome) if welcome.version == VERSION => welcome,
+            Reply::Welcome(welcome) => {
+                return Err(AttachError::Version { theirs: welcome.version });
+            }
             Reply::Refused { version, .. } if version != VERSION => {
                 return Err(AttachError::Version { theirs: version });
             }
             Reply::Refused { why, .. } => return Err(AttachError::Refused { why }),
             other => return Err(AttachError::Unexpected { request, reply: other.name() }),
         };
-        let [memory, word] = received.descriptors::<2>().map_err(broke)?;
-        seal(&memory)?;
-        let memory = Arc::new(File::from(memory));
-        let files = welcome.layout.region_runs().map(|(_, run)| {
-            FileOffset::from_arc(memory.clone(), run.first().get() * PAGE_SIZE as u64)
-        });
-        let files = files.collect();
-        let ram = Arc::new(GuestRam::attach_read_only(welcome.layout, files)?);
+        let Welcome { layout, memory, machine, guest, capabilities, .. } = *welcome;
+        let files = check_region_files(&layout, &memory)?;
+        let mut descriptors = received.all_descriptors(files + 1).map_err(broke)?;
+        let none = SocketError::Descriptors { got: 0, more: false, expected: files + 1 };
+        let word = descriptors.pop().ok_or(none).map_err(broke)?;
+        let ram = Arc::new(take_over(layout, &memory, descriptors)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
-        Ok(Self {
-            ram,
-            machine: welcome.machine,
-            guest: welcome.guest,
-            word,
-            connection,
-            path: None,
-        })
+        Ok(Self { ram, machine, guest, word, capabilities, connection, path: None })
     }
 
     /// Where the guest's memory lies.
@@ -224,15 +239,62 @@ impl Attached {
         }
     }
 
+    /// Whether the VMM can tell which pages were written.
+    pub fn has_dirty_log(&self) -> bool {
+        self.capabilities.iter().any(|name| name == CAPABILITY_DIRTY_LOG)
+    }
+
+    /// Has the VMM remember which pages are written, while the guest runs. What was
+    /// written before does not count: read every page once after this. It ends with
+    /// [`Attached::stop_dirty_log`], with the conversation, or when a round fails.
+    pub fn start_dirty_log(&mut self) -> Result<DirtyLog, AttachError> {
+        if !self.has_dirty_log() {
+            return Err(AttachError::Lacks(CAPABILITY_DIRTY_LOG));
+        }
+        match self.exchange(&Request::StartDirtyLog)? {
+            (Reply::DirtyLogStarted { started_at_ns }, Some(bitmap)) => {
+                let bitmap = Arc::new(DirtyBitmap::from_fd(bitmap, self.layout())?);
+                Ok(DirtyLog { bitmap, started_at_ns })
+            }
+            (other, _) => Err(unexpected("StartDirtyLog", &other)),
+        }
+    }
+
+    /// Has the VMM put the pages written since the last round into the bitmap. After
+    /// [`Attached::pause`] one round has all that was written until
+    /// [`Paused::frozen_at_ns`], and the next ones have nothing.
+    ///
+    /// # Errors
+    /// After [`AttachError::Failed`] the log has ended, and any page may have been written.
+    pub fn dirty_round(&mut self) -> Result<DirtyRound, AttachError> {
+        let round = match self.ask(&Request::DirtyRound)? {
+            Reply::DirtyRound(round) => round,
+            other => return Err(unexpected("DirtyRound", &other)),
+        };
+        let pages = self.layout().pages();
+        if round.pages > pages {
+            return Err(AttachError::DirtyPages { counted: round.pages, pages });
+        }
+        Ok(round)
+    }
+
+    /// Has the VMM remember no more.
+    pub fn stop_dirty_log(&mut self) -> Result<(), AttachError> {
+        match self.ask(&Request::StopDirtyLog)? {
+            Reply::DirtyLogStopped => Ok(()),
+            other => Err(unexpected("StopDirtyLog", &other)),
+        }
+    }
+
     /// The record of the session that the memory belongs to. Only a keeper has one.
     pub fn record(&mut self) -> Result<OwnedFd, AttachError> {
-        let request = "Record";
-        let (reply, received) = self.ask_with_descriptors(&Request::Record)?;
-        let Reply::Record = reply else { return Err(unexpected(request, &reply)) };
-        let [record] = received
-            .descriptors::<1>()
-            .map_err(|source| AttachError::Socket { request, source })?;
-        Ok(record)
+        if !self.capabilities.iter().any(|name| name == CAPABILITY_SESSION_RECORD) {
+            return Err(AttachError::Lacks(CAPABILITY_SESSION_RECORD));
+        }
+        match self.exchange(&Request::Record)? {
+            (Reply::Record, Some(record)) => Ok(record),
+            (other, _) => Err(unexpected("Record", &other)),
+        }
     }
 
     /// The conversation's socket, to watch for its end.
@@ -255,27 +317,28 @@ impl Attached {
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
-        let (reply, received) = self.ask_with_descriptors(request)?;
-        let [] = received
-            .descriptors::<0>()
-            .map_err(|source| AttachError::Socket { request: request.name(), source })?;
-        Ok(reply)
+    pub(super) fn ask(&mut self, request: &Request) -> Result<Reply, AttachError> {
+        self.exchange(request).map(|(reply, _none)| reply)
     }
 
-    fn ask_with_descriptors(
-        &mut self,
-        request: &Request,
-    ) -> Result<(Reply, Received), AttachError> {
+    /// A request, its answer, and the descriptor that belongs to it, if one does.
+    fn exchange(&mut self, request: &Request) -> Result<(Reply, Option<OwnedFd>), AttachError> {
         let name = request.name();
         let broke = |source| AttachError::Socket { request: name, source };
         send(&mut self.connection, request)?;
         let received = self.connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
+        let descriptor = if let Reply::DirtyLogStarted { .. } | Reply::Record = reply {
+            let [only] = received.descriptors().map_err(broke)?;
+            Some(only)
+        } else {
+            let [] = received.descriptors().map_err(broke)?;
+            None
+        };
         match reply {
             Reply::Failed { why } => Err(AttachError::Failed { request: name, why }),
-            reply => Ok((reply, received)),
+            reply => Ok((reply, descriptor)),
         }
     }
 }
@@ -287,19 +350,6 @@ fn send(connection: &mut Connection, request: &Request) -> Result<(), AttachErro
     connection
         .send(&bytes, &[], REPLY_TIMEOUT)
         .map_err(|source| AttachError::Socket { request: name, source })
-}
-
-/// Seals the guest's memory against shrinking, so that no page of the mapping can
-/// lose its file, which would end this process with SIGBUS. The size is looked at
-/// afterwards.
-fn seal(memory: &OwnedFd) -> Result<(), AttachError> {
-    let seals = fcntl(memory, FcntlArg::F_GET_SEALS).map_err(AttachError::Seal)?;
-    if SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
-        return Ok(());
-    }
-    fcntl(memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))
-        .map(drop)
-        .map_err(AttachError::Seal)
 }
 
 fn unexpected(request: &'static str, reply: &Reply) -> AttachError {

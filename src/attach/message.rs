@@ -6,13 +6,14 @@
 //! and never renumbered within a version; `Hello` and `Refused` are the same in
 //! all versions, so that a mismatch can be named. Nothing here touches a socket.
 
+use super::handover::{HandoverError, RegionFile, check_region_files};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// First bytes of every conversation.
 pub const MAGIC: [u8; 8] = *b"pc-attch";
 /// The most bytes of a [`Reply`], its length prefix apart.
@@ -27,6 +28,15 @@ pub const SEEDS_MAX: usize = 4096;
 pub const TEXT_BYTES_MAX: usize = 64 << 10;
 /// The most bytes of a text that gives a reason; a longer one is cut.
 pub const REASON_BYTES_MAX: usize = 1024;
+/// The most capabilities that a VMM names.
+pub const CAPABILITIES_MAX: usize = 16;
+/// The most bytes of a capability's name.
+pub const CAPABILITY_BYTES_MAX: usize = 64;
+/// The VMM can tell which pages were written: `StartDirtyLog`, `DirtyRound`,
+/// `StopDirtyLog`.
+pub const CAPABILITY_DIRTY_LOG: &str = "dirty-log";
+/// A keeper, and not a VMM, is there: `Record`.
+pub const CAPABILITY_SESSION_RECORD: &str = "session-record";
 
 /// What the attached process asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +65,12 @@ pub enum Request {
         /// Why, for the VMM's log.
         why: String,
     },
+    /// From here on, remember which pages are written.
+    StartDirtyLog,
+    /// Put the pages that were written since the last round into the bitmap.
+    DirtyRound,
+    /// Remember no more.
+    StopDirtyLog,
     /// To a keeper: the record of the session that the memory belongs to.
     Record,
 }
@@ -69,7 +85,7 @@ pub enum Reply {
         /// Why.
         why: String,
     },
-    /// To `Hello`; comes with two memfds: guest memory, commit word.
+    /// To `Hello`; comes with memfds: those of guest memory, then the commit word.
     Welcome(Box<Welcome>),
     /// To `Pause`.
     Paused(Box<Paused>),
@@ -88,6 +104,17 @@ pub enum Reply {
     Status(Status),
     /// To `Stop`: the guest ends. The connection ends.
     Stopping,
+    /// To `StartDirtyLog`; comes with one memfd: the bitmap, see
+    /// [`DirtyBitmap`](crate::memory::dirty_bitmap::DirtyBitmap).
+    DirtyLogStarted {
+        /// Each write after this moment is in a round:
+        /// [`monotonic_ns`](super::monotonic_ns).
+        started_at_ns: u64,
+    },
+    /// To `DirtyRound`: the bitmap has them.
+    DirtyRound(DirtyRound),
+    /// To `StopDirtyLog`.
+    DirtyLogStopped,
     /// To `Record`; comes with the memfd that holds it.
     Record,
 }
@@ -97,12 +124,16 @@ pub enum Reply {
 pub struct Welcome {
     /// [`VERSION`].
     pub version: u16,
-    /// Where its memory lies; page `i` is at offset `i * 4096` of the first memfd.
+    /// Where its memory lies for the guest.
     pub layout: MemoryLayout,
+    /// In which of the memfds that come with it each region lies.
+    pub memory: Vec<RegionFile>,
     /// The machine configuration that the destination must have, as stable text.
     pub machine: String,
     /// What it is.
     pub guest: GuestInfo,
+    /// What the VMM can do beyond what each must, by name. Unknown names are ignored.
+    pub capabilities: Vec<String>,
 }
 
 /// What a guest is.
@@ -128,6 +159,10 @@ pub struct Paused {
     pub seeds: Vec<PageIndex>,
     /// When the last vCPU had stopped: [`monotonic_ns`](super::monotonic_ns).
     pub paused_at_ns: u64,
+    /// From when on nothing writes to the guest's memory until it is resumed. After
+    /// `paused_at_ns`: device threads stop later, and capturing may write (an interrupt
+    /// controller that keeps its tables in guest memory).
+    pub frozen_at_ns: u64,
     /// From the request until the last vCPU had stopped.
     pub pause_us: u64,
     /// From then until the state was captured.
@@ -145,6 +180,18 @@ pub struct Status {
     pub steps: u64,
     /// What ended it, if something did.
     pub failure: Option<String>,
+}
+
+/// What a round found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRound {
+    /// Pages written since the last round, whether or not their bits were set already.
+    pub pages: u64,
+    /// Each write before this moment is in this round or an earlier one:
+    /// [`monotonic_ns`](super::monotonic_ns).
+    pub began_at_ns: u64,
+    /// No write after this moment is in this round.
+    pub ended_at_ns: u64,
 }
 
 /// Why a message cannot be sent or is not accepted.
@@ -166,6 +213,9 @@ pub enum MessageError {
     /// Bytes after the message.
     #[error("{0} bytes follow the message")]
     Trailing(usize),
+    /// Guest memory in places where it cannot be.
+    #[error("the guest memory cannot lie where it is said to")]
+    Memory(#[source] Box<HandoverError>),
     /// A message that could not be encoded.
     #[error("message cannot be encoded")]
     Encode(#[source] postcard::Error),
@@ -230,6 +280,9 @@ impl Message for Request {
             Request::ResetInstruments => "ResetInstruments",
             Request::Status => "Status",
             Request::Stop { .. } => "Stop",
+            Request::StartDirtyLog => "StartDirtyLog",
+            Request::DirtyRound => "DirtyRound",
+            Request::StopDirtyLog => "StopDirtyLog",
             Request::Record => "Record",
         }
     }
@@ -255,11 +308,7 @@ impl Message for Reply {
             Reply::Refused { why, .. } | Reply::Failed { why } => {
                 limit("reason", why.len(), REASON_BYTES_MAX)
             }
-            Reply::Welcome(welcome) => {
-                limit("machine text", welcome.machine.len(), TEXT_BYTES_MAX)?;
-                limit("guest kind", welcome.guest.kind.len(), REASON_BYTES_MAX)?;
-                limit("workload text", welcome.guest.workload_json.len(), TEXT_BYTES_MAX)
-            }
+            Reply::Welcome(welcome) => welcome.check(),
             Reply::Paused(paused) => paused.check(),
             Reply::Status(status) => {
                 let failure = status.failure.as_deref().unwrap_or_default();
@@ -280,8 +329,24 @@ impl Message for Reply {
             Reply::InstrumentsReset => "InstrumentsReset",
             Reply::Status(_) => "Status",
             Reply::Stopping => "Stopping",
+            Reply::DirtyLogStarted { .. } => "DirtyLogStarted",
+            Reply::DirtyRound(_) => "DirtyRound",
+            Reply::DirtyLogStopped => "DirtyLogStopped",
             Reply::Record => "Record",
         }
+    }
+}
+
+impl Welcome {
+    fn check(&self) -> Result<(), MessageError> {
+        check_region_files(&self.layout, &self.memory)
+            .map_err(|error| MessageError::Memory(error.into()))?;
+        limit("machine text", self.machine.len(), TEXT_BYTES_MAX)?;
+        limit("guest kind", self.guest.kind.len(), REASON_BYTES_MAX)?;
+        limit("workload text", self.guest.workload_json.len(), TEXT_BYTES_MAX)?;
+        limit("list of capabilities", self.capabilities.len(), CAPABILITIES_MAX)?;
+        let mut names = self.capabilities.iter();
+        names.try_for_each(|name| limit("capability", name.len(), CAPABILITY_BYTES_MAX))
     }
 }
 

@@ -4,14 +4,15 @@
 //! ([`client`]), gets the guest's memory and a commit word as memfds, and from
 //! then on asks: pause, resume, let go. The memory thereby outlives the VMM's
 //! process. [`message`] has the messages, [`socket`] carries them and their file
-//! descriptors, [`commit_word`] decides between "the guest has left" and "the
-//! guest stays". `docs/attach.md` shows the conversation on one page.
+//! descriptors, [`handover`] says in which files a guest's memory lies,
+//! [`commit_word`] decides between "the guest has left" and "the guest stays". `docs/attach.md` shows the conversation on one page.
 //!
 //! It does not move pages, knows no guest (that is behind
 //! [`AttachedVm`](server::AttachedVm)) and never crosses hosts.
 
 pub mod client;
 pub mod commit_word;
+pub mod handover;
 pub mod listener;
 pub mod message;
 pub mod server;

@@ -8,10 +8,12 @@
 //! `session`.
 
 use super::commit_word::{CommitWord, CommitWordError};
+use super::handover::MemoryFiles;
 use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
 use super::session::{Attempt, Ending, Session, SessionError};
 use super::socket::{Connection, SocketError, poll_timeout};
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,10 +25,11 @@ use std::time::{Duration, Instant};
 pub trait AttachedVm {
     /// What a client is told about it. The same each time.
     fn describe(&self) -> Description;
-    /// The memfd that holds its memory: page `i` at offset `i * 4096`.
-    fn memory(&self) -> BorrowedFd<'_>;
-    /// Stops the vCPUs and captures their state. After an error the guest runs, as
-    /// before: the implementation undoes what it did.
+    /// The memfds that its memory lies in: [`MemoryFiles::of`].
+    fn memory(&self) -> MemoryFiles<'_>;
+    /// Stops the vCPUs and captures their state. From [`Paused::frozen_at_ns`] on nothing
+    /// writes to the guest's memory: no device, no thread, no later look at the guest.
+    /// After an error the guest runs, as before: the implementation undoes what it did.
     fn pause_and_capture(&mut self) -> Result<Paused, String>;
     /// Lets the guest run on after [`AttachedVm::pause_and_capture`].
     fn resume(&mut self) -> Result<(), String>;
@@ -40,13 +43,37 @@ pub trait AttachedVm {
     fn reset_instruments(&mut self) -> Result<(), String>;
     /// Ends the guest.
     fn stop(&mut self);
+    /// Whether it can tell which pages were written. If not, the next three are not
+    /// called.
+    fn has_dirty_log(&self) -> bool {
+        false
+    }
+    /// Begins to remember which pages are written, by vCPUs, devices, or this process
+    /// itself, with none remembered. Called while the guest runs. If it remembers already
+    /// (stopping has failed), it forgets and begins again.
+    fn start_dirty_log(&mut self) -> Result<(), String> {
+        Err(NO_DIRTY_LOG.to_owned())
+    }
+    /// Folds the pages written since it was asked last into `into`, and forgets them;
+    /// returns how many there were. Called while the guest runs, or once it is frozen.
+    fn dirty_round(&mut self, into: &DirtyBitmap) -> Result<u64, String> {
+        let _ = into;
+        Err(NO_DIRTY_LOG.to_owned())
+    }
+    /// Remembers no more, so that the guest runs at its full speed.
+    fn stop_dirty_log(&mut self) -> Result<(), String> {
+        Err(NO_DIRTY_LOG.to_owned())
+    }
     /// The record of the session that the memory belongs to, if this is a keeper of it.
     fn record(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
 
-/// What a guest is and where its memory lies.
+/// What a VMM says that cannot tell which pages were written.
+pub(super) const NO_DIRTY_LOG: &str = "this VMM cannot tell which pages were written";
+
+/// What a guest is, and where its memory lies for it.
 #[derive(Clone, Debug)]
 pub struct Description {
     /// Where its memory lies.
@@ -263,7 +290,7 @@ impl Server {
 }
 
 /// An error and its causes.
-fn one_line(error: &dyn std::error::Error) -> String {
+pub(super) fn one_line(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -8,11 +8,13 @@
 
 use super::commit_word::{AlreadyCommitted, CommitWord, Decision};
 use super::message::{
-    MAGIC, Message, MessageError, Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome,
-    reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, MAGIC, Message, MessageError,
+    Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
 };
-use super::server::{AttachedVm, Server, ServerError, Wake};
+use super::monotonic_ns;
+use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
 use super::socket::{Connection, SocketError};
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -52,18 +54,20 @@ pub(super) enum SessionError {
 pub(super) struct Attempt {
     word: CommitWord,
     paused: Option<Box<Paused>>,
+    /// The bitmap, while this attempt's client has writes remembered.
+    dirty: Option<DirtyBitmap>,
     /// Only the guest's memory is here; it was paused, if it was, in another process.
     kept: bool,
 }
 
 impl Attempt {
     pub(super) fn new() -> Result<Self, ServerError> {
-        Ok(Self { word: CommitWord::create()?, paused: None, kept: false })
+        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None, kept: false })
     }
 
     /// The attempt of a keeper, under a word that the VMM has made.
     pub(super) fn kept(word: CommitWord) -> Self {
-        Self { word, paused: None, kept: true }
+        Self { word, paused: None, dirty: None, kept: true }
     }
 
     /// Whether the guest has been given away. If not, it never will be any more.
@@ -74,6 +78,7 @@ impl Attempt {
     /// The attempt for the next client: this one if the guest has been given away
     /// under it, else a new one, with the guest running.
     pub(super) fn settle(mut self, vm: &mut dyn AttachedVm) -> Result<Self, ServerError> {
+        self.forget_writes(vm);
         let was_paused = self.paused.is_some();
         match self.take_back(vm)? {
             Ok(()) => Self::new(),
@@ -98,11 +103,22 @@ impl Attempt {
         match self.word.abort() {
             Err(committed) => Ok(Err(committed)),
             Ok(_aborted) => {
+                // Before the guest runs, so that it does so at its full speed.
+                self.forget_writes(vm);
                 if self.paused.take().is_some() {
                     vm.resume().map_err(|why| ServerError::Resume { why })?;
                 }
                 Ok(Ok(()))
             }
+        }
+    }
+
+    /// Writes are remembered for a client that is there and wants it, and not for longer.
+    fn forget_writes(&mut self, vm: &mut dyn AttachedVm) {
+        if self.dirty.take().is_some()
+            && let Err(why) = vm.stop_dirty_log()
+        {
+            tracing::warn!(why, "the dirty log does not stop, and may slow the guest down");
         }
     }
 }
@@ -142,6 +158,9 @@ impl<'a> Session<'a> {
                 Request::ResetInstruments => self.reset_instruments()?,
                 Request::Status => self.status()?,
                 Request::Stop { why } => self.stop(&why)?,
+                Request::StartDirtyLog => self.start_dirty_log()?,
+                Request::DirtyRound => self.dirty_round()?,
+                Request::StopDirtyLog => self.stop_dirty_log()?,
                 Request::Record => self.record()?,
             };
             if let Some(ending) = ending {
@@ -168,14 +187,23 @@ impl<'a> Session<'a> {
             return Err(SessionError::Version(version));
         }
         let description = self.vm.describe();
+        let memory = self.vm.memory();
         let welcome = Reply::Welcome(Box::new(Welcome {
             version: VERSION,
             layout: description.layout,
+            memory: memory.regions().to_vec(),
             machine: description.machine,
             guest: description.guest,
+            capabilities: self.capabilities(),
         }));
-        let descriptors = [self.vm.memory(), self.attempt.word.memfd()];
+        let descriptors = [memory.files(), &[self.attempt.word.memfd()]].concat();
         send(&mut self.connection, &welcome, &descriptors, self.server.patience.message)
+    }
+
+    fn capabilities(&self) -> Vec<String> {
+        let dirty_log = self.vm.has_dirty_log().then_some(CAPABILITY_DIRTY_LOG);
+        let record = self.vm.record().map(|_| CAPABILITY_SESSION_RECORD);
+        [dirty_log, record].into_iter().flatten().map(str::to_owned).collect()
     }
 
     /// Waits without limit while the guest runs or has been given away; while it is
@@ -279,6 +307,65 @@ impl<'a> Session<'a> {
         // The guest has ended, whether or not the client still hears it.
         let _ = self.reply(&Reply::Stopping);
         Ok(Some(Ending::Stopped))
+    }
+
+    fn start_dirty_log(&mut self) -> Result<Option<Ending>, SessionError> {
+        let refusal = if !self.vm.has_dirty_log() {
+            Some(NO_DIRTY_LOG)
+        } else if self.attempt.dirty.is_some() {
+            Some("the dirty log was started already")
+        } else if self.attempt.paused.is_some() {
+            Some("the guest is paused")
+        } else {
+            None
+        };
+        if let Some(why) = refusal {
+            return self.reply(&Reply::failed(why));
+        }
+        let bitmap = match DirtyBitmap::create(&self.vm.describe().layout) {
+            Ok(bitmap) => bitmap,
+            Err(error) => return self.reply(&Reply::failed(one_line(&error))),
+        };
+        if let Err(why) = self.vm.start_dirty_log() {
+            return self.reply(&Reply::failed(why));
+        }
+        let reply = Reply::DirtyLogStarted { started_at_ns: monotonic_ns() };
+        // Known before anything is sent: whatever fails, the log is stopped again.
+        let bitmap = self.attempt.dirty.insert(bitmap);
+        send(&mut self.connection, &reply, &[bitmap.memfd()], self.server.patience.message)?;
+        Ok(None)
+    }
+
+    fn dirty_round(&mut self) -> Result<Option<Ending>, SessionError> {
+        let Some(bitmap) = &self.attempt.dirty else {
+            return self.reply(&Reply::failed("the dirty log was not started"));
+        };
+        let began_at_ns = monotonic_ns();
+        match self.vm.dirty_round(bitmap) {
+            Ok(pages) => {
+                let round = DirtyRound { pages, began_at_ns, ended_at_ns: monotonic_ns() };
+                self.reply(&Reply::DirtyRound(round))
+            }
+            Err(why) => {
+                // What the failed round took out of the log may be in no bitmap.
+                self.attempt.forget_writes(self.vm);
+                self.reply(&Reply::failed(format!("the dirty log is lost and has ended: {why}")))
+            }
+        }
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<Option<Ending>, SessionError> {
+        if self.attempt.dirty.is_none() {
+            return self.reply(&Reply::failed("the dirty log was not started"));
+        }
+        match self.vm.stop_dirty_log() {
+            Ok(()) => {
+                self.attempt.dirty = None;
+                self.reply(&Reply::DirtyLogStopped)
+            }
+            // It stays this client's, and is stopped at the latest when that leaves.
+            Err(why) => self.reply(&Reply::failed(why)),
+        }
     }
 
     fn record(&mut self) -> Result<Option<Ending>, SessionError> {

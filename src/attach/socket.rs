@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// The most descriptors that one message carries.
-pub const DESCRIPTORS_MAX: usize = 4;
+pub const DESCRIPTORS_MAX: usize = 17;
 /// Bytes asked of the kernel at once; memory grows with what has come, not with
 /// the length that a peer claims.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -37,11 +37,21 @@ impl Received {
     /// The descriptors that came with it, close-on-exec, if they are as many as the
     /// message has; all are closed if not.
     pub fn descriptors<const COUNT: usize>(self) -> Result<[OwnedFd; COUNT], SocketError> {
-        self.descriptors.try_into().map_err(|wrong: Vec<OwnedFd>| SocketError::Descriptors {
+        let descriptors = self.all_descriptors(COUNT)?;
+        descriptors.try_into().map_err(|wrong: Vec<OwnedFd>| SocketError::Descriptors {
             got: wrong.len(),
             more: false,
             expected: COUNT,
         })
+    }
+
+    /// The same for a message that says how many it has.
+    pub fn all_descriptors(self, expected: usize) -> Result<Vec<OwnedFd>, SocketError> {
+        let got = self.descriptors.len();
+        if got != expected {
+            return Err(SocketError::Descriptors { got, more: false, expected });
+        }
+        Ok(self.descriptors)
     }
 }
 
@@ -220,10 +230,10 @@ impl Connection {
         into: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
     ) -> Result<usize, ReceiveError> {
-        const CONTROL_WORDS: usize = 8;
+        const CONTROL_WORDS: usize = 12;
         // A `u64` array for the alignment of `cmsghdr`: 16 bytes of header and 4 for
-        // each descriptor.
-        const { assert!(CONTROL_WORDS * 8 >= 16 + DESCRIPTORS_MAX * 4) };
+        // each descriptor, up to whole words.
+        const { assert!(CONTROL_WORDS * 8 >= 16 + (DESCRIPTORS_MAX * 4).next_multiple_of(8)) };
         let mut control = [0u64; CONTROL_WORDS];
         let mut data = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
         // SAFETY: a `msghdr` of zeroes is valid: no name, no data, no control.
@@ -231,8 +241,9 @@ impl Connection {
         header.msg_iov = &mut data;
         header.msg_iovlen = 1;
         header.msg_control = control.as_mut_ptr().cast();
-        // SAFETY: `CMSG_SPACE` only computes.
-        let room = unsafe { libc::CMSG_SPACE((DESCRIPTORS_MAX * size_of::<RawFd>()) as u32) };
+        // Without the padding, in which one more descriptor would have room.
+        // SAFETY: `CMSG_LEN` only computes.
+        let room = unsafe { libc::CMSG_LEN((DESCRIPTORS_MAX * size_of::<RawFd>()) as u32) };
         header.msg_controllen = room as _;
         let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
         // SAFETY: the header points to an exclusive slice and to a control buffer that

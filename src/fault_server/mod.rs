@@ -13,6 +13,7 @@ mod watch;
 
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::Decision;
+use crate::attach::handover::MemoryFiles;
 use crate::attach::message::GuestInfo;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::source::{Canceller, Left, Migration, Progress, SourceConfig, SourceEnd};
@@ -128,12 +129,14 @@ impl FaultServer {
         let Some(command) = keeper else {
             return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
         };
+        let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
         let record = RecordFile::create(SessionRecord {
             session: migration.session(),
             last_epoch: 0,
             state_left: false,
             ticket: ticket.to_string(),
             layout: attached.layout().clone(),
+            memory: memory.regions().to_vec(),
             machine: attached.machine.clone(),
             guest: attached.guest.clone(),
             plan,

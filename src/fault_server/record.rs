@@ -7,6 +7,7 @@
 //! number and a checksum. A process killed while it writes one leaves the other.
 
 use super::PushPlan;
+use crate::attach::handover::RegionFile;
 use crate::attach::message::GuestInfo;
 use crate::engine::source::Journal;
 use crate::proto::layout::MemoryLayout;
@@ -39,6 +40,8 @@ pub struct SessionRecord {
     pub ticket: String,
     /// Where the guest's memory lies.
     pub layout: MemoryLayout,
+    /// In which of the memory's files each region lies.
+    pub memory: Vec<RegionFile>,
     /// The machine configuration.
     pub machine: String,
     /// What the guest is.
@@ -215,6 +218,7 @@ mod tests {
             state_left: false,
             ticket: "a ticket".into(),
             layout: MemoryLayout::flat(8).unwrap(),
+            memory: vec![RegionFile { file: 0, offset: 0 }],
             machine: "m".repeat(300),
             guest: GuestInfo { kind: "none".into(), vcpus: 1, workload_json: "{}".into(), pid: 1 },
             plan: PushPlan::default(),

@@ -1,13 +1,16 @@
 //! A guest that can be attached to: the source's side of the reference VMM.
 
 use super::GuestDescription;
+use crate::attach::handover::{HandoverError, MemoryFiles};
 use crate::attach::message::{GuestInfo, Paused, Status};
+use crate::attach::monotonic_ns;
 use crate::attach::server::{AttachedVm, Description};
 use crate::engine::error_chain;
+use crate::memory::dirty_bitmap::DirtyBitmap;
+use crate::proto::page::PageIndex;
 use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestError};
-use crate::vmm::workload::{STATUS_RUNNING, control};
-use std::os::fd::BorrowedFd;
+use crate::vmm::workload::{STATUS_RUNNING, control, control_page};
 use std::time::{Duration, Instant};
 
 /// How long a guest may take to notice a request in its control page.
@@ -16,18 +19,20 @@ const NOTICE_MAX: Duration = Duration::from_secs(2);
 /// A running guest, served to whoever attaches.
 pub struct Departure {
     guest: Box<dyn Guest>,
-    memory: std::os::fd::OwnedFd,
     running: bool,
+    /// Whether the guest's instruments were reset since the last dirty round: pages that
+    /// this process wrote, and the guest may not know of.
+    wrote: bool,
 }
 
 impl Departure {
-    /// Serves `guest`, which runs; its memory must be a memfd.
-    pub fn new(guest: Box<dyn Guest>) -> std::io::Result<Self> {
-        let memory = guest.ram().memfd().ok_or_else(|| {
-            std::io::Error::other("only a guest whose memory is a memfd can be handed over")
-        })?;
-        let memory = memory.try_clone_to_owned()?;
-        Ok(Self { guest, memory, running: true })
+    /// Serves `guest`, which runs.
+    ///
+    /// # Errors
+    /// If its memory does not lie in memfds, which another process could map.
+    pub fn new(guest: Box<dyn Guest>) -> Result<Self, HandoverError> {
+        MemoryFiles::of(guest.ram())?;
+        Ok(Self { guest, running: true, wrote: false })
     }
 
     /// The guest.
@@ -48,16 +53,15 @@ impl Departure {
         let asked = Instant::now();
         self.guest.pause()?;
         let pause = asked.elapsed();
-        let paused_at = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
-        let paused_at_ns = paused_at.map_or(0, |at| {
-            (at.tv_sec() as u64).saturating_mul(1_000_000_000).saturating_add(at.tv_nsec() as u64)
-        });
+        let paused_at_ns = monotonic_ns();
         let capturing = Instant::now();
         let state = self.guest.capture()?;
         Ok(Paused {
             state,
             seeds: self.guest.seeds(),
             paused_at_ns,
+            // After the capture: some of what it asks of KVM may write guest memory.
+            frozen_at_ns: monotonic_ns(),
             pause_us: pause.as_micros() as u64,
             capture_us: capturing.elapsed().as_micros() as u64,
             steps: self.steps(),
@@ -82,8 +86,8 @@ impl AttachedVm for Departure {
         }
     }
 
-    fn memory(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.memory)
+    fn memory(&self) -> MemoryFiles<'_> {
+        MemoryFiles::of(self.guest.ram()).expect("it could be handed over when it was made")
     }
 
     fn pause_and_capture(&mut self) -> Result<Paused, String> {
@@ -119,6 +123,7 @@ impl AttachedVm for Departure {
     }
 
     fn reset_instruments(&mut self) -> Result<(), String> {
+        self.wrote = true;
         for of in self.instruments() {
             of.set(control::INSTRUMENT_REQUEST, of.get(control::INSTRUMENT_REQUEST) + 1);
         }
@@ -141,5 +146,27 @@ impl AttachedVm for Departure {
             tracing::warn!(error = error_chain(&error), "the guest did not stop in time");
         }
         self.running = false;
+    }
+
+    fn has_dirty_log(&self) -> bool {
+        self.guest.has_dirty_log()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), String> {
+        self.guest.start_dirty_log().map_err(|error| error_chain(&error))?;
+        self.wrote = false;
+        Ok(())
+    }
+
+    fn dirty_round(&mut self, into: &DirtyBitmap) -> Result<u64, String> {
+        let vcpus = if self.wrote { 0..self.guest.workload().vcpus } else { 0..0 };
+        let wrote: Vec<PageIndex> = vcpus.map(control_page).collect();
+        let pages = self.guest.dirty_round(&wrote, into).map_err(|error| error_chain(&error))?;
+        self.wrote = false;
+        Ok(pages)
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), String> {
+        self.guest.stop_dirty_log().map_err(|error| error_chain(&error))
     }
 }

@@ -330,11 +330,16 @@ impl Report {
         json
     }
 
-    /// Writes the JSON to `path` in one step: a reader finds all of it or nothing.
+    /// Writes the JSON to `path` in one step: a reader finds all of it or nothing. What
+    /// is there and is no plain file (a device, a pipe, a link) stays, and is written to.
     pub fn write(&self, path: &std::path::Path) -> std::io::Result<()> {
+        if std::fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
+            return std::fs::write(path, self.to_json());
+        }
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}.new", std::process::id()));
-        std::fs::write(&beside, self.to_json())?;
-        std::fs::rename(&beside, path).inspect_err(|_| drop(std::fs::remove_file(&beside)))
+        std::fs::write(&beside, self.to_json())
+            .and_then(|()| std::fs::rename(&beside, path))
+            .inspect_err(|_| drop(std::fs::remove_file(&beside)))
     }
 }

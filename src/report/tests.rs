@@ -175,6 +175,22 @@ fn a_report_is_read_back_as_it_was_written() {
 }
 
 #[test]
+fn a_link_stays_a_link_and_a_failure_leaves_nothing_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let (link, file) = (directory.path().join("link"), directory.path().join("file"));
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    whole().write(&link).unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink(), "whatever it led to is lost");
+    let read: Report = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(read, whole());
+    // As a device would: neither replaced nor written beside.
+    let folder = directory.path().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    whole().write(&folder).unwrap_err();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+}
+
+#[test]
 fn the_destinations_part_is_bounded_and_parsed() {
     let part = destination();
     assert_eq!(DestinationPart::from_json(&part.to_json()).unwrap(), part);

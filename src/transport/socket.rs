@@ -4,6 +4,11 @@
 //! at most 65,507 bytes. A larger batch fails as a whole, which quinn-udp takes for
 //! a lost MTU probe: above 6,550 bytes a datagram, every full batch would vanish
 //! silently. So the batch is capped by the largest datagram that MTU discovery may arrive at.
+//!
+//! Some network devices (those without checksum offload) cannot split a batch at all. That
+//! shows only when the first one is refused, which is in the middle of a migration's blackout;
+//! quinn-udp then drops it, and the loss is noticed a retransmission timer later. Here its
+//! datagrams are sent one by one instead.
 
 use quinn::{
     AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
@@ -75,7 +80,25 @@ impl AsyncUdpSocket for CappedSocket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         debug_assert!(transmit.contents.len() <= SEND_BYTES_MAX, "this batch would be lost");
-        self.inner.try_send(transmit)
+        let splits = || self.inner.max_transmit_segments() > 1;
+        let batch = transmit.segment_size.filter(|&size| transmit.contents.len() > size);
+        let Some(size) = batch else { return self.inner.try_send(transmit) };
+        if splits() {
+            self.inner.try_send(transmit)?;
+            if splits() {
+                return Ok(());
+            }
+            // That was refused, and is why there will be no more of them.
+        }
+        for (nth, contents) in transmit.contents.chunks(size).enumerate() {
+            let one = Transmit { contents, segment_size: None, ..transmit.clone() };
+            match self.inner.try_send(&one) {
+                // The caller would send all of them again: rather lose the rest.
+                Err(error) if nth > 0 && error.kind() == io::ErrorKind::WouldBlock => break,
+                done => done?,
+            }
+        }
+        Ok(())
     }
 
     fn poll_recv(
@@ -181,6 +204,76 @@ mod tests {
             assert!(!coalesces || bytes >= RECEIVE_BYTES_MAX || bytes >= 64 * usize::from(payload));
             assert!(bytes <= 2 * RECEIVE_BYTES_MAX);
         }
+    }
+
+    /// A device that cannot split batches, as quinn-udp passes it on: the first batch is
+    /// gone, and from then on none is announced.
+    #[derive(Debug)]
+    struct NoOffload {
+        socket: Arc<dyn AsyncUdpSocket>,
+        segments: AtomicUsize,
+        sent: std::sync::Mutex<Vec<Vec<u8>>>,
+    }
+
+    impl AsyncUdpSocket for NoOffload {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            self.socket.clone().create_io_poller()
+        }
+
+        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            if transmit.segment_size.is_some_and(|size| transmit.contents.len() > size) {
+                self.segments.store(1, Ordering::Relaxed);
+            } else {
+                self.sent.lock().unwrap().push(transmit.contents.to_vec());
+            }
+            Ok(())
+        }
+
+        fn poll_recv(
+            &self,
+            cx: &mut Context<'_>,
+            bufs: &mut [IoSliceMut<'_>],
+            meta: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            self.socket.poll_recv(cx, bufs, meta)
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            self.socket.local_addr()
+        }
+
+        fn max_transmit_segments(&self) -> usize {
+            self.segments.load(Ordering::Relaxed)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_the_device_refuses_is_sent_one_by_one() {
+        let plain = wrapped(1452, 1452);
+        let device = Arc::new(NoOffload {
+            socket: plain.inner.clone(),
+            segments: AtomicUsize::new(10),
+            sent: std::sync::Mutex::default(),
+        });
+        let socket = CappedSocket {
+            inner: device.clone(),
+            payload_max: AtomicUsize::new(1452),
+            receive_segments: 1,
+        };
+        let batch = |contents, size| Transmit {
+            destination: "127.0.0.1:9".parse().unwrap(),
+            ecn: None,
+            contents,
+            segment_size: Some(size),
+            src_ip: None,
+        };
+        // The second one was put together before the first was refused.
+        socket.try_send(&batch(b"aabbc", 2)).unwrap();
+        socket.try_send(&batch(b"ddde", 3)).unwrap();
+        socket.try_send(&batch(b"ff", 2)).unwrap();
+        let sent = device.sent.lock().unwrap();
+        let sent: Vec<&[u8]> = sent.iter().map(Vec::as_slice).collect();
+        assert_eq!(sent, [&b"aa"[..], b"bb", b"c", b"ddd", b"e", b"ff"]);
     }
 
     #[test]

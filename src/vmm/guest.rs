@@ -1,6 +1,7 @@
 //! [`Guest`]: what the KVM guest and the process guest have in common.
 
 use super::workload::Workload;
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
 use nix::unistd::Pid;
@@ -74,4 +75,33 @@ pub trait Guest: Send {
     fn first_entry(&self) -> Option<Instant>;
     /// An error that ended a vCPU thread, if there was one.
     fn failure(&self) -> Option<String>;
+    /// Whether it can tell which pages were written. If not, the next three fail.
+    fn has_dirty_log(&self) -> bool {
+        false
+    }
+    /// Begins to remember which pages the guest writes, with none remembered.
+    fn start_dirty_log(&mut self) -> Result<(), GuestError> {
+        Err(no_dirty_log(self.kind()))
+    }
+    /// Folds the pages that were written since the last round into `into`, together with
+    /// those that this process itself wrote, which the guest may not know of; returns how
+    /// many pages those are. After `capture` it has all that is ever written before
+    /// `resume`.
+    fn dirty_round(
+        &mut self,
+        by_this_process: &[PageIndex],
+        into: &DirtyBitmap,
+    ) -> Result<u64, GuestError> {
+        let _ = (by_this_process, into);
+        Err(no_dirty_log(self.kind()))
+    }
+    /// Remembers no more.
+    fn stop_dirty_log(&mut self) -> Result<(), GuestError> {
+        Err(no_dirty_log(self.kind()))
+    }
+}
+
+fn no_dirty_log(kind: GuestKind) -> GuestError {
+    let source = "such a guest does not know which pages it writes".into();
+    GuestError { kind, action: "log its writes".into(), source }
 }

@@ -145,6 +145,14 @@ fn a_bad_page_frame_ends_the_session_with_its_reason() {
     ends_after_accepting(|source| source.push(&bytes), &["pages 4096+1 are not in a guest"]);
 }
 
+/// Nothing more may come on the other streams: the source waits for an answer, say.
+#[test]
+fn a_bad_page_frame_is_seen_before_all_streams_are_open() {
+    let bytes = frame_header(3, 0, 0, 0, 1, 4096);
+    let why = "unknown or not negotiated kind 3";
+    ends_after_accepting(|source| source.send_seeds_alone(&bytes), &[why]);
+}
+
 #[test]
 fn a_bad_message_ends_the_session_with_its_reason() {
     let released = ToDestination::Released;

@@ -160,6 +160,17 @@ impl FakeSource {
         });
     }
 
+    /// Opens the stream for seeds and none of the others, and sends `bytes` on it.
+    pub fn send_seeds_alone(&mut self, bytes: &[u8]) {
+        let Self { driver, link, streams, .. } = self;
+        driver.run("sending seeds", async {
+            let mut seeds = link.connection.open_uni().await.expect("a stream");
+            seeds.write_all(&[0, 0]).await.expect("the link stands");
+            seeds.write_all(bytes).await.expect("the link stands");
+            streams.push(seeds);
+        });
+    }
+
     /// Connects the first push lane and sends `bytes` on it.
     pub fn push(&mut self, bytes: &[u8]) {
         let Self { driver, ticket, .. } = self;

@@ -6,7 +6,7 @@
 #![cfg(feature = "io")]
 
 // Child processes: limits, captured output, the number that runs at a time.
-#[allow(dead_code)] // The tests that torture use the rest.
+#[allow(dead_code)] // The torture tests use the rest.
 mod harness;
 // A source and a destination made in the test, which do what the real ones never do.
 mod fakes;
@@ -17,6 +17,11 @@ mod loopback;
 mod limited_link;
 // Two network namespaces joined by a real, limited link.
 mod netns;
+
+// A guest at the attach protocol: which pages it writes, and that it writes none once it is
+// paused.
+mod dirty_rounds;
+mod frozen;
 
 // What users get wrong: arguments, paths, permissions, ports.
 mod bad_arguments;
@@ -30,5 +35,9 @@ mod keeper;
 mod commit_word;
 // Peers that break the protocol or go away.
 mod bad_peer;
+// Guests that the destination cannot take, or cannot run.
+mod broken_guest;
+// Hosts without KVM, without userfaultfd, or with a full disk.
+mod missing_devices;
 // Memory that is not what it should be.
 mod wrong_memory;

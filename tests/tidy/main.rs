@@ -88,6 +88,7 @@ const UNSAFE: &[&str] = &[
     "src/engine/destination/guest.rs",
     "src/engine/destination/trap_loop.rs",
     "src/engine/source/serve.rs",
+    "src/memory/dirty_bitmap.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
     "src/memory/segment.rs",
@@ -453,4 +454,54 @@ fn every_layer_and_every_document_is_found_from_the_readme() {
         }
     }
     assert!(missing.is_empty(), "not mentioned: {missing:?}");
+}
+
+/// The variants of an enum in this source, in order.
+fn variants<'a>(source: &'a str, name: &str) -> Vec<&'a str> {
+    let start = source.find(&format!("pub enum {name} {{")).unwrap();
+    let body = &source[start..];
+    let body = &body[..body.find("\n}").unwrap()];
+    let lines = body.lines().filter(|line| {
+        line.strip_prefix("    ").is_some_and(|rest| rest.starts_with(|c: char| c.is_uppercase()))
+    });
+    lines.map(|line| line.trim().split(|c: char| !c.is_alphanumeric()).next().unwrap()).collect()
+}
+
+#[test]
+fn the_attach_protocols_page_has_every_message_under_its_number_and_every_limit() {
+    let read = |path: &str| fs::read_to_string(root().join(path)).unwrap();
+    let (messages, page) = (read("src/attach/message.rs"), read("docs/attach.md"));
+    let mut wrong = Vec::new();
+    for (of, least) in [("Request", 10), ("Reply", 12)] {
+        let variants = variants(&messages, of);
+        assert!(variants.len() >= least, "{variants:?}");
+        let table = page.find(&format!("| no. | {} |", of.to_lowercase())).unwrap();
+        let rows = page[table..].lines().skip(2).take_while(|line| line.starts_with('|'));
+        let rows: Vec<_> = rows.map(|row| row.split('|').map(str::trim).collect()).collect();
+        let expected: Vec<_> =
+            variants.iter().enumerate().map(|(number, name)| (number.to_string(), *name)).collect();
+        let found: Vec<_> =
+            rows.iter().map(|row: &Vec<&str>| (row[1].to_owned(), row[2])).collect();
+        if expected != found {
+            wrong.push(format!("{of}: the code has {expected:?}, the page {found:?}"));
+        }
+    }
+    let sources = [messages, read("src/attach/handover.rs"), read("src/attach/socket.rs")].concat();
+    for (constant, row) in [
+        ("VERSION: u16 = 2;", "This is version 2."),
+        ("REQUEST_BYTES_MAX: usize = 4096;", "| a request | 4 KiB |"),
+        ("REPLY_BYTES_MAX: usize = 17 << 20;", "| a reply | 17 MiB |"),
+        ("STATE_BYTES_MAX: usize = 16 << 20;", "| machine state | 16 MiB |"),
+        ("SEEDS_MAX: usize = 4096;", "| seed pages | 4096 |"),
+        ("MEMORY_FILES_MAX: usize = 16;", "| memory files | 16 |"),
+        ("CAPABILITIES_MAX: usize = 16;", "| capabilities | 16, of 64 bytes |"),
+        ("CAPABILITY_BYTES_MAX: usize = 64;", "| capabilities | 16, of 64 bytes |"),
+        ("CAPABILITY_DIRTY_LOG: &str = \"dirty-log\";", "| `dirty-log` |"),
+        ("DESCRIPTORS_MAX: usize = 17;", "until it refuses them | 17 |"),
+    ] {
+        if !sources.contains(&format!("const {constant}")) || !page.contains(row) {
+            wrong.push(format!("{constant:?} and {row:?} do not stand together"));
+        }
+    }
+    fail_on(wrong);
 }

@@ -1,5 +1,6 @@
 //! The bytes of each message, so that a change of the protocol is seen.
 
+use super::super::handover::RegionFile;
 use super::super::message::*;
 use crate::proto::layout::{GuestAddress, MemoryLayout, Region};
 use crate::proto::page::PageIndex;
@@ -14,6 +15,9 @@ fn requests() -> Vec<Request> {
         Request::ResetInstruments,
         Request::Status,
         Request::Stop { why: "why".to_owned() },
+        Request::StartDirtyLog,
+        Request::DirtyRound,
+        Request::StopDirtyLog,
         Request::Record,
     ]
 }
@@ -28,6 +32,10 @@ fn replies() -> Vec<Reply> {
         Reply::Welcome(Box::new(Welcome {
             version: VERSION,
             layout: MemoryLayout::new(regions).unwrap(),
+            memory: vec![
+                RegionFile { file: 0, offset: 1 << 14 },
+                RegionFile { file: 1, offset: 0 },
+            ],
             machine: "m".to_owned(),
             guest: GuestInfo {
                 kind: "kvm".to_owned(),
@@ -35,11 +43,13 @@ fn replies() -> Vec<Reply> {
                 workload_json: "{}".to_owned(),
                 pid: 300,
             },
+            capabilities: vec![CAPABILITY_DIRTY_LOG.to_owned()],
         })),
         Reply::Paused(Box::new(Paused {
             state: vec![1, 2, 255],
             seeds: vec![PageIndex::new(16), PageIndex::new(300)],
             paused_at_ns: 1 << 40,
+            frozen_at_ns: (1 << 40) + 9,
             pause_us: 5,
             capture_us: 6,
             steps: 7,
@@ -50,6 +60,9 @@ fn replies() -> Vec<Reply> {
         Reply::InstrumentsReset,
         Reply::Status(Status { running: true, steps: 128, failure: Some("f".to_owned()) }),
         Reply::Stopping,
+        Reply::DirtyLogStarted { started_at_ns: 300 },
+        Reply::DirtyRound(DirtyRound { pages: 5, began_at_ns: 301, ended_at_ns: 1 << 14 }),
+        Reply::DirtyLogStopped,
         Reply::Record,
     ]
 }
@@ -96,6 +109,13 @@ fn limits_hold_in_both_directions() {
     assert!(matches!(replies[1].encode(), Err(MessageError::TooLong { .. })));
     let unchecked = postcard::to_extend(&replies[1], Vec::new()).unwrap();
     assert!(matches!(Reply::decode(&unchecked), Err(MessageError::TooLong { .. })));
+    let Reply::Welcome(welcome) = &mut replies[1] else { panic!() };
+    welcome.machine = String::new();
+    welcome.capabilities = vec!["x".repeat(CAPABILITY_BYTES_MAX + 1)];
+    assert!(matches!(replies[1].encode(), Err(MessageError::TooLong { .. })));
+    let Reply::Welcome(welcome) = &mut replies[1] else { panic!() };
+    welcome.capabilities = vec![String::new(); CAPABILITIES_MAX + 1];
+    assert!(matches!(replies[1].encode(), Err(MessageError::TooLong { .. })));
     let Reply::Failed { why } = Reply::failed("ä".repeat(REASON_BYTES_MAX)) else { panic!() };
     assert_eq!(why.len(), REASON_BYTES_MAX);
     let request = vec![0; REQUEST_BYTES_MAX + 1];

@@ -4,7 +4,7 @@
 use super::*;
 use crate::attach::commit_word::CommitWord;
 use crate::attach::socket::Connection;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// What a keeper has, with the record that a test gives it.
@@ -17,7 +17,7 @@ impl AttachedVm for Kept {
     fn describe(&self) -> Description {
         self.vm.describe()
     }
-    fn memory(&self) -> BorrowedFd<'_> {
+    fn memory(&self) -> MemoryFiles<'_> {
         self.vm.memory()
     }
     fn pause_and_capture(&mut self) -> Result<Paused, String> {

@@ -70,6 +70,10 @@ fn client() {
     if point == "attached" {
         reached();
     }
+    if point == "tracking" {
+        attached.start_dirty_log().unwrap();
+        reached();
+    }
     attached.pause().unwrap();
     if point == "paused" {
         reached();
@@ -98,6 +102,19 @@ fn a_client_killed_before_it_commits_leaves_a_running_guest() {
     Victim::start("client", &served.path, "paused").reached().kill();
     served.expect(Event::Paused);
     served.expect(Event::Resumed);
+    assert_eq!(served.stop().0, []);
+}
+
+#[test]
+fn a_client_killed_while_it_tracks_writes_leaves_a_guest_that_is_not_tracked() {
+    let writes = dirty::Writes::tracking();
+    let served = Served::with(Patience::default(), |vm| vm.writes = writes.clone());
+    let victim = Victim::start("client", &served.path, "tracking").reached();
+    served.expect(Event::LogStarted);
+    assert!(writes.on());
+    victim.kill();
+    served.expect(Event::LogStopped);
+    assert!(!writes.on());
     assert_eq!(served.stop().0, []);
 }
 

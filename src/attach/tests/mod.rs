@@ -1,6 +1,7 @@
 //! Tests of the attach protocol over real sockets: a [`MockVm`] behind a real
 //! [`Server`], and clients that are well-behaved (here), hostile, or killed.
 
+mod dirty;
 mod golden;
 mod hostile;
 mod keep;
@@ -8,18 +9,21 @@ mod killed;
 
 use super::client::{AttachError, Attached};
 use super::commit_word::Decision;
+use super::handover::{HandoverError, MemoryFiles};
 use super::message::{GuestInfo, Paused, STATE_BYTES_MAX, Status};
 use super::server::{AttachedVm, Description, Patience, ServeEnd, Server, ServerError};
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::{Backing, GuestRam};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::io::Write;
-use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 const PAGES: u64 = 8;
 const LONG: Duration = Duration::from_secs(20);
@@ -32,6 +36,9 @@ enum Event {
     Reset,
     Released,
     Stopped,
+    LogStarted,
+    Round,
+    LogStopped,
 }
 
 /// A VM whose guest is a flag and eight pages, page `i` filled with `i + 1`.
@@ -42,6 +49,7 @@ struct MockVm {
     state: Vec<u8>,
     pause_fails: bool,
     resume_fails: bool,
+    writes: dirty::Writes,
     events: Sender<Event>,
 }
 
@@ -60,6 +68,7 @@ impl MockVm {
             state,
             pause_fails: false,
             resume_fails: false,
+            writes: dirty::Writes::default(),
             events,
         }
     }
@@ -83,8 +92,8 @@ impl AttachedVm for MockVm {
         }
     }
 
-    fn memory(&self) -> BorrowedFd<'_> {
-        self.ram.memfd().unwrap()
+    fn memory(&self) -> MemoryFiles<'_> {
+        MemoryFiles::of(&self.ram).unwrap()
     }
 
     fn pause_and_capture(&mut self) -> Result<Paused, String> {
@@ -99,6 +108,7 @@ impl AttachedVm for MockVm {
             state: self.state.clone(),
             seeds: vec![PageIndex::new(0), PageIndex::new(PAGES - 1)],
             paused_at_ns: super::monotonic_ns(),
+            frozen_at_ns: super::monotonic_ns(),
             pause_us: 3,
             capture_us: 4,
             steps: self.captures,
@@ -133,6 +143,28 @@ impl AttachedVm for MockVm {
     fn stop(&mut self) {
         self.running = false;
         self.tell(Event::Stopped);
+    }
+
+    fn has_dirty_log(&self) -> bool {
+        self.writes.known()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), String> {
+        assert!(self.running);
+        self.writes.start()?;
+        self.tell(Event::LogStarted);
+        Ok(())
+    }
+
+    fn dirty_round(&mut self, into: &DirtyBitmap) -> Result<u64, String> {
+        self.tell(Event::Round);
+        self.writes.round(into)
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), String> {
+        self.writes.stop()?;
+        self.tell(Event::LogStopped);
+        Ok(())
     }
 }
 
@@ -295,6 +327,73 @@ fn a_client_that_leaves_without_a_pause_cannot_commit_later() {
     assert!(next.status().unwrap().running);
     drop(next);
     assert_eq!(served.stop().0, []);
+}
+
+/// Memory as VMMs have it: a file a region, or several in one, and none from its start.
+#[test]
+fn memory_in_several_files_is_taken_over() {
+    fn page_of(value: u8) -> [u8; PAGE_SIZE] {
+        [value; PAGE_SIZE]
+    }
+    let file = |pages: u64| {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = std::fs::File::from(memfd_create(c"test", flags).unwrap());
+        file.set_len(pages * 4096).unwrap();
+        Arc::new(file)
+    };
+    let files = [file(12), file(3)];
+    // Region by region: its first page's number for the guest, its pages, file and place.
+    let regions = [(0u64, 2usize, 0, 9u64), (16, 3, 1, 0), (64, 3, 0, 1)];
+    let memory = GuestMemoryMmap::<()>::from_ranges_with_files(regions.map(
+        |(start, pages, index, place)| {
+            let offset = FileOffset::from_arc(Arc::clone(&files[index]), place * 4096);
+            (GuestAddress(start * 4096), pages * PAGE_SIZE, Some(offset))
+        },
+    ));
+    let ram = GuestRam::from_guest_memory(memory.unwrap()).unwrap();
+    let pages = ram.layout().pages();
+    for page in 0..pages {
+        ram.write_run(PageRun::single(PageIndex::new(page)), &page_of(page as u8 + 1));
+    }
+    let served = Served::with(Patience::default(), |vm| vm.ram = ram);
+    let attached = served.attach();
+    for page in 0..pages {
+        let mut content = page_of(0);
+        attached.ram.read_run(PageRun::single(PageIndex::new(page)), &mut content);
+        assert_eq!(content, page_of(page as u8 + 1), "{page}");
+    }
+    let places = attached.ram.segments().iter().map(|of| of.file().unwrap().start() / 4096);
+    assert_eq!(places.collect::<Vec<_>>(), regions.map(|(.., place)| place));
+    for file in &files {
+        assert!(file.set_len(4096).is_err(), "each file is sealed");
+    }
+    drop(attached);
+    served.stop();
+}
+
+#[test]
+fn memory_in_no_file_or_in_too_many_is_not_handed_over() {
+    let layout = MemoryLayout::flat(PAGES).unwrap();
+    let anonymous = GuestRam::new(layout, Backing::Anonymous).unwrap();
+    assert!(matches!(MemoryFiles::of(&anonymous), Err(HandoverError::NoFile(0))));
+    let in_files = |count: u64| {
+        let ranges = (0..count).map(|index| {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let file = std::fs::File::from(memfd_create(c"test", flags).unwrap());
+            file.set_len(4096).unwrap();
+            (GuestAddress(index << 32), PAGE_SIZE, Some(FileOffset::new(file, 0)))
+        });
+        let memory = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).unwrap();
+        GuestRam::from_guest_memory(memory).unwrap()
+    };
+    let sixteen = in_files(16);
+    assert_eq!(MemoryFiles::of(&sixteen).unwrap().files().len(), 16);
+    let served = Served::with(Patience::default(), |vm| vm.ram = sixteen);
+    assert_eq!(served.attach().layout().pages(), 16);
+    served.stop();
+    let seventeen = in_files(17);
+    let error = MemoryFiles::of(&seventeen).unwrap_err();
+    assert!(matches!(error, HandoverError::TooManyFiles { region: 16, file: 16 }), "{error}");
 }
 
 #[test]
@@ -464,7 +563,9 @@ fn a_vmm_has_no_session_record() {
     let served = Served::new();
     let mut attached = served.attach();
     let failed = attached.record().unwrap_err();
-    assert!(failed.to_string().contains("no session record"), "{failed}");
+    assert!(matches!(failed, AttachError::Lacks("session-record")), "{failed}");
+    let asked = attached.ask(&super::message::Request::Record).unwrap_err();
+    assert!(asked.to_string().contains("no session record"), "{asked}");
     assert!(attached.status().unwrap().running);
     drop(attached);
     assert_eq!(served.stop().0, []);

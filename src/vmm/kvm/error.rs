@@ -83,6 +83,9 @@ pub enum KvmError {
         /// What it would have to be.
         needed: &'static str,
     },
+    /// A round of a dirty log that was not started.
+    #[error("its writes are not logged")]
+    NotLogging,
     /// A vCPU ended in an error earlier.
     #[error("a vCPU has failed: {0}")]
     Failed(String),

@@ -54,8 +54,13 @@ pub struct Machine {
 pub fn open() -> Result<Kvm, KvmError> {
     let unavailable = |reason: String| KvmError::Unavailable(reason);
     let kvm = Kvm::new().map_err(|error| unavailable(format!("cannot open /dev/kvm: {error}")))?;
-    if kvm.get_api_version() != KVM_API_VERSION as i32 {
-        return Err(unavailable(format!("its API has version {}", kvm.get_api_version())));
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => {}
+        version if version < 0 => {
+            let why = std::io::Error::last_os_error();
+            return Err(unavailable(format!("/dev/kvm does not answer as KVM does: {why}")));
+        }
+        version => return Err(unavailable(format!("its API has version {version}"))),
     }
     match NEEDED.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
         Some((_, name)) => Err(unavailable(format!("it lacks {name}"))),
@@ -99,7 +104,7 @@ impl Machine {
         vm.create_pit2(kvm_pit_config::default()).map_err(call("KVM_CREATE_PIT2"))?;
         keep_faults_on_vcpus(&vm)?;
         let memory = ram.guest_memory();
-        set_slots(&vm, &memory)?;
+        set_slots(&vm, &memory, 0)?;
 
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -125,6 +130,11 @@ impl Machine {
     /// KVM's handle of the machine.
     pub fn vm(&self) -> &VmFd {
         &self.vm
+    }
+
+    /// Gives every memory slot these flags. The slots are the layout's regions in order.
+    pub fn set_slots(&self, flags: u32) -> Result<(), KvmError> {
+        set_slots(&self.vm, &self.memory, flags)
     }
 
     /// The memory it runs in.
@@ -188,11 +198,12 @@ impl Machine {
     }
 }
 
-fn set_slots(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
+/// Makes the memory slots, or changes their flags.
+fn set_slots(vm: &VmFd, memory: &GuestMemoryMmap, flags: u32) -> Result<(), KvmError> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,

@@ -11,6 +11,7 @@
 //! | `tables` | the guest's address space, page and descriptor tables |
 //! | `payload`, `payload_asm` | the guest's program |
 //! | `boot` | a vCPU's first registers |
+//! | `dirty` | the log of what was written |
 //! | `vcpu` | a vCPU's thread: run, kick, park |
 //! | `signals` | kicking a thread, losing memory |
 //! | `state` | capture and restore |
@@ -20,6 +21,7 @@
 //! passes through it.
 
 mod boot;
+mod dirty;
 pub mod envelope;
 mod error;
 mod machine;
@@ -36,8 +38,10 @@ pub use tables::LayoutUnsupported;
 use super::content::fill_memory;
 use super::guest::{Guest, GuestError, GuestKind};
 use super::workload::Workload;
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
+use dirty::DirtyLog;
 use machine::Machine;
 use nix::unistd::Pid;
 use state::{GuestState, VmState};
@@ -92,6 +96,7 @@ pub struct KvmGuest {
     workload: Workload,
     first_entry: Arc<FirstEntry>,
     phase: Phase,
+    dirty_log: DirtyLog,
 }
 
 impl KvmGuest {
@@ -121,7 +126,7 @@ impl KvmGuest {
             Vcpu::start(vcpu, fd, machine.shape(vcpu), ram, first_entry)
         };
         let vcpus = (0..).zip(fds).map(start).collect::<Result<_, _>>()?;
-        Ok(Self { vcpus, machine, workload, first_entry, phase })
+        Ok(Self { vcpus, machine, workload, first_entry, phase, dirty_log: DirtyLog::default() })
     }
 
     fn require(&self, phases: &[Phase], needed: &'static str) -> Result<(), KvmError> {
@@ -227,6 +232,27 @@ impl Guest for KvmGuest {
 
     fn failure(&self) -> Option<String> {
         self.vcpus.iter().find_map(Vcpu::failure)
+    }
+
+    fn has_dirty_log(&self) -> bool {
+        true
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), GuestError> {
+        self.dirty_log.start(&self.machine).map_err(failed("log its writes"))
+    }
+
+    fn dirty_round(
+        &mut self,
+        by_this_process: &[PageIndex],
+        into: &DirtyBitmap,
+    ) -> Result<u64, GuestError> {
+        let round = self.dirty_log.round(&self.machine, by_this_process, into);
+        round.map_err(failed("read the log of its writes"))
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), GuestError> {
+        self.dirty_log.stop(&self.machine).map_err(failed("stop logging its writes"))
     }
 }
 
