@@ -7,8 +7,8 @@
 use super::commit_word::{CommitWord, CommitWordError, Committed};
 use super::handover::{HandoverError, check_region_files, take_over};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, DirtyRound, GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX,
-    Reply, Request, Status, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo, Message, MessageError,
+    Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome, reason,
 };
 use super::socket::{Connection, SocketError};
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
@@ -288,6 +288,9 @@ impl Attached {
 
     /// The record of the session that the memory belongs to. Only a keeper has one.
     pub fn record(&mut self) -> Result<OwnedFd, AttachError> {
+        if !self.capabilities.iter().any(|name| name == CAPABILITY_SESSION_RECORD) {
+            return Err(AttachError::Lacks(CAPABILITY_SESSION_RECORD));
+        }
         match self.exchange(&Request::Record)? {
             (Reply::Record, Some(record)) => Ok(record),
             (other, _) => Err(unexpected("Record", &other)),
@@ -327,8 +330,8 @@ impl Attached {
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
         let descriptor = if let Reply::DirtyLogStarted { .. } | Reply::Record = reply {
-            let [memfd] = received.descriptors().map_err(broke)?;
-            Some(memfd)
+            let [only] = received.descriptors().map_err(broke)?;
+            Some(only)
         } else {
             let [] = received.descriptors().map_err(broke)?;
             None

@@ -173,20 +173,20 @@ impl<'a> MemoryFiles<'a> {
         Ok(Self { regions, files: files.into_iter().map(|file| file.as_fd()).collect() })
     }
 
-    /// `files`, in which the regions of `layout` lie as a VMM has said.
+    /// The same from its parts, as another process has handed them over.
     ///
     /// # Errors
-    /// If they cannot lie so.
-    pub fn handed(
+    /// If the regions do not lie in these files.
+    pub fn new(
         layout: &MemoryLayout,
-        regions: &[RegionFile],
-        files: &'a [OwnedFd],
+        regions: Vec<RegionFile>,
+        files: Vec<BorrowedFd<'a>>,
     ) -> Result<Self, HandoverError> {
-        let expected = check_region_files(layout, regions)?;
+        let expected = check_region_files(layout, &regions)?;
         if files.len() != expected {
             return Err(HandoverError::FileCount { got: files.len(), expected });
         }
-        Ok(Self { regions: regions.to_vec(), files: files.iter().map(AsFd::as_fd).collect() })
+        Ok(Self { regions, files })
     }
 
     /// Where each region lies, in the layout's order.

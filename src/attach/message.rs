@@ -35,6 +35,8 @@ pub const CAPABILITY_BYTES_MAX: usize = 64;
 /// The VMM can tell which pages were written: `StartDirtyLog`, `DirtyRound`,
 /// `StopDirtyLog`.
 pub const CAPABILITY_DIRTY_LOG: &str = "dirty-log";
+/// A keeper, and not a VMM, is there: `Record`.
+pub const CAPABILITY_SESSION_RECORD: &str = "session-record";
 
 /// What the attached process asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,8 +8,8 @@
 
 use super::commit_word::{AlreadyCommitted, CommitWord, Decision};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, DirtyRound, MAGIC, Message, MessageError, Paused, REQUEST_BYTES_MAX,
-    Reply, Request, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, MAGIC, Message, MessageError,
+    Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
 };
 use super::monotonic_ns;
 use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
@@ -201,8 +201,9 @@ impl<'a> Session<'a> {
     }
 
     fn capabilities(&self) -> Vec<String> {
-        let dirty_log = self.vm.has_dirty_log().then(|| CAPABILITY_DIRTY_LOG.to_owned());
-        dirty_log.into_iter().collect()
+        let dirty_log = self.vm.has_dirty_log().then_some(CAPABILITY_DIRTY_LOG);
+        let record = self.vm.record().map(|_| CAPABILITY_SESSION_RECORD);
+        [dirty_log, record].into_iter().flatten().map(str::to_owned).collect()
     }
 
     /// Waits without limit while the guest runs or has been given away; while it is

@@ -7,13 +7,13 @@
 //! server that started it. It maps no guest memory. It ends when it is told to; and when
 //! the fault server is gone and the guest was not given away, since the VMM has it then.
 
-use super::record::{RecordError, RecordFile};
+use super::record::{RecordError, RecordFile, SessionRecord};
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, CommitWordError, Decision};
-use crate::attach::handover::{HandoverError, MemoryFiles};
+use crate::attach::handover::{HandoverError, MemoryFiles, check_region_files};
 use crate::attach::message::{Paused, Status};
 use crate::attach::server::{AttachedVm, Description, ServeEnd, Server, ServerError};
-use crate::attach::socket::{Connection, SocketError};
+use crate::attach::socket::{Connection, Received, SocketError};
 use crate::engine::attached::Keeper;
 use crate::proto::source::SessionLimits;
 use std::ffi::{OsStr, OsString};
@@ -72,12 +72,12 @@ pub enum KeeperError {
     /// It has no socket, say.
     #[error("it cannot keep the memory: {0}")]
     Refused(String),
+    /// Its memory.
+    #[error("what it was handed is no guest's memory")]
+    Memory(#[from] HandoverError),
     /// What was handed over is no guest.
     #[error("what it was handed is no guest")]
     CommitWord(#[from] CommitWordError),
-    /// The same of the memory.
-    #[error("what it was handed is no guest's memory")]
-    Memory(#[from] HandoverError),
     /// The same of the record.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -205,10 +205,11 @@ fn hand_over(
     record: &RecordFile,
 ) -> Result<Attached, KeeperError> {
     let mut connection = Connection::new(socket)?;
-    let memory = MemoryFiles::of(&attached.ram)?;
-    let mut descriptors = memory.files().to_vec();
-    descriptors.extend([attached.word.memfd(), record.memfd()]);
-    connection.send(&framed(path.as_os_str().as_bytes()), &descriptors, HAND_OVER_MAX)?;
+    let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
+    let path = framed(path.as_os_str().as_bytes());
+    connection.send(&path, &[record.memfd()], HAND_OVER_MAX)?;
+    let memory_and_word = [memory.files(), &[attached.word.memfd()]].concat();
+    connection.send(&framed(MEMORY), &memory_and_word, HAND_OVER_MAX)?;
     let answer = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?.bytes;
     if answer != OK {
         return Err(KeeperError::Refused(String::from_utf8_lossy(&answer).into_owned()));
@@ -216,6 +217,9 @@ fn hand_over(
     Ok(Attached::over(connection)?)
 }
 
+/// The message that memory and commit word come with; the one before has the socket's path,
+/// and the record comes with it.
+const MEMORY: &[u8] = b"memory";
 /// The keeper's answer when it has all it needs.
 const OK: &[u8] = b"kept";
 
@@ -260,9 +264,11 @@ pub fn run_if_asked() -> Option<ExitCode> {
 /// If it was started otherwise, or cannot serve.
 pub fn run() -> Result<ServeEnd, KeeperError> {
     let mut connection = Connection::new(leave_home()?)?;
-    let received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
-    let path = PathBuf::from(OsString::from_vec(received.bytes.clone()));
-    let (server, mut kept, word) = match prepare(&path, received.into_descriptors()) {
+    let mut received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
+    let path = PathBuf::from(OsString::from_vec(std::mem::take(&mut received.bytes)));
+    let [record] = received.descriptors()?;
+    let memory = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
+    let (server, mut kept, word) = match prepare(&path, record, memory) {
         Ok(ready) => ready,
         Err(error) => {
             let why = crate::engine::error_chain(&error);
@@ -291,19 +297,18 @@ fn leave_home() -> Result<UnixStream, KeeperError> {
     Ok(UnixStream::from(socket))
 }
 
-/// `files` are those of guest memory, the commit word and the record.
 fn prepare(
     path: &Path,
-    mut files: Vec<OwnedFd>,
+    record: OwnedFd,
+    memory: Received,
 ) -> Result<(Server, Kept, CommitWord), KeeperError> {
-    let (Some(record), Some(word)) = (files.pop(), files.pop()) else {
-        return Err(HandoverError::FileCount { got: 0, expected: 1 }.into());
-    };
-    let word = CommitWord::from_fd(word)?;
     let record = RecordFile::open(record)?;
-    let of = record.record();
-    MemoryFiles::handed(&of.layout, &of.memory, &files)?;
-    Ok((Server::bind(path)?, Kept { files, record }, word))
+    let SessionRecord { layout, memory: places, .. } = record.record();
+    let files = check_region_files(layout, places)?;
+    let mut memory = memory.all_descriptors(files + 1)?;
+    let none = SocketError::Descriptors { got: 0, more: false, expected: files + 1 };
+    let word = CommitWord::from_fd(memory.pop().ok_or(none)?)?;
+    Ok((Server::bind(path)?, Kept { memory, record }, word))
 }
 
 /// How long a session that was aborted may still be of use to somebody.
@@ -325,7 +330,7 @@ fn system(action: &'static str) -> impl Fn(io::Error) -> KeeperError {
 
 /// A guest of which only the memory is here.
 struct Kept {
-    files: Vec<OwnedFd>,
+    memory: Vec<OwnedFd>,
     record: RecordFile,
 }
 
@@ -342,9 +347,9 @@ impl AttachedVm for Kept {
     }
 
     fn memory(&self) -> MemoryFiles<'_> {
-        let of = self.record.record();
-        let files = MemoryFiles::handed(&of.layout, &of.memory, &self.files);
-        files.expect("checked when it was handed over")
+        let SessionRecord { layout, memory: places, .. } = self.record.record();
+        let files = self.memory.iter().map(AsFd::as_fd).collect();
+        MemoryFiles::new(layout, places.clone(), files).expect("checked when they came")
     }
 
     fn pause_and_capture(&mut self) -> Result<Paused, String> {

@@ -130,13 +130,14 @@ impl FaultServer {
         let Some(command) = keeper else {
             return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
         };
+        let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
         let record = RecordFile::create(SessionRecord {
             session: migration.session(),
             last_epoch: 0,
             state_left: false,
             ticket: ticket.to_string(),
             layout: attached.layout().clone(),
-            memory: MemoryFiles::of(&attached.ram).map_err(KeeperError::from)?.regions().to_vec(),
+            memory: memory.regions().to_vec(),
             machine: attached.machine.clone(),
             guest: attached.guest.clone(),
             plan,

@@ -38,9 +38,9 @@ pub struct SessionRecord {
     pub state_left: bool,
     /// The ticket's line.
     pub ticket: String,
-    /// Where the guest's memory lies for it.
+    /// Where the guest's memory lies.
     pub layout: MemoryLayout,
-    /// In which of the files that its VMM handed over each region lies.
+    /// In which of the memory's files each region lies.
     pub memory: Vec<RegionFile>,
     /// The machine configuration.
     pub machine: String,

@@ -11,6 +11,8 @@ use super::harness::{
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use postcopy::fault_server::keeper;
+use postcopy::fault_server::record::RecordFile;
 use postcopy::proto::message::{self, ToDestination, ToSource};
 use postcopy::transport::Ticket;
 use postcopy::transport::relay::{Relay, RelayConfig, targets};
@@ -181,6 +183,11 @@ fn a_fault_server_killed_in_the_middle_is_replaced_by_another() {
     let mut resumed = moved.guest.resume(&[]);
     moved.until(50);
     resumed.kill();
+    // The epoch was kept before the destination could hear of it.
+    let mut keeper = keeper::connect(moved.guest.keeper().as_ref()).expect("a keeper");
+    let record = RecordFile::open(keeper.record().expect("a record")).expect("a whole record");
+    assert!(record.record().last_epoch >= 1 && record.record().state_left, "{record:?}");
+    drop(keeper);
     moved.guest.resume(&["--report", &moved.report]).succeed(MIGRATION);
     let report = moved.verified();
     check_resumed(&report);

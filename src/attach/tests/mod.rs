@@ -563,7 +563,9 @@ fn a_vmm_has_no_session_record() {
     let served = Served::new();
     let mut attached = served.attach();
     let failed = attached.record().unwrap_err();
-    assert!(failed.to_string().contains("no session record"), "{failed}");
+    assert!(matches!(failed, AttachError::Lacks("session-record")), "{failed}");
+    let asked = attached.ask(&super::message::Request::Record).unwrap_err();
+    assert!(asked.to_string().contains("no session record"), "{asked}");
     assert!(attached.status().unwrap().running);
     drop(attached);
     assert_eq!(served.stop().0, []);
