@@ -5,22 +5,21 @@
 //! only one side's engine runs in the test, with the one step changed.
 
 use super::harness::{Guest, Receiver, SOON};
+use postcopy::DestinationBuilder;
 use postcopy::attach::client::Attached;
 use postcopy::engine::attached::AttachedVmm;
-use postcopy::engine::destination::{DestinationConfig, Receiver as EngineReceiver};
 use postcopy::engine::source::{Migration, SourceConfig};
 use postcopy::engine::vm::{Captured, DestinationVm, SourceVm, VmError};
 use postcopy::host::arrival::Arrival;
-use postcopy::memory::ram::GuestRam;
 use postcopy::proto::message::{Hello, Mismatch};
 use postcopy::proto::prepaging::PolicyKind;
 use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::transport::LinkOptions;
 use postcopy::uffd::DestinationBacking;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
+use vm_memory::GuestMemoryMmap;
 
 /// Where the envelopes of both guests have these: they are the same but for the magic.
 const VERSION: usize = 8;
@@ -79,7 +78,7 @@ fn migrate(guest: &Guest, ticket: &str, alter: Alter) -> Outcome {
     let migration = Migration::new(config, attached.ram.clone());
     let vmm = AttachedVmm::new(attached).expect("a guest that never left");
     let vm = Box::new(Altering { vmm, alter });
-    limited("a migration", move || migration.run(vm, |_| {}).expect("threads").outcome)
+    limited("a migration", move || migration.run(vm).expect("threads").outcome)
 }
 
 /// Gives an altered content its right checksum.
@@ -182,8 +181,8 @@ fn paging_without_protection(state: &mut [u8]) {
 struct NeverRuns(Arrival);
 
 impl DestinationVm for NeverRuns {
-    fn prepare(&mut self, hello: &Hello, ram: Arc<GuestRam>) -> Result<String, Mismatch> {
-        self.0.prepare(hello, ram)
+    fn prepare(&mut self, hello: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
+        self.0.prepare(hello, memory)
     }
     fn vcpu_threads(&self) -> Vec<nix::unistd::Pid> {
         self.0.vcpu_threads()
@@ -200,18 +199,7 @@ impl DestinationVm for NeverRuns {
 /// source neither runs the guest again nor lets go of its memory.
 fn vcpus_that_do_not_start(kind: &str) {
     let guest = Guest::start_with(&["--guest", kind, "--memory", "16M"]);
-    let receiver = EngineReceiver::bind(DestinationConfig {
-        listen: IpAddr::V4(Ipv4Addr::LOCALHOST),
-        port: 0,
-        public_host: None,
-        push_lanes: 1,
-        link: LinkOptions::default(),
-        limits: SessionLimits::default(),
-        ticket_life: Duration::from_secs(60),
-        backing: DestinationBacking::MemfdContinue,
-        is_kvm: |_| true,
-    });
-    let receiver = receiver.expect("two free ports");
+    let receiver = DestinationBuilder::new().build().expect("two free ports");
     let ticket = receiver.ticket().to_string();
     let arrival = Arrival::default();
     let vm = Box::new(NeverRuns(arrival.clone()));

@@ -133,7 +133,7 @@ fn stays_frozen_through_a_migration(kind: &str) {
     let frozen = Arc::new(Mutex::new(Vec::new()));
     let vmm = AttachedVmm::new(attached).expect("a guest that is here");
     let vmm = Watched { vmm, ram: ram.clone(), frozen: frozen.clone() };
-    let end = Migration::new(config, ram.clone()).run(Box::new(vmm), |_progress| {});
+    let end = Migration::new(config, ram.clone()).run(Box::new(vmm));
     assert_eq!(end.expect("threads").outcome, Outcome::Completed);
     assert_eq!(receiver.report()["verified"], true);
     guest.process.succeed(MIGRATION);
