@@ -54,11 +54,6 @@ impl Received {
         }
         Ok(self.descriptors)
     }
-
-    /// All that came with it, for a message whose number of them something else tells.
-    pub fn into_descriptors(self) -> Vec<OwnedFd> {
-        self.descriptors
-    }
 }
 
 /// A failure to send or to receive. The connection is of no further use.

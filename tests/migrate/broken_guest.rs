@@ -15,10 +15,8 @@ use postcopy::proto::message::{Hello, Mismatch};
 use postcopy::proto::prepaging::PolicyKind;
 use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::transport::LinkOptions;
-use postcopy::uffd::DestinationBacking;
-use std::net::{IpAddr, Ipv4Addr};
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 
 /// Where the envelopes of both guests have these: they are the same but for the magic.
