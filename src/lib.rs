@@ -84,7 +84,10 @@ impl SourceVm for Vmm {
         Ok(()) // Aborted before the commit: let the vCPUs run on.
     }
     fn release(&mut self) -> Result<(), VmError> {
-        Ok(()) // The guest lives elsewhere.
+        Ok(()) // It runs there: let the vCPUs go. The memory is still read.
+    }
+    fn drained(&mut self) -> Result<(), VmError> {
+        Ok(()) // Now it is not.
     }
 }
 

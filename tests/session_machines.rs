@@ -241,6 +241,11 @@ mod source {
         assert_eq!(machine.poll_action(), Some(connect));
         machine.handle(NOW, SourceEvent::LinkUp);
         assert_eq!(drain(&mut machine), ["say Reattach(epoch 8, committed Some(3))"]);
+        // Whether the one before has let the VMM go is not known: it is done again.
+        machine.handle(NOW, placed(5, true));
+        drain(&mut machine);
+        machine.handle(NOW, running());
+        assert_eq!(drain(&mut machine), ["ReleaseGuest"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod status;
 use clap::Parser;
 use postcopy::Event;
 use postcopy::fault_server::arguments::ServeArgs;
+use postcopy::fault_server::keeper;
 use postcopy::program::{exit, signals};
 use status::{Format, Status};
 use std::process::ExitCode;
@@ -14,12 +15,15 @@ use std::process::ExitCode;
 /// Serves a guest's memory from the source host of a post-copy migration.
 ///
 /// Attaches to the VMM behind a control socket, has it pause its guest, sends the
-/// machine state to the destination that printed the ticket, and answers that
-/// destination's page faults until it has every page; then the VMM is told that it may go.
+/// machine state to the destination that printed the ticket, tells the VMM that it may go
+/// once the guest runs there, and answers that destination's page faults until it has every
+/// page. A keeper, a process of its own, holds the memory meanwhile: if this one dies,
+/// another goes on by --resume.
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
-/// migration was aborted and the guest runs on in its VMM; 4 the link was lost after
-/// the commit and did not come back; 5 the report does not add up; 6 done, but the report
+/// migration was aborted and the guest runs on in its VMM; 4 the guest was lost: the link
+/// did not come back after the commit, or the guest of an aborted migration does not run
+/// on; 5 the report does not add up; 6 done, but the report
 /// could not be written.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -39,6 +43,9 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    if let Some(ended) = keeper::run_if_asked() {
+        return ended;
+    }
     let arguments = Arguments::parse();
     signals::log_to_stderr("fault-server", &arguments.log);
     if arguments.die_with_parent {

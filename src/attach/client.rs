@@ -7,15 +7,15 @@
 use super::commit_word::{CommitWord, CommitWordError, Committed};
 use super::handover::{HandoverError, check_region_files, take_over};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, DirtyRound, GuestInfo, Message, MessageError, Paused, REPLY_BYTES_MAX,
-    Reply, Request, Status, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo, Message, MessageError,
+    Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome, reason,
 };
 use super::socket::{Connection, SocketError};
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
 use crate::memory::ram::GuestRam;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +37,7 @@ pub struct Attached {
     pub word: Arc<CommitWord>,
     capabilities: Vec<String>,
     connection: Connection,
+    path: Option<PathBuf>,
 }
 
 /// The log of a guest's writes, since it was started.
@@ -144,9 +145,16 @@ impl Attached {
         let path = path.as_ref();
         let stream = UnixStream::connect(path)
             .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
+        let connection = Connection::new(stream)
+            .map_err(|source| AttachError::Socket { request: "Hello", source })?;
+        let attached = Self::over(connection)?;
+        Ok(Self { path: Some(path.to_owned()), ..attached })
+    }
+
+    /// The same over a connection that stands.
+    pub fn over(mut connection: Connection) -> Result<Self, AttachError> {
         let request = "Hello";
         let broke = |source| AttachError::Socket { request, source };
-        let mut connection = Connection::new(stream).map_err(broke)?;
         match send(&mut connection, &Request::hello()) {
             // A VMM that refuses may have closed before the greeting left; what it
             // said can still be read.
@@ -174,7 +182,7 @@ impl Attached {
         let word = descriptors.pop().ok_or(none).map_err(broke)?;
         let ram = Arc::new(take_over(layout, &memory, descriptors)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
-        Ok(Self { ram, machine, guest, word, capabilities, connection })
+        Ok(Self { ram, machine, guest, word, capabilities, connection, path: None })
     }
 
     /// Where the guest's memory lies.
@@ -278,6 +286,28 @@ impl Attached {
         }
     }
 
+    /// The record of the session that the memory belongs to. Only a keeper has one.
+    pub fn record(&mut self) -> Result<OwnedFd, AttachError> {
+        if !self.capabilities.iter().any(|name| name == CAPABILITY_SESSION_RECORD) {
+            return Err(AttachError::Lacks(CAPABILITY_SESSION_RECORD));
+        }
+        match self.exchange(&Request::Record)? {
+            (Reply::Record, Some(record)) => Ok(record),
+            (other, _) => Err(unexpected("Record", &other)),
+        }
+    }
+
+    /// The conversation's socket, to watch for its end.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+
+    /// Whether somebody still listens where this conversation began: a VMM that has died
+    /// does not.
+    pub fn is_listening(&self) -> bool {
+        self.path.as_ref().is_some_and(|path| UnixStream::connect(path).is_ok())
+    }
+
     /// Has the VMM end the guest and exit. An operator's step: after a commit it takes
     /// the memory away from a fault-server that was to be started again.
     pub fn stop(mut self, why: &str) -> Result<(), AttachError> {
@@ -299,9 +329,9 @@ impl Attached {
         let received = self.connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
-        let descriptor = if let Reply::DirtyLogStarted { .. } = reply {
-            let [bitmap] = received.descriptors().map_err(broke)?;
-            Some(bitmap)
+        let descriptor = if let Reply::DirtyLogStarted { .. } | Reply::Record = reply {
+            let [only] = received.descriptors().map_err(broke)?;
+            Some(only)
         } else {
             let [] = received.descriptors().map_err(broke)?;
             None

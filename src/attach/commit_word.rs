@@ -153,6 +153,15 @@ impl CommitWord {
         }
     }
 
+    /// Whether both are the same word, handed over twice.
+    pub fn is(&self, other: &CommitWord) -> bool {
+        let file = |word: &CommitWord| {
+            let of = nix::sys::stat::fstat(&word.memfd).ok()?;
+            Some((of.st_dev, of.st_ino))
+        };
+        file(self).is_some_and(|own| file(other) == Some(own))
+    }
+
     /// The memfd, to be handed to the other process.
     pub fn memfd(&self) -> BorrowedFd<'_> {
         self.memfd.as_fd()
@@ -201,6 +210,7 @@ mod tests {
         let vmm = CommitWord::create().unwrap();
         let server = other_side(&vmm);
         assert_eq!(vmm.decision(), Decision::Undecided);
+        assert!(vmm.is(&server) && !vmm.is(&CommitWord::create().unwrap()));
         let _proof = server.commit().unwrap();
         assert_eq!(vmm.decision(), Decision::Committed);
         assert_eq!(vmm.abort().unwrap_err(), AlreadyCommitted { found: COMMITTED });

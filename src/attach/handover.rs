@@ -173,6 +173,22 @@ impl<'a> MemoryFiles<'a> {
         Ok(Self { regions, files: files.into_iter().map(|file| file.as_fd()).collect() })
     }
 
+    /// The same from its parts, as another process has handed them over.
+    ///
+    /// # Errors
+    /// If the regions do not lie in these files.
+    pub fn new(
+        layout: &MemoryLayout,
+        regions: Vec<RegionFile>,
+        files: Vec<BorrowedFd<'a>>,
+    ) -> Result<Self, HandoverError> {
+        let expected = check_region_files(layout, &regions)?;
+        if files.len() != expected {
+            return Err(HandoverError::FileCount { got: files.len(), expected });
+        }
+        Ok(Self { regions, files })
+    }
+
     /// Where each region lies, in the layout's order.
     pub fn regions(&self) -> &[RegionFile] {
         &self.regions

@@ -35,6 +35,8 @@ pub const CAPABILITY_BYTES_MAX: usize = 64;
 /// The VMM can tell which pages were written: `StartDirtyLog`, `DirtyRound`,
 /// `StopDirtyLog`.
 pub const CAPABILITY_DIRTY_LOG: &str = "dirty-log";
+/// A keeper, and not a VMM, is there: `Record`.
+pub const CAPABILITY_SESSION_RECORD: &str = "session-record";
 
 /// What the attached process asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +53,8 @@ pub enum Request {
     Pause,
     /// The migration is off: let the guest run on.
     Resume,
-    /// The commit word says committed: let go of the guest.
+    /// The commit word says committed: let go of the guest, whose memory lives on in
+    /// whoever maps it. To a keeper: nobody needs the memory any more.
     Committed,
     /// Have the guest clear its instruments.
     ResetInstruments,
@@ -68,6 +71,8 @@ pub enum Request {
     DirtyRound,
     /// Remember no more.
     StopDirtyLog,
+    /// To a keeper: the record of the session that the memory belongs to.
+    Record,
 }
 
 /// What the VMM answers.
@@ -110,6 +115,8 @@ pub enum Reply {
     DirtyRound(DirtyRound),
     /// To `StopDirtyLog`.
     DirtyLogStopped,
+    /// To `Record`; comes with the memfd that holds it.
+    Record,
 }
 
 /// The guest that the VMM has.
@@ -276,6 +283,7 @@ impl Message for Request {
             Request::StartDirtyLog => "StartDirtyLog",
             Request::DirtyRound => "DirtyRound",
             Request::StopDirtyLog => "StopDirtyLog",
+            Request::Record => "Record",
         }
     }
 }
@@ -324,6 +332,7 @@ impl Message for Reply {
             Reply::DirtyLogStarted { .. } => "DirtyLogStarted",
             Reply::DirtyRound(_) => "DirtyRound",
             Reply::DirtyLogStopped => "DirtyLogStopped",
+            Reply::Record => "Record",
         }
     }
 }

@@ -7,7 +7,7 @@
 //! it is stopped, is behind [`AttachedVm`]; one client's conversation is in
 //! `session`.
 
-use super::commit_word::CommitWordError;
+use super::commit_word::{CommitWord, CommitWordError};
 use super::handover::MemoryFiles;
 use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
@@ -17,7 +17,7 @@ use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,10 @@ pub trait AttachedVm {
     fn stop_dirty_log(&mut self) -> Result<(), String> {
         Err(NO_DIRTY_LOG.to_owned())
     }
+    /// The record of the session that the memory belongs to, if this is a keeper of it.
+    fn record(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// What a VMM says that cannot tell which pages were written.
@@ -109,6 +113,8 @@ pub enum ServeEnd {
     Released,
     /// A client had the guest stopped.
     Stopped,
+    /// Of a keeper: the guest was not given away, and its VMM has it.
+    GivenBack,
 }
 
 /// A failure that ends the server, not just a client.
@@ -165,7 +171,7 @@ impl Server {
     pub fn serve(&self, vm: &mut dyn AttachedVm) -> Result<ServeEnd, ServerError> {
         let mut attempt = Attempt::new()?;
         loop {
-            let connection = self.next_client()?;
+            let Some(connection) = self.next_client(None)? else { continue };
             let pid = connection.peer_pid().unwrap_or_default();
             match Session::new(self, connection, &mut attempt, vm).run() {
                 Ok(Ending::Released) => return Ok(ServeEnd::Released),
@@ -181,15 +187,52 @@ impl Server {
         }
     }
 
-    fn next_client(&self) -> Result<Connection, ServerError> {
+    /// Serves what a fault-server left to a keeper: the memory of a guest whose commit
+    /// word is `word`. `first` is that fault-server's own connection; while it is there
+    /// nobody else is let in. Once it is gone, a guest that was given away is kept for the
+    /// next client as long as it takes; any other is its VMM's, and `linger` says for how
+    /// long a client may still come for the session's sake.
+    pub fn keep(
+        &self,
+        first: Connection,
+        vm: &mut dyn AttachedVm,
+        word: CommitWord,
+        linger: impl Fn() -> Duration,
+    ) -> Result<ServeEnd, ServerError> {
+        let mut attempt = Attempt::kept(word);
+        let mut until = None;
+        let mut client = Some(first);
+        while let Some(connection) = client {
+            match Session::new(self, connection, &mut attempt, vm).run() {
+                Ok(Ending::Released) => return Ok(ServeEnd::Released),
+                Ok(Ending::Stopped) => return Ok(ServeEnd::Stopped),
+                Ok(Ending::GivenBack) => return Ok(ServeEnd::GivenBack),
+                Err(SessionError::Server(error)) => return Err(error),
+                Err(error) => tracing::info!("the fault-server is gone: {}", one_line(&error)),
+            }
+            if !attempt.is_committed() {
+                until.get_or_insert_with(|| Instant::now() + linger());
+            }
+            client = self.next_client(until)?;
+        }
+        Ok(ServeEnd::GivenBack)
+    }
+
+    /// The next client; none if it has not come at `deadline`.
+    fn next_client(&self, deadline: Option<Instant>) -> Result<Option<Connection>, ServerError> {
         loop {
+            let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+                None => PollTimeout::NONE,
+                Some(Duration::ZERO) => return Ok(None),
+                Some(left) => poll_timeout(left),
+            };
             let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(ServerError::Wait(errno)),
             }
             if let Some(connection) = self.accept() {
-                return Ok(connection);
+                return Ok(Some(connection));
             }
         }
     }

@@ -8,8 +8,8 @@
 
 use super::commit_word::{AlreadyCommitted, CommitWord, Decision};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, DirtyRound, MAGIC, Message, MessageError, Paused, REQUEST_BYTES_MAX,
-    Reply, Request, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, MAGIC, Message, MessageError,
+    Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
 };
 use super::monotonic_ns;
 use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
@@ -56,11 +56,23 @@ pub(super) struct Attempt {
     paused: Option<Box<Paused>>,
     /// The bitmap, while this attempt's client has writes remembered.
     dirty: Option<DirtyBitmap>,
+    /// Only the guest's memory is here; it was paused, if it was, in another process.
+    kept: bool,
 }
 
 impl Attempt {
     pub(super) fn new() -> Result<Self, ServerError> {
-        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None })
+        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None, kept: false })
+    }
+
+    /// The attempt of a keeper, under a word that the VMM has made.
+    pub(super) fn kept(word: CommitWord) -> Self {
+        Self { word, paused: None, dirty: None, kept: true }
+    }
+
+    /// Whether the guest has been given away. If not, it never will be any more.
+    pub(super) fn is_committed(&self) -> bool {
+        self.word.abort().is_err()
     }
 
     /// The attempt for the next client: this one if the guest has been given away
@@ -149,6 +161,7 @@ impl<'a> Session<'a> {
                 Request::StartDirtyLog => self.start_dirty_log()?,
                 Request::DirtyRound => self.dirty_round()?,
                 Request::StopDirtyLog => self.stop_dirty_log()?,
+                Request::Record => self.record()?,
             };
             if let Some(ending) = ending {
                 return Ok(ending);
@@ -188,8 +201,9 @@ impl<'a> Session<'a> {
     }
 
     fn capabilities(&self) -> Vec<String> {
-        let dirty_log = self.vm.has_dirty_log().then(|| CAPABILITY_DIRTY_LOG.to_owned());
-        dirty_log.into_iter().collect()
+        let dirty_log = self.vm.has_dirty_log().then_some(CAPABILITY_DIRTY_LOG);
+        let record = self.vm.record().map(|_| CAPABILITY_SESSION_RECORD);
+        [dirty_log, record].into_iter().flatten().map(str::to_owned).collect()
     }
 
     /// Waits without limit while the guest runs or has been given away; while it is
@@ -255,7 +269,7 @@ impl<'a> Session<'a> {
     }
 
     fn committed(&mut self) -> Result<Option<Ending>, SessionError> {
-        if self.attempt.paused.is_none() {
+        if self.attempt.paused.is_none() && !self.attempt.kept {
             return self.reply(&Reply::failed("the guest was not paused"));
         }
         if self.attempt.word.decision() != Decision::Committed {
@@ -351,6 +365,17 @@ impl<'a> Session<'a> {
             }
             // It stays this client's, and is stopped at the latest when that leaves.
             Err(why) => self.reply(&Reply::failed(why)),
+        }
+    }
+
+    fn record(&mut self) -> Result<Option<Ending>, SessionError> {
+        match self.vm.record() {
+            Some(record) => {
+                let within = self.server.patience.message;
+                send(&mut self.connection, &Reply::Record, &[record], within)?;
+                Ok(None)
+            }
+            None => self.reply(&Reply::failed("there is no session record here")),
         }
     }
 

@@ -13,8 +13,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// The most descriptors that one message carries.
-pub const DESCRIPTORS_MAX: usize = 17;
+/// The most descriptors that one message carries: memory files, a commit word, and to a
+/// keeper a session record.
+pub const DESCRIPTORS_MAX: usize = 18;
 /// Bytes asked of the kernel at once; memory grows with what has come, not with
 /// the length that a peer claims.
 const CHUNK_BYTES: usize = 256 << 10;

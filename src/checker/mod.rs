@@ -13,6 +13,7 @@
 
 mod diagnosis;
 mod failure;
+mod machine;
 mod model;
 mod replay;
 mod stream;
@@ -20,6 +21,7 @@ mod system;
 
 pub use diagnosis::{Guess, GuessCounts, WrongPage};
 pub use failure::{CheckFailure, ContentFailure, VcpuProblem};
+pub use machine::CheckMachine;
 
 use model::Model;
 use serde::{Deserialize, Serialize};
@@ -76,9 +78,9 @@ pub struct CheckParams {
     pub pattern: CheckPattern,
     /// Pages of the zero tail.
     pub zero_pages: u64,
-    /// Whether it was the KVM guest: then pages 64 to 511 are its own tables, code and
-    /// stacks, which cannot be foretold.
-    pub kvm: bool,
+    /// The machine, if it was the KVM guest: it has its own tables, stacks, clocks and
+    /// program in guest memory.
+    pub kvm: Option<CheckMachine>,
     /// Steps of each vCPU as told by another source than the memory (registers, the
     /// VMM's status). Without it a damaged step counter may go unnoticed if the steps
     /// in between write nothing.
@@ -90,7 +92,7 @@ pub struct CheckParams {
 pub struct CheckSummary {
     /// Pages of which every word that the specification lays down was compared.
     pub pages_compared: u64,
-    /// Pages of the KVM guest's own, of which nothing is known.
+    /// Pages of the KVM guest's program, of which nothing is known.
     pub pages_unmodelled: u64,
     /// How many of the pages compared had to be zero, and are.
     pub zero_pages: u64,
@@ -109,7 +111,7 @@ pub struct CheckSummary {
 pub fn check(params: &CheckParams, memory: impl Read) -> Result<CheckSummary, CheckFailure> {
     let model = Model::new(params)?;
     let mut stream = stream::Pages::new(memory, params.pages);
-    let system = System::read(&mut stream)?;
+    let system = System::read(&mut stream, model.arena)?;
     let told = system.told(&model)?;
     let replay = replay::replay(&model, told.steps);
     let mut findings = diagnosis::Findings::default();

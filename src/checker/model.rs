@@ -2,9 +2,10 @@
 //! visits. Written from the text of `vmm::workload`, not from its code.
 
 use super::failure::CheckFailure;
-use super::{CheckParams, CheckPattern};
+use super::{CheckParams, CheckPattern, machine};
+use std::collections::BTreeMap;
 
-/// Pages below the arena.
+/// Pages below the arena, leaf tables apart.
 pub(super) const SYSTEM_PAGES: u64 = 512;
 /// Words in a page.
 pub(super) const WORDS: usize = 512;
@@ -50,8 +51,16 @@ pub(super) enum Place {
     Control(u32),
     /// A vCPU's stall histogram.
     Histogram(u32),
-    /// One of the KVM guest's own.
-    Machine,
+    /// One of the KVM guest's page tables.
+    Table,
+    /// Its interrupt gates.
+    Gates,
+    /// Its program.
+    Program,
+    /// A vCPU's descriptors and stack.
+    Processor(u32),
+    /// A vCPU's clock.
+    Clock(u32),
     /// Filler that nobody visits.
     Filler,
     /// Page `k` of a vCPU's slice.
@@ -66,6 +75,10 @@ pub(super) struct Model {
     pub(super) params: CheckParams,
     /// Pages of a slice.
     pub(super) slice: u64,
+    /// The first page of the arena.
+    pub(super) arena: u64,
+    /// The KVM guest's page tables below the arena, but for those that map one slot each.
+    tables: BTreeMap<u64, Page>,
 }
 
 impl Model {
@@ -75,15 +88,19 @@ impl Model {
         if !(1..=4).contains(&vcpus) {
             return wrong(format!("{vcpus} vCPUs; a reference guest has 1 to 4"));
         }
-        let least = zero_pages.saturating_add(SYSTEM_PAGES + 16 * u64::from(vcpus));
+        let leaf_tables = params.kvm.as_ref().map_or(0, |machine| machine.leaf_tables(pages));
+        let arena = SYSTEM_PAGES + leaf_tables;
+        let least = zero_pages.saturating_add(arena + 16 * u64::from(vcpus));
         if pages < least || pages > 1 << 32 {
             return wrong(format!("{pages} pages; there must be {least} to {}", 1u64 << 32));
         }
         if let Some(steps) = params.expect_steps.as_ref().filter(|v| v.len() != vcpus as usize) {
             return wrong(format!("steps of {} vCPUs are given, not of {vcpus}", steps.len()));
         }
-        let slice = (pages - zero_pages - SYSTEM_PAGES) / u64::from(vcpus);
-        Ok(Self { params: params.clone(), slice })
+        let slice = (pages - zero_pages - arena) / u64::from(vcpus);
+        let tables = params.kvm.as_ref().map(|machine| machine::tables(machine, pages));
+        let tables = tables.transpose().map_err(CheckFailure::Params)?.unwrap_or_default();
+        Ok(Self { params: params.clone(), slice, arena, tables })
     }
 
     pub(super) fn vcpus(&self) -> std::ops::Range<u32> {
@@ -95,7 +112,7 @@ impl Model {
     }
 
     pub(super) fn slice_first(&self, vcpu: u32) -> u64 {
-        SYSTEM_PAGES + u64::from(vcpu) * self.slice
+        self.arena + u64::from(vcpu) * self.slice
     }
 
     pub(super) fn vseed(&self, vcpu: u32) -> u64 {
@@ -116,7 +133,7 @@ impl Model {
         if page >= self.tail() {
             return Place::Tail;
         }
-        if let Some(offset) = page.checked_sub(SYSTEM_PAGES) {
+        if let Some(offset) = page.checked_sub(self.arena) {
             let (vcpu, k) = (offset / self.slice, offset % self.slice);
             let owned = vcpu < u64::from(self.params.vcpus);
             return if owned { Place::Arena(vcpu as u32, k) } else { Place::Filler };
@@ -127,8 +144,37 @@ impl Model {
                 Place::Control(((page - 16) / 2) as u32)
             }
             _ if instruments.contains(&page) => Place::Histogram(((page - 16) / 2) as u32),
-            64.. if self.params.kvm => Place::Machine,
+            machine::ROOT.. if self.params.kvm.is_some() => self.place_in_machine(page),
             _ => Place::Filler,
+        }
+    }
+
+    fn place_in_machine(&self, page: u64) -> Place {
+        let vcpus = u64::from(self.params.vcpus);
+        let of = |first: u64| (first..first + vcpus).contains(&page).then(|| (page - first) as u32);
+        if page >= SYSTEM_PAGES || self.tables.contains_key(&page) {
+            Place::Table
+        } else if page == machine::GATES {
+            Place::Gates
+        } else if machine::PROGRAM.contains(&page) {
+            Place::Program
+        } else if let Some(vcpu) = of(machine::PROCESSORS) {
+            Place::Processor(vcpu)
+        } else if let Some(vcpu) = of(machine::CLOCKS) {
+            Place::Clock(vcpu)
+        } else {
+            Place::Filler
+        }
+    }
+
+    /// What a page table of the KVM guest must be.
+    pub(super) fn table(&self, page: u64) -> Page {
+        match (self.tables.get(&page), &self.params.kvm) {
+            (Some(table), _) => *table,
+            (None, Some(machine)) => {
+                machine::leaf_table(machine, page.saturating_sub(SYSTEM_PAGES))
+            }
+            (None, None) => [0; WORDS],
         }
     }
 
@@ -209,7 +255,7 @@ mod tests {
             seed: 77,
             pattern: CheckPattern::Random,
             zero_pages: 0,
-            kvm: false,
+            kvm: None,
             expect_steps: None,
         })
         .unwrap();

@@ -2,7 +2,7 @@
 
 use super::diagnosis::Findings;
 use super::failure::CheckFailure;
-use super::model::{Model, PAGE_BYTES, Page, Place, SYSTEM_PAGES};
+use super::model::{Model, PAGE_BYTES, Page, Place};
 use super::replay::Replay;
 use std::io::{ErrorKind, Read};
 
@@ -60,7 +60,7 @@ pub(super) fn compare_arena_and_tail<R: Read>(
 ) -> Result<(), CheckFailure> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let mut buffer = vec![0; BATCH_PAGES as usize * PAGE_BYTES];
-    let mut first = SYSTEM_PAGES;
+    let mut first = model.arena;
     while first < model.params.pages {
         let count = BATCH_PAGES.min(model.params.pages - first);
         let batch = &mut buffer[..count as usize * PAGE_BYTES];
@@ -90,7 +90,7 @@ fn compare(model: &Model, replay: &Replay, first: u64, bytes: &[u8]) -> Findings
             Place::Tail => findings.compare_zero(model, page, &found),
             _ => {
                 // What is left over after the last slice is never visited.
-                let index = (page - SYSTEM_PAGES) as usize;
+                let index = (page - model.arena) as usize;
                 let visits = replay.visits.get(index).copied().unwrap_or(0);
                 findings.compare(model, page, visits, &found);
             }

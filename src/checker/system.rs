@@ -2,7 +2,8 @@
 
 use super::diagnosis::Findings;
 use super::failure::{CheckFailure, VcpuProblem};
-use super::model::{Model, PAGE_BYTES, Page, Place, SYSTEM_PAGES, WORDS};
+use super::machine;
+use super::model::{Model, PAGE_BYTES, Page, Place, WORDS};
 use super::replay::Replay;
 use super::stream::{Pages, words};
 use std::io::Read;
@@ -50,8 +51,9 @@ pub(super) struct Told {
 }
 
 impl System {
-    pub(super) fn read<R: Read>(stream: &mut Pages<R>) -> Result<Self, CheckFailure> {
-        let mut bytes = vec![0; SYSTEM_PAGES as usize * PAGE_BYTES];
+    /// Reads all before the arena.
+    pub(super) fn read<R: Read>(stream: &mut Pages<R>, arena: u64) -> Result<Self, CheckFailure> {
+        let mut bytes = vec![0; arena as usize * PAGE_BYTES];
         stream.read(&mut bytes)?;
         Ok(Self { pages: bytes.chunks_exact(PAGE_BYTES).map(words).collect() })
     }
@@ -106,9 +108,15 @@ impl System {
                     expected[NO_BUCKETS].fill(0);
                     findings.judge(model, page, 0, &expected, found);
                 }
-                // What still has a tag was never the machine's, and is filler, maybe
-                // another page's.
-                Place::Machine if model.page_of_tag(found[0]).is_none() => findings.unmodelled(),
+                Place::Table => findings.judge(model, page, 0, &model.table(page), found),
+                Place::Gates => findings.judge(model, page, 0, &machine::gates(found), found),
+                Place::Processor(vcpu) => {
+                    let expected = machine::descriptors(vcpu, found);
+                    findings.judge(model, page, 0, &expected, found);
+                }
+                Place::Clock(_) => findings.judge(model, page, 0, &machine::clock(found), found),
+                // What still has a tag is no program, and is filler, maybe another page's.
+                Place::Program if model.page_of_tag(found[0]).is_none() => findings.unmodelled(),
                 _ => findings.compare(model, page, 0, found),
             }
         }
@@ -143,7 +151,7 @@ impl System {
         let stalls = Stalls::of(self.histogram(vcpu));
         words[STALLS_WORD] = stalls.count;
         words[STALL_SUM_WORD] = found[STALL_SUM_WORD].clamp(stalls.sum_min, stalls.sum_max);
-        words[TICKS_WORD] = if model.params.kvm { found[TICKS_WORD] } else { 0 };
+        words[TICKS_WORD] = if model.params.kvm.is_some() { found[TICKS_WORD] } else { 0 };
         words
     }
 }

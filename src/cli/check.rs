@@ -2,8 +2,9 @@
 
 use anyhow::Context;
 use clap::Args;
-use postcopy::checker::{CheckParams, CheckPattern, check};
+use postcopy::checker::{CheckMachine, CheckParams, CheckPattern, check};
 use postcopy::program::exit::Failure;
+use postcopy::vmm::workload::PageTables;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -28,9 +29,17 @@ pub struct Check {
     /// Pages of its zero tail.
     #[arg(long, default_value_t = 0)]
     zero_pages: u64,
-    /// It ran under KVM: its own tables, stacks and code are not compared.
+    /// It ran under KVM: it has tables, stacks and a program of its own, all of which but
+    /// the program and what is on the stacks is compared.
     #[arg(long)]
     kvm: bool,
+    /// How its page tables mapped its memory.
+    #[arg(long, value_enum, default_value = "2m", requires = "kvm")]
+    page_tables: PageTables,
+    /// Address and pages of each of its memory regions, in order [default: those of a PC].
+    #[arg(long, value_delimiter = ',', value_parser = parse_region, requires = "kvm",
+          value_name = "ADDRESS:PAGES")]
+    regions: Vec<(u64, u64)>,
     /// The steps that each vCPU made, if they are known from elsewhere.
     #[arg(long, value_delimiter = ',', value_name = "STEPS")]
     expect_steps: Option<Vec<u64>>,
@@ -41,13 +50,20 @@ pub struct Check {
 impl Check {
     /// Checks.
     pub fn run(self) -> anyhow::Result<()> {
+        let machine = || {
+            let small_pages = self.page_tables == PageTables::Small;
+            match self.regions.is_empty() {
+                true => CheckMachine::pc(self.pages, small_pages),
+                false => CheckMachine { regions: self.regions.clone(), small_pages },
+            }
+        };
         let params = CheckParams {
             pages: self.pages,
             vcpus: self.vcpus,
             seed: self.seed,
             pattern: self.workload,
             zero_pages: self.zero_pages,
-            kvm: self.kvm,
+            kvm: self.kvm.then(machine),
             expect_steps: self.expect_steps,
         };
         let memory: Box<dyn Read> = match &self.file {
@@ -66,4 +82,14 @@ impl Check {
         );
         Ok(())
     }
+}
+
+fn parse_region(text: &str) -> Result<(u64, u64), String> {
+    let wrong = || format!("{text:?} is no region; one is for instance 0x100000000:262144");
+    let (address, pages) = text.split_once(':').ok_or_else(wrong)?;
+    let address = match address.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => address.parse(),
+    };
+    Ok((address.map_err(|_| wrong())?, pages.parse().map_err(|_| wrong())?))
 }

@@ -85,6 +85,8 @@ impl Demo {
             command.arg("migrate").arg("--control").arg(&control);
             command.args(["--ticket", "-"]).arg("--report").arg(&from_source);
             command.args(self.policy.to_arguments());
+            // All processes of a demonstration end with it; a keeper outlives its makers.
+            command.arg("--no-keeper");
             if self.quiet {
                 command.arg("--quiet");
             }

@@ -10,7 +10,7 @@ use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
 use postcopy::vmm::guest::{Guest, GuestKind};
 use postcopy::vmm::kvm::kvm_available;
-use postcopy::vmm::workload::{Pattern, Workload};
+use postcopy::vmm::workload::{Cpl, MachineForm, PageTables, Pattern, Workload};
 use std::sync::Arc;
 
 /// What guest to start.
@@ -41,6 +41,14 @@ pub struct GuestArgs {
     #[arg(long, default_value_t = 0, value_name = "PERCENT",
           value_parser = clap::value_parser!(u64).range(0..=90))]
     pub zero: u64,
+    /// How the guest's page tables map its memory: by 2 MiB where possible, or each page by
+    /// an entry of its own. For the KVM guest.
+    #[arg(long, value_enum, default_value = "2m")]
+    pub page_tables: PageTables,
+    /// The privilege of the guest's program: 3, or 0, which a KVM without VT-x or SVM
+    /// emulates, a thousand times slower. For the KVM guest.
+    #[arg(long, value_enum, default_value = "3")]
+    pub cpl: Cpl,
 }
 
 impl GuestArgs {
@@ -66,6 +74,7 @@ impl GuestArgs {
             think_ns: self.think_ns,
             step_limit: self.steps,
             zero_pages: pages * self.zero / 100,
+            form: MachineForm { page_tables: self.page_tables, cpl: self.cpl },
         }
     }
 
@@ -77,7 +86,10 @@ impl GuestArgs {
         }
         let layout = MemoryLayout::pc(self.memory / PAGE_SIZE as u64)?;
         let workload = self.workload();
-        workload.check(&layout)?;
+        match kind {
+            GuestKind::Kvm => workload.check(&layout)?,
+            GuestKind::Process => workload.check_without_machine(&layout)?,
+        }
         check_can_hold(self.memory).context("the guest does not fit")?;
         let ram = Arc::new(GuestRam::new(layout, Backing::Memfd)?);
         Ok(new_guest(kind, ram, workload)?)
@@ -96,6 +108,8 @@ impl GuestArgs {
             ("--steps", self.steps.to_string()),
             ("--seed", self.seed.to_string()),
             ("--zero", self.zero.to_string()),
+            ("--page-tables", self.page_tables.name().to_owned()),
+            ("--cpl", self.cpl.name().to_owned()),
         ]
         .into_iter()
         .flat_map(|(name, value)| [name.to_owned(), value])

@@ -14,8 +14,9 @@ use std::process::ExitCode;
 /// Post-copy live migration of virtual machines.
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
-/// migration was aborted and the guest runs on at the source; 4 the link was lost
-/// after the commit and did not come back; 5 the memory is not what it should be; 6 done,
+/// migration was aborted and the guest runs on at the source; 4 the guest was lost:
+/// the link did not come back after the commit, or the guest of an aborted migration does
+/// not run on; 5 the memory is not what it should be; 6 done,
 /// but the report could not be written.
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]

@@ -8,6 +8,7 @@ use postcopy::memory::ram::GuestRam;
 use postcopy::program::exit::{Failure, Side, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
+use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::proto::source::Outcome;
 use postcopy::report::human::render;
@@ -143,7 +144,10 @@ impl Receive {
             .args(["--zero-pages", &workload.zero_pages.to_string()])
             .args(["--expect-steps", &steps.join(",")]);
         if guest.kind() == GuestKind::Kvm {
-            checker.arg("--kvm");
+            let region = |region: &Region| format!("{:#x}:{}", region.start.0, region.pages);
+            let regions: Vec<_> = guest.ram().layout().regions().iter().map(region).collect();
+            checker.args(["--kvm", "--page-tables", workload.form.page_tables.name()]);
+            checker.args(["--regions", &regions.join(",")]);
         }
         checker.stdin(Stdio::piped());
         if self.quiet {

@@ -39,7 +39,7 @@ impl Run {
         let end = server.serve(&mut departure)?;
         match end {
             ServeEnd::Released => println!("the guest has left"),
-            ServeEnd::Stopped => println!("the guest was stopped"),
+            ServeEnd::Stopped | ServeEnd::GivenBack => println!("the guest was stopped"),
         }
         Ok(())
     }

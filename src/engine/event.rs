@@ -49,12 +49,11 @@ impl From<SourceState> for Phase {
             SourceState::Connecting | SourceState::Negotiating => Self::Handshake,
             SourceState::Pausing
             | SourceState::Unpausing
-            | SourceState::Retracting
             | SourceState::Blackout
             | SourceState::Committing
             | SourceState::Committed => Self::Blackout,
             SourceState::Brownout => Self::TargetBrownout,
-            SourceState::Releasing | SourceState::Over => Self::Release,
+            SourceState::Retracting | SourceState::Releasing | SourceState::Over => Self::Release,
         }
     }
 }

@@ -41,8 +41,22 @@ pub trait SourceVm: Any + Send {
     }
     /// Lets the guest run on here: the migration was aborted before the commit.
     fn resume(&mut self) -> Result<(), VmError>;
-    /// The guest lives elsewhere and all its memory is there.
+    /// The guest runs elsewhere: vCPUs and devices may go. Its memory is still read here
+    /// and must stay as it is until [`drained`](SourceVm::drained).
     fn release(&mut self) -> Result<(), VmError>;
+    /// All memory is elsewhere, too: what is left of the guest may go.
+    fn drained(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+    /// The session is over and was aborted before the commit; a paused guest was resumed
+    /// before this.
+    ///
+    /// # Errors
+    /// Why the guest is not here any more, if it is not: nobody is told then that it runs
+    /// on.
+    fn aborted(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
 }
 
 /// What the guest itself measured, for the report.

@@ -1,5 +1,6 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
+use super::keeper::{self, KeeperCommand, Occupied};
 use super::{FaultServer, PushPlan};
 use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, write_report};
@@ -25,8 +26,24 @@ pub struct ServeArgs {
     control: PathBuf,
     /// The line that `postcopy receive` printed; `-` reads it from standard input, so
     /// that other users of this host do not see it.
-    #[arg(long, value_name = "TICKET")]
-    ticket: String,
+    #[arg(long, value_name = "TICKET", required_unless_present_any = ["resume", "discard"])]
+    ticket: Option<String>,
+    /// Go on with the session of a fault server that has died: all that it knew is in its
+    /// keeper. If the guest was committed, the destination gets the memory that it misses,
+    /// and must hear of it within a minute of the death; if not, it is told that the guest
+    /// stayed in its VMM.
+    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper"])]
+    resume: bool,
+    /// Have the keeper of a guest that is lost end, and free the memory that it holds:
+    /// nobody can go on with the session then.
+    #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
+                                      "no_keeper", "report"])]
+    discard: bool,
+    /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
+    /// process dies before the destination has all memory, the guest is lost, even though
+    /// its VMM may have ended well.
+    #[arg(long)]
+    no_keeper: bool,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Write the report as JSON.
@@ -83,15 +100,12 @@ impl ServeArgs {
         watch: impl FnMut(Event) + Send + 'static,
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
-        let ticket = read_ticket(&self.ticket)?;
-        let shown = ticket.clone();
-        let plan = PushPlan {
-            policy: self.policy.policy,
-            pivots: self.policy.pivots,
-            drain_after: self.policy.drain_after,
-        };
-        let server = FaultServer::attach(&self.control, ticket, plan)
-            .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))?;
+        if self.discard {
+            let path = keeper::socket_path(&self.control);
+            return keeper::discard(&path).context("cannot discard a guest's memory");
+        }
+        let server = self.server()?;
+        let ticket = server.ticket().clone();
         let canceller = server.canceller();
         on_interrupt(program, move || canceller.cancel("interrupted by the user"));
         let end = server.run(watch)?;
@@ -101,10 +115,20 @@ impl ServeArgs {
             session = Err(Failure::Stranded { why: why.clone(), stranded });
         }
         if let Err(Failure::Aborted { why, .. }) = &mut session
-            && shown.looks_expired(SystemTime::now())
+            && ticket.looks_expired(SystemTime::now())
         {
             // The other host's clock decided; this one's helps to explain.
             why.push_str(" (by this host's clock the ticket has expired)");
+        }
+        if let Err(Failure::Lost(why)) = &mut session {
+            let path = keeper::socket_path(&self.control);
+            if keeper::look(&path) == Some(Occupied::Committed) {
+                let at = path.display();
+                why.push_str(&format!(
+                    "; a keeper at {at} still holds the memory here: --resume tries again, \
+                     --discard frees it"
+                ));
+            }
         }
         if session.is_ok() && !end.report.has_destination_part() {
             eprintln!("{program}: the destination's part of the report did not come");
@@ -114,6 +138,25 @@ impl ServeArgs {
             session = Err(Failure::Wrong(wrong.join("; ")));
         }
         write_report(program, &end.report, self.report.as_deref(), session.map_err(Into::into))
+    }
+}
+
+impl ServeArgs {
+    fn server(&self) -> anyhow::Result<FaultServer> {
+        let Some(ticket) = &self.ticket else {
+            let at = self.control.display();
+            return FaultServer::resume(&self.control)
+                .with_context(|| format!("cannot resume a session of the guest at {at}"));
+        };
+        let ticket = read_ticket(ticket)?;
+        let plan = PushPlan {
+            policy: self.policy.policy,
+            pivots: self.policy.pivots,
+            drain_after: self.policy.drain_after,
+        };
+        let keeper = (!self.no_keeper).then(KeeperCommand::default);
+        FaultServer::attach(&self.control, ticket, plan, keeper.as_ref())
+            .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))
     }
 }
 

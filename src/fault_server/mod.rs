@@ -1,23 +1,36 @@
 //! The fault server: attach to a VMM's guest and move it, holding the guest's memory
-//! until the destination has it all: once committed, it does not need the VMM's process.
+//! until the destination has it all: once committed, it does not need the VMM's process,
+//! and once a [`keeper`] holds the memory, too, another fault server can take its place.
 //!
-//! [`FaultServer::attach`], then [`FaultServer::run`]. The `fault-server` program and
-//! `postcopy migrate` are this with a display; neither is needed to use it.
+//! [`FaultServer::attach`] or [`FaultServer::resume`], then [`FaultServer::run`]. The
+//! `fault-server` program and `postcopy migrate` are this with a display; neither is
+//! needed to use it.
 
 pub mod arguments;
+pub mod keeper;
+pub mod record;
+mod watch;
 
 use crate::attach::client::{AttachError, Attached};
-use crate::engine::attached::{AttachedVmm, GivenAway};
+use crate::attach::commit_word::Decision;
+use crate::attach::handover::MemoryFiles;
+use crate::attach::message::GuestInfo;
+use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::event::Event;
-use crate::engine::source::{Canceller, Migration, SourceConfig, SourceEnd};
+use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::SessionLimits;
+use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
-use std::path::Path;
+use keeper::{KeeperCommand, KeeperError, Occupied};
+use record::{RecordError, RecordFile, SessionRecord};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use watch::KeeperWatch;
 
 /// Which pages are pushed, and when.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PushPlan {
     /// The pre-paging policy.
     pub policy: PolicyKind,
@@ -37,6 +50,45 @@ pub enum FaultServerError {
     /// The guest left before.
     #[error(transparent)]
     GivenAway(#[from] GivenAway),
+    /// There is no keeper to be had.
+    #[error(
+        "no keeper can be started for the guest's memory, and the guest was not paused; \
+             --no-keeper goes without"
+    )]
+    Keeper(#[from] KeeperError),
+    /// The guest has left, and a keeper holds its memory.
+    #[error(
+        "this guest was given to a destination, and a keeper at {} holds its memory: {}",
+        path.display(),
+        match state {
+            Occupied::Busy => "a fault server is at work",
+            Occupied::Committed => "its fault server is gone; --resume goes on with the session",
+        }
+    )]
+    Kept {
+        /// The keeper's socket.
+        path: PathBuf,
+        /// What it does.
+        state: Occupied,
+    },
+    /// Nobody has left anything to go on with.
+    #[error("there is nothing to resume: {why}")]
+    NothingLeft {
+        /// What there is instead.
+        why: &'static str,
+        /// Why there is no keeper.
+        #[source]
+        source: AttachError,
+    },
+    /// The session cannot be gone on with.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Its ticket is none.
+    #[error("the session record is damaged")]
+    Ticket(#[from] TicketParseError),
+    /// Neither side may do anything on the strength of this word.
+    #[error("the commit word is damaged ({0}): nobody may run the guest, or move it")]
+    Word(u64),
 }
 
 /// A fault server that is attached to its guest and has not begun to move it.
@@ -44,22 +96,106 @@ pub enum FaultServerError {
 pub struct FaultServer {
     vmm: AttachedVmm,
     migration: Migration,
+    keeper: Option<KeeperWatch>,
+    ticket: Ticket,
 }
 
 impl FaultServer {
-    /// Attaches to the VMM whose control socket is at `control`; the guest runs on.
+    /// Attaches to the VMM whose control socket is at `control`, and has a keeper started
+    /// as `keeper` says; without one the guest's memory is lost if this process dies
+    /// before the destination has it all. The guest runs on.
     ///
     /// # Errors
-    /// As [`Attached::connect`], and if the VMM's guest has left already.
+    /// As [`Attached::connect`], if there is no keeper, and if the guest has left already.
     pub fn attach(
         control: &Path,
         ticket: Ticket,
         plan: PushPlan,
+        keeper: Option<&KeeperCommand>,
     ) -> Result<Self, FaultServerError> {
-        let attached = Attached::connect(control)?;
-        let config = source_config(&attached, ticket, plan);
+        let kept = |error| match keeper::look(&keeper::socket_path(control)) {
+            Some(state) => FaultServerError::Kept { path: keeper::socket_path(control), state },
+            None => error,
+        };
+        let attached = match Attached::connect(control) {
+            Err(error @ AttachError::Connect { .. }) => return Err(kept(error.into())),
+            attached => attached?,
+        };
+        if let Decision::Committed | Decision::Damaged(_) = attached.word.decision() {
+            return Err(kept(GivenAway.into()));
+        }
+        let config =
+            config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone());
         let migration = Migration::new(config, attached.ram.clone());
-        Ok(Self { vmm: AttachedVmm::new(attached)?, migration })
+        let Some(command) = keeper else {
+            return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
+        };
+        let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
+        let record = RecordFile::create(SessionRecord {
+            session: migration.session(),
+            last_epoch: 0,
+            state_left: false,
+            ticket: ticket.to_string(),
+            layout: attached.layout().clone(),
+            memory: memory.regions().to_vec(),
+            machine: attached.machine.clone(),
+            guest: attached.guest.clone(),
+            plan,
+        })?;
+        let keeper = keeper::start(command, control, &attached, &record)?;
+        let watch = KeeperWatch::new(&keeper, keeper::socket_path(control));
+        Ok(Self {
+            vmm: AttachedVmm::new(attached)?.kept_by(keeper),
+            migration: migration.with_journal(Box::new(record)),
+            keeper: watch,
+            ticket,
+        })
+    }
+
+    /// Goes on with the session that a fault server which has died has left to the keeper
+    /// of the guest behind `control`. If it was committed, the destination is served what it
+    /// misses; if not, it is told that the guest stayed.
+    ///
+    /// # Errors
+    /// If there is no keeper, or another fault server is at work.
+    pub fn resume(control: &Path) -> Result<Self, FaultServerError> {
+        let path = keeper::socket_path(control);
+        let mut attached = match keeper::connect(&path) {
+            Err(source @ AttachError::Connect { .. }) => {
+                return Err(FaultServerError::NothingLeft { why: without_keeper(control), source });
+            }
+            Err(AttachError::Refused { .. }) => {
+                return Err(FaultServerError::Kept { path, state: Occupied::Busy });
+            }
+            attached => attached?,
+        };
+        // No fault server is left that could commit; this decides it if nothing else has.
+        let committed = attached.word.abort().is_err();
+        if let Decision::Damaged(found) = attached.word.decision() {
+            return Err(FaultServerError::Word(found));
+        }
+        let record = RecordFile::open(attached.record()?)?;
+        let SessionRecord { session, last_epoch, ticket, plan, machine, guest, .. } =
+            record.record().clone();
+        let ticket: Ticket = ticket.parse()?;
+        let left = Left { session, last_epoch, committed };
+        let config = config(ticket.clone(), plan, machine, guest);
+        let migration = Migration::resume(config, attached.ram.clone(), left);
+        // Another guest may be there by now.
+        let vmm = Attached::connect(control).ok().filter(|vmm| vmm.word.is(&attached.word));
+        let keeper = Keeper::new(attached, None);
+        let watch = KeeperWatch::new(&keeper, path);
+        Ok(Self {
+            vmm: AttachedVmm::left(keeper, vmm, control.to_owned()),
+            migration: migration.with_journal(Box::new(record)),
+            keeper: watch,
+            ticket,
+        })
+    }
+
+    /// Where it goes, and with what right.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
     }
 
     /// A handle that stops it, for as long as nothing is committed.
@@ -74,8 +210,15 @@ impl FaultServer {
     /// As [`Migration::run`]: only if no thread could be made.
     pub fn run(
         self,
-        watch: impl FnMut(Event) + Send + 'static,
+        mut watch: impl FnMut(Event) + Send + 'static,
     ) -> Result<SourceEnd, TransportError> {
+        let mut keeper = self.keeper;
+        let watch = move |event: Event| {
+            if let (Some(keeper), Event::Progress(now)) = (&mut keeper, &event) {
+                keeper.look(now.phase);
+            }
+            watch(event);
+        };
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.
         end.vm = None;
@@ -83,9 +226,21 @@ impl FaultServer {
     }
 }
 
+/// What there is at `control` if there is no keeper.
+fn without_keeper(control: &Path) -> &'static str {
+    match Attached::connect(control).map(|vmm| vmm.word.decision()) {
+        Ok(Decision::Undecided | Decision::Aborted) => "the guest runs in its VMM",
+        Ok(_) => {
+            "the VMM holds the memory of a guest that was given to a destination, but the \
+             session's record went with its fault server and keeper"
+        }
+        Err(AttachError::Refused { .. }) => "the guest is in its VMM, and somebody is attached",
+        Err(_) => "there is neither a VMM nor a keeper",
+    }
+}
+
 /// What the engine must know, from what the VMM says of its guest.
-fn source_config(attached: &Attached, ticket: Ticket, plan: PushPlan) -> SourceConfig {
-    let guest = attached.guest.clone();
+fn config(ticket: Ticket, plan: PushPlan, machine: String, guest: GuestInfo) -> SourceConfig {
     SourceConfig {
         ticket,
         link: LinkOptions::default(),
@@ -93,7 +248,7 @@ fn source_config(attached: &Attached, ticket: Ticket, plan: PushPlan) -> SourceC
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,
-        machine: attached.machine.clone(),
+        machine,
         workload: workload_name(&guest.workload_json),
         guest: guest.workload_json.into_bytes(),
         vcpus: guest.vcpus as u16,

@@ -9,8 +9,9 @@ use crate::report::schema::Distribution;
 use crate::vmm::clock::tsc_hz;
 use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestKind};
+use crate::vmm::kvm::{self, KvmError};
+use crate::vmm::stalls;
 use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
-use crate::vmm::{kvm, stalls};
 use nix::unistd::Pid;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,7 +49,8 @@ impl Arrival {
 
 impl DestinationVm for Arrival {
     fn prepare(&mut self, hello: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
-        let GuestDescription { kind, workload } = description(hello)?;
+        let description = description(hello)?;
+        let GuestDescription { kind, ref workload, .. } = description;
         let refuse = |why: String| Mismatch::new("the guest", kind.name(), why);
         let ram = GuestRam::from_guest_memory(memory);
         let ram = Arc::new(ram.map_err(|error| refuse(error_chain(&error)))?);
@@ -61,8 +63,13 @@ impl DestinationVm for Arrival {
         }
         // Measured before the blackout, not in it.
         tsc_hz();
-        let guest =
-            prepare_guest(kind, ram, workload).map_err(|error| refuse(error_chain(&error)))?;
+        let guest = prepare_guest(description, ram).map_err(|error| {
+            match error.source.downcast_ref::<KvmError>() {
+                // It names what differs better than any text around it.
+                Some(KvmError::Processor(mismatch)) => mismatch.clone(),
+                _ => refuse(error_chain(&error)),
+            }
+        })?;
         let machine = guest.machine();
         *self.lock() = Some(guest);
         Ok(machine)

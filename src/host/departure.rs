@@ -73,7 +73,8 @@ impl AttachedVm for Departure {
     fn describe(&self) -> Description {
         let workload = self.guest.workload();
         let kind = self.guest.kind();
-        let description = GuestDescription { kind, workload: workload.clone() };
+        let processor = self.guest.processor().cloned();
+        let description = GuestDescription { kind, workload: workload.clone(), processor };
         Description {
             layout: self.guest.ram().layout().clone(),
             machine: self.guest.machine(),

@@ -7,6 +7,8 @@ pub mod departure;
 
 use crate::memory::ram::GuestRam;
 use crate::vmm::guest::{Guest, GuestError, GuestKind};
+use crate::vmm::kvm::KvmGuest;
+use crate::vmm::kvm::processor::Processor;
 use crate::vmm::process::ProcessGuest;
 use crate::vmm::workload::Workload;
 use serde::{Deserialize, Serialize};
@@ -14,12 +16,15 @@ use std::sync::Arc;
 
 /// The reference VMM's description of a guest, as JSON in the proposal: what the
 /// destination must make.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestDescription {
     /// Which guest.
     pub kind: GuestKind,
-    /// What it does.
+    /// What it does, and on what machine.
     pub workload: Workload,
+    /// The processor that it sees, if it is a virtual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processor: Option<Processor>,
 }
 
 impl GuestDescription {
@@ -36,19 +41,25 @@ pub fn new_guest(
     workload: Workload,
 ) -> Result<Box<dyn Guest>, GuestError> {
     Ok(match kind {
-        GuestKind::Kvm => Box::new(crate::vmm::kvm::KvmGuest::new(ram, workload)?),
+        GuestKind::Kvm => Box::new(KvmGuest::new(ram, workload)?),
         GuestKind::Process => Box::new(ProcessGuest::new(ram, workload)?),
     })
 }
 
-/// A guest without state over memory whose pages are missing.
+/// The guest described, without state, over memory whose pages are missing.
 pub fn prepare_guest(
-    kind: GuestKind,
+    description: GuestDescription,
     ram: Arc<GuestRam>,
-    workload: Workload,
 ) -> Result<Box<dyn Guest>, GuestError> {
-    Ok(match kind {
-        GuestKind::Kvm => Box::new(crate::vmm::kvm::KvmGuest::prepare(ram, workload)?),
-        GuestKind::Process => Box::new(ProcessGuest::prepare(ram, workload)?),
+    let GuestDescription { kind, workload, processor } = description;
+    Ok(match (kind, processor) {
+        (GuestKind::Kvm, Some(processor)) => {
+            Box::new(KvmGuest::prepare_with(ram, workload, &processor)?)
+        }
+        (GuestKind::Kvm, None) => Box::new(KvmGuest::prepare(ram, workload)?),
+        (GuestKind::Process, _) => Box::new(ProcessGuest::prepare(ram, workload)?),
     })
 }
+
+#[cfg(test)]
+mod tests;

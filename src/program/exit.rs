@@ -22,7 +22,7 @@ pub enum Failure {
         side: Side,
     },
     /// Before the commit, and yet the guest does not run.
-    #[error("the migration was aborted: {why}; and the guest could not be resumed: {stranded}")]
+    #[error("the migration was aborted: {why}; and the guest does not run on: {stranded}")]
     Stranded {
         /// Why it was aborted.
         why: String,

@@ -32,7 +32,7 @@ pub fn render(report: &Report) -> String {
 fn headline(report: &Report, page: &mut Paper) {
     let outcome = match report.outcome {
         Outcome::Completed => "completed",
-        Outcome::Aborted => "aborted: the guest runs on at the source",
+        Outcome::Aborted => "aborted: no guest was given away",
         Outcome::Recovered => "completed after a loss on the way",
         Outcome::Lost => "lost: the guest runs nowhere",
     };

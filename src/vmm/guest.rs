@@ -1,5 +1,6 @@
 //! [`Guest`]: what the KVM guest and the process guest have in common.
 
+use super::kvm::processor::Processor;
 use super::workload::Workload;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
@@ -58,6 +59,10 @@ pub trait Guest: Send {
     fn ram(&self) -> &Arc<GuestRam>;
     /// The machine configuration that both sides must agree on, as stable text.
     fn machine(&self) -> String;
+    /// The processor that it sees, if it is a virtual one: what a destination must show it.
+    fn processor(&self) -> Option<&Processor> {
+        None
+    }
     /// The kernel thread of each vCPU, for telling whose fault a fault is.
     fn vcpu_threads(&self) -> Vec<Pid>;
     /// Pages that each vCPU needs for its first instructions: its code, stack,

@@ -19,8 +19,9 @@
 //! ```text
 //! 0 .. 512            system pages: page 16 + 2v is vCPU v's control page, 17 + 2v its
 //!                     stall histogram; the KVM guest keeps its tables, stacks and code
-//!                     in 64 .. 512; all others hold filler
-//! 512 .. P - Z        arena: cut into `vcpus` slices of n = (P - Z - 512) / vcpus pages,
+//!                     in 64 .. 512 (see below); all others hold filler
+//! 512 .. A            leaf page tables, in the KVM guest's 4k form; else A = 512
+//! A .. P - Z          arena: cut into `vcpus` slices of n = (P - Z - A) / vcpus pages,
 //!                     in vCPU order; what is left over after the last slice is filler
 //! P - Z .. P          tail: zero, never written (its first half is holes, the second was
 //!                     written with zeroes)
@@ -70,13 +71,43 @@
 //! guest spins until `t0 + THINK`. When `STOP_REQUEST` is set, or `STEPS` reaches a
 //! `STEP_LIMIT` that is not 0, it sets `STATUS` to [`STATUS_FINISHED`] between two steps
 //! and makes no more. The words of the control page that [`control`] does not name are 0.
+//!
+//! **The KVM guest's own pages.** Page `p` lies at the guest virtual address
+//! `2^30 + 4096 p`, and at the guest physical address `phys(p)` by the memory layout.
+//!
+//! ```text
+//! 64                  root of the page tables: entry 0 names page 65
+//! 65                  entry 0 names page 66, entry 1 + g the directory of the g-th GiB
+//! 66                  entry 1 is the device window: 0xFEE00000 | 0xF7
+//! 67                  interrupt gates: vectors 0 to 31 at the program's start + 16 * vector,
+//!                     0x20 and 0xFF somewhere in the program; selector 0x10, type 0x8E
+//! 68 .. 72            the program, as many pages as it needs
+//! 72 + v              vCPU v's segment descriptors (0, 0, 0x00AF9B000000FFFF,
+//!                     0x00CF93000000FFFF, 0, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF, 0, and
+//!                     two words for the busy task state segment of 0x68 bytes at 0x100, which
+//!                     has the page's end at 4 and 0x68 at 102); a stack at its end
+//! 76 + v              vCPU v's clock page: KVM's `pvclock_vcpu_time_info` at 0, its
+//!                     `kvm_steal_time` at 64, each if the processor offers it; else 0
+//! 80 ..               directories and, in the 2m form, leaf tables
+//! ```
+//!
+//! An entry that names a table is `phys | 0x27`, one that names a page `phys | 0x67`, one for
+//! 2 MiB `phys | 0xE7`; nothing sets a bit later. In the 2m form, 512 pages whose virtual
+//! address is a multiple of 2 MiB share one entry if their physical address is one too and all
+//! lie in one region; other pages have a leaf table for each 2 MiB of virtual addresses.
+//! Directories and leaf tables take pages from 80 on as the pages from 0 upwards need them,
+//! a directory before the leaf table in it. In the 4k form, page `512 + t` is the leaf table of
+//! pages `512 t .. 512 (t + 1)`, for all there are: `A = 512 + ceil(P / 512)`. The kernel of
+//! the host writes to the clock pages whenever a vCPU runs or is about to.
 
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use serde::{Deserialize, Serialize};
 
-/// Pages below the arena.
+/// Pages below the arena, leaf tables apart: see [`Workload::arena`].
 pub const SYSTEM_PAGES: u64 = 512;
+/// Pages that one leaf table maps.
+pub const LEAF_TABLE_PAGES: u64 = 512;
 /// The first page of the KVM guest's own tables, stacks and code.
 pub const MACHINE_PAGES_FIRST: u64 = 64;
 /// The most vCPUs a reference guest has.
@@ -213,6 +244,70 @@ impl Pattern {
     }
 }
 
+/// How the KVM guest's page tables map its memory.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+pub enum PageTables {
+    /// By 2 MiB where the layout allows it: hardly any tables.
+    #[default]
+    #[serde(rename = "2m")]
+    #[value(name = "2m")]
+    Large,
+    /// Each page by a leaf entry of its own, so that page walks meet tables that are
+    /// themselves missing.
+    #[serde(rename = "4k")]
+    #[value(name = "4k")]
+    Small,
+}
+
+impl PageTables {
+    /// Its name on the command line, in proposals and in the machine text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Large => "2m",
+            Self::Small => "4k",
+        }
+    }
+}
+
+/// The privilege at which the KVM guest's program runs.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+pub enum Cpl {
+    /// That of programs under an operating system.
+    #[default]
+    #[serde(rename = "3")]
+    #[value(name = "3")]
+    User,
+    /// That of an operating system. A KVM without VT-x or SVM emulates it, slowly, and
+    /// then makes the guest's accesses itself.
+    #[serde(rename = "0")]
+    #[value(name = "0")]
+    Kernel,
+}
+
+impl Cpl {
+    /// Its number, as on the command line, in proposals and in the machine text.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::User => "3",
+            Self::Kernel => "0",
+        }
+    }
+}
+
+/// How the KVM guest's machine is set up. The process guest has the first of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MachineForm {
+    /// How its page tables map its memory.
+    pub page_tables: PageTables,
+    /// The privilege of its program.
+    pub cpl: Cpl,
+}
+
 /// What a reference guest is told to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workload {
@@ -228,6 +323,9 @@ pub struct Workload {
     pub step_limit: u64,
     /// Pages of the zero tail.
     pub zero_pages: u64,
+    /// The machine that it runs on.
+    #[serde(default)]
+    pub form: MachineForm,
 }
 
 /// A vCPU's part of the arena.
@@ -255,6 +353,14 @@ pub enum WorkloadError {
         /// vCPUs.
         vcpus: u32,
     },
+    /// A form that only the KVM guest has.
+    #[error(
+        "page tables of {} and CPL {} are forms of the KVM guest; the process guest has no \
+         page tables and no CPL of its own",
+        .0.page_tables.name(),
+        .0.cpl.name()
+    )]
+    Form(MachineForm),
 }
 
 impl Workload {
@@ -263,7 +369,7 @@ impl Workload {
         if self.vcpus == 0 || self.vcpus > VCPUS_MAX {
             return Err(WorkloadError::Vcpus(self.vcpus));
         }
-        let least = SYSTEM_PAGES + 16 * u64::from(self.vcpus);
+        let least = self.arena(layout) + 16 * u64::from(self.vcpus);
         let needed = self.zero_pages.saturating_add(least);
         if needed > layout.pages() {
             return Err(WorkloadError::TooSmall {
@@ -275,11 +381,28 @@ impl Workload {
         Ok(())
     }
 
+    /// The same for a guest without a machine.
+    pub fn check_without_machine(&self, layout: &MemoryLayout) -> Result<(), WorkloadError> {
+        if self.form != MachineForm::default() {
+            return Err(WorkloadError::Form(self.form));
+        }
+        self.check(layout)
+    }
+
+    /// The first page of the arena.
+    pub fn arena(&self, layout: &MemoryLayout) -> u64 {
+        let leaf_tables = match self.form.page_tables {
+            PageTables::Large => 0,
+            PageTables::Small => layout.pages().div_ceil(LEAF_TABLE_PAGES),
+        };
+        SYSTEM_PAGES + leaf_tables
+    }
+
     /// The part of the arena that belongs to `vcpu`.
     pub fn slice(&self, layout: &MemoryLayout, vcpu: u32) -> Slice {
-        let arena = layout.pages() - self.zero_pages - SYSTEM_PAGES;
-        let pages = arena / u64::from(self.vcpus);
-        Slice { first: PageIndex::new(SYSTEM_PAGES + u64::from(vcpu) * pages), pages }
+        let arena = self.arena(layout);
+        let pages = (layout.pages() - self.zero_pages - arena) / u64::from(self.vcpus);
+        Slice { first: PageIndex::new(arena + u64::from(vcpu) * pages), pages }
     }
 
     /// The first page of the zero tail.

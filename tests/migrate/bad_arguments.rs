@@ -49,6 +49,8 @@ fn wrong_arguments_are_named_and_end_with_code_2() {
         ("run --control c --zero 91", "'91' for '--zero"),
         ("run --control c --workload golf", "'golf' for '--workload"),
         ("run --control c --guest xen", "'xen' for '--guest"),
+        ("run --control c --page-tables 1g", "'1g' for '--page-tables"),
+        ("run --control c --cpl 1", "'1' for '--cpl"),
         ("run", "--control"),
         ("receive --push-lanes 0", "'0' for '--push-lanes"),
         ("receive --push-lanes 9", "'9' for '--push-lanes"),
@@ -66,6 +68,8 @@ fn wrong_arguments_are_named_and_end_with_code_2() {
         ("demo --rtt fast", "\"fast\" is no time"),
         ("demo --memory 7M", "'7M' for '--memory"),
         ("check --pages 1", "--seed"),
+        ("check --pages 1 --seed 1 --workload random --page-tables 4k", "--kvm"),
+        ("check --pages 1 --seed 1 --workload random --kvm --regions 0:x", "\"0:x\" is no region"),
         ("teleport", "'teleport'"),
         ("", "Usage"),
     ];
@@ -74,6 +78,18 @@ fn wrong_arguments_are_named_and_end_with_code_2() {
         assert_eq!(ended.code, Some(2), "{arguments}: {ended:?}");
         assert!(ended.stderr.contains(what), "{arguments}: nothing of {what}: {}", ended.stderr);
         assert_eq!(ended.stdout, "", "{arguments}");
+    }
+}
+
+#[test]
+fn a_form_of_the_kvm_guest_is_not_silently_dropped_for_the_process_guest() {
+    let folder = folder();
+    let control = folder.path().join("control").display().to_string();
+    for form in [["--page-tables", "4k"], ["--cpl", "0"]] {
+        let run = ["run", "--control", &control, "--memory", "16M", "--guest", "process"];
+        let ended = ends(&[run.as_slice(), form.as_slice()].concat());
+        assert_eq!(ended.code, Some(1), "{form:?}: {ended:?}");
+        assert!(ended.stderr.contains("forms of the KVM guest"), "{ended:?}");
     }
 }
 

@@ -12,7 +12,7 @@ use postcopy::transport::{
     Identity, Lane, LaneServer, Link, LinkOptions, Ticket, TransportError, bind_ports, connect,
 };
 use postcopy::vmm::guest::GuestKind;
-use postcopy::vmm::workload::{Pattern, Workload};
+use postcopy::vmm::workload::{MachineForm, Pattern, Workload};
 use quinn::{RecvStream, SendStream};
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread::JoinHandle;
@@ -81,8 +81,9 @@ pub fn proposal(pages: u64) -> Hello {
         think_ns: 0,
         step_limit: 0,
         zero_pages: 0,
+        form: MachineForm::default(),
     };
-    let guest = GuestDescription { kind: GuestKind::Process, workload };
+    let guest = GuestDescription { kind: GuestKind::Process, workload, processor: None };
     let layout = MemoryLayout::pc(pages).expect("a layout");
     let arch = std::env::consts::ARCH;
     let machine = format!(
@@ -264,6 +265,14 @@ impl FakeDestination {
 
     /// Takes a source's links and its proposal.
     pub fn proposed(&mut self) -> Hello {
+        match self.comes() {
+            ToDestination::Hello(hello) => hello,
+            other => panic!("the source began with {other:?}"),
+        }
+    }
+
+    /// Takes a source's links and what it says first.
+    pub fn comes(&mut self) -> ToDestination {
         let Self { driver, urgent, push, .. } = self;
         let (links, control, first) = driver.run("a proposal", async {
             let urgent = urgent.accept().await.expect("the source's urgent link");
@@ -275,10 +284,7 @@ impl FakeDestination {
         });
         self.links = links;
         self.control = Some(control);
-        match first {
-            Ok(ToDestination::Hello(hello)) => hello,
-            other => panic!("the source began with {other:?}"),
-        }
+        first.expect("a first message")
     }
 
     /// Says something.

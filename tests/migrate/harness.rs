@@ -207,9 +207,13 @@ impl Running {
 
     /// Waits until it is gone; whether by a kill, and not by itself.
     pub fn wait_killed(&mut self) -> bool {
-        poll("the end of a process that was killed", SOON, || {
-            let ended = self.child.try_wait().expect("a child can be waited for")?;
-            Some(ended.code().is_none())
+        self.wait_code().is_none()
+    }
+
+    /// Waits until it is gone, and leaves it where it is; its exit code, if it has one.
+    pub fn wait_code(&mut self) -> Option<i32> {
+        poll("the end of a process", SOON, || {
+            Some(self.child.try_wait().expect("a child can be waited for")?.code())
         })
     }
 
@@ -301,7 +305,31 @@ pub struct Guest {
     folder: TempDir,
     /// Its process.
     pub process: Running,
+    _keeper: KeeperSweep,
     _permit: Option<Permit>,
+}
+
+/// Kills the keeper of a guest at the end: one that holds a guest's memory for a fault
+/// server to come outlives all other processes.
+struct KeeperSweep(String);
+
+impl Drop for KeeperSweep {
+    fn drop(&mut self) {
+        for pid in processes_with(&self.0) {
+            let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// The processes that run and have `argument` among their arguments.
+pub fn processes_with(argument: &str) -> Vec<i32> {
+    let has = |pid: &i32| {
+        // That of a process that has ended and was not waited for is empty.
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|part| part == argument.as_bytes())
+    };
+    let folders = std::fs::read_dir("/proc").expect("a /proc").flatten();
+    folders.filter_map(|folder| folder.file_name().to_str()?.parse().ok()).filter(has).collect()
 }
 
 impl Guest {
@@ -330,12 +358,13 @@ impl Guest {
     fn start_permitted(permit: Option<Permit>, command: Command, arguments: &[&str]) -> Self {
         let folder = folder();
         let control = folder.path().join("control");
-        let control = control.to_str().expect("a temporary folder has a plain name");
+        let control = control.to_str().expect("a temporary folder has a plain name").to_owned();
         let mut process =
-            Running::start_as(command, &[&["run", "--control", control], arguments].concat());
+            Running::start_as(command, &[&["run", "--control", &control], arguments].concat());
         let line = process.line();
         assert!(line.contains("runs as process"), "{line}");
-        Self { folder, process, _permit: permit }
+        let _keeper = KeeperSweep(format!("{control}.keeper"));
+        Self { folder, process, _keeper, _permit: permit }
     }
 
     /// A path for a file beside the control socket.
@@ -364,6 +393,18 @@ impl Guest {
             assert!(now.running && now.failure.is_none(), "{now:?}");
             (now.steps > before.steps).then_some(())
         });
+    }
+
+    /// Where its keeper listens.
+    pub fn keeper(&self) -> String {
+        self.path("control.keeper")
+    }
+
+    /// Starts `postcopy migrate --resume` of this guest.
+    pub fn resume(&self, arguments: &[&str]) -> Running {
+        let control = self.control();
+        let resume = ["migrate", "--quiet", "--control", &control, "--resume"];
+        Running::start(&[&resume, arguments].concat())
     }
 
     /// Starts `postcopy migrate` of this guest.

@@ -98,6 +98,14 @@ migrations! {
     kvm_read_modify_write: "--guest kvm --workload read-modify-write --memory 128M --vcpus 2 \
         --policy linear --push-lanes 3 --zero 30",
 
+    // Page tables that are missing themselves; accesses that KVM makes where it emulates CPL 0.
+    kvm_small_pages: "--guest kvm --workload random --memory 128M --vcpus 2 --page-tables 4k",
+    kvm_small_pages_on_demand: "--guest kvm --workload random --memory 64M --page-tables 4k \
+        --policy demand-only --drain-after 1s --backing anonymous --zero 30",
+    kvm_kernel: "--guest kvm --workload zipf --memory 64M --vcpus 2 --cpl 0",
+    kvm_kernel_small_pages: "--guest kvm --workload random --memory 64M --vcpus 4 --cpl 0 \
+        --page-tables 4k --backing anonymous --policy linear",
+
     // Four vCPUs on two cores, eight lanes, one pivot.
     process_crowded: "--guest process --workload random --memory 64M --vcpus 4 --push-lanes 8 \
         --pivots 1",

@@ -27,6 +27,12 @@ mod frozen;
 mod bad_arguments;
 // Tickets that are wrong, used or expired, and strangers at the port.
 mod bad_ticket;
+// A VMM that leaves early, a fault server that dies, and the keeper between them.
+mod keeper;
+// The commit word of another process.
+#[allow(dead_code)] // Its other test uses the rest.
+#[path = "../torture/commit_word.rs"]
+mod commit_word;
 // Peers that break the protocol or go away.
 mod bad_peer;
 // Guests that the destination cannot take, or cannot run.

@@ -158,7 +158,14 @@ impl Checker {
     }
 
     /// The source's memory goes: nothing may be missing elsewhere.
-    pub fn releases(&mut self, missing: u64) {
+    /// The VMM may exit from here on: a guest that does not run elsewhere is lost.
+    pub fn releases_guest(&mut self) {
+        if self.runs_at != Some(Side::Destination) {
+            self.fail(format!("the VMM is let go while the guest runs at {:?}", self.runs_at));
+        }
+    }
+
+    pub fn releases_memory(&mut self, missing: u64) {
         if missing > 0 || self.runs_at != Some(Side::Destination) {
             self.fail(format!("the source lets go while {missing} pages are missing"));
         }

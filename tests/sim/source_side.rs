@@ -264,9 +264,10 @@ impl<L: Ledger> World<L> {
                 let chain = self.source.push_chain;
                 self.soon(1_000, step(SourceStep::Push { chain }));
             }
-            SourceAction::ReleaseGuest => {
+            SourceAction::ReleaseGuest => self.checker.releases_guest(),
+            SourceAction::ReleaseMemory => {
                 self.source.released = true;
-                self.checker.releases(self.destination.missing());
+                self.checker.releases_memory(self.destination.missing());
             }
             SourceAction::Finish(outcome) => {
                 self.checker.ends(Side::Source, outcome);

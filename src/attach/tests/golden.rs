@@ -18,6 +18,7 @@ fn requests() -> Vec<Request> {
         Request::StartDirtyLog,
         Request::DirtyRound,
         Request::StopDirtyLog,
+        Request::Record,
     ]
 }
 
@@ -62,6 +63,7 @@ fn replies() -> Vec<Reply> {
         Reply::DirtyLogStarted { started_at_ns: 300 },
         Reply::DirtyRound(DirtyRound { pages: 5, began_at_ns: 301, ended_at_ns: 1 << 14 }),
         Reply::DirtyLogStopped,
+        Reply::Record,
     ]
 }
 

@@ -117,9 +117,9 @@ impl Leak {
 fn descriptors_from_a_client_are_refused_and_closed() {
     for (copies, expected) in [
         (1, "1 file descriptors with a message that has 0"),
-        (17, "17 file descriptors with a message that has 0"),
-        (18, "17 file descriptors or more"),
-        (200, "17 file descriptors or more"),
+        (18, "18 file descriptors with a message that has 0"),
+        (19, "18 file descriptors or more"),
+        (200, "18 file descriptors or more"),
     ] {
         let _watchdog = Watchdog::new();
         let leak = Leak::new();
@@ -310,7 +310,7 @@ fn a_client_survives_a_server_that_hands_over_the_wrong_things() {
         (&one, vec![], "0 file descriptors with a message that has 2"),
         (&one, vec![memory], "1 file descriptors"),
         (&one, vec![memory, word, pipe], "3 file descriptors"),
-        (&one, vec![pipe; 18], "17 file descriptors or more"),
+        (&one, vec![pipe; 19], "18 file descriptors or more"),
         (&one, vec![pipe, word], "cannot be sealed"),
         (&one, vec![unsealable.as_fd(), word], "cannot be sealed"),
         (&one, vec![short.as_fd(), word], "has 4096 bytes; region 0 ends at 32768"),

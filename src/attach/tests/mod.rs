@@ -4,6 +4,7 @@
 mod dirty;
 mod golden;
 mod hostile;
+mod keep;
 mod killed;
 
 use super::client::{AttachError, Attached};
@@ -555,4 +556,17 @@ fn a_commit_that_races_the_end_of_the_connection_is_decided_once() {
         }
     }
     println!("{committed} committed, {aborted} aborted");
+}
+
+#[test]
+fn a_vmm_has_no_session_record() {
+    let served = Served::new();
+    let mut attached = served.attach();
+    let failed = attached.record().unwrap_err();
+    assert!(matches!(failed, AttachError::Lacks("session-record")), "{failed}");
+    let asked = attached.ask(&super::message::Request::Record).unwrap_err();
+    assert!(asked.to_string().contains("no session record"), "{asked}");
+    assert!(attached.status().unwrap().running);
+    drop(attached);
+    assert_eq!(served.stop().0, []);
 }

@@ -3,6 +3,7 @@
 //! push, release.
 
 use super::guest::{self, GuestCommand};
+use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
 use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
@@ -16,7 +17,7 @@ use crate::engine::vm::{Captured, SourceVm};
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
-use crate::proto::message::{Hello, SessionId, ToDestination, ToSource};
+use crate::proto::message::{Hello, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::PolicyConfig;
@@ -71,6 +72,7 @@ impl Drop for ResetOnDrop {
 pub struct Driver {
     config: SourceConfig,
     machine: SourceSession,
+    journal: Option<Box<dyn Journal>>,
     shared: Arc<SourceShared>,
     push: Arc<PushShared>,
     zeros: Option<crossbeam_channel::Sender<(PageRun, PageKind)>>,
@@ -101,20 +103,25 @@ impl Driver {
         config: SourceConfig,
         ram: Arc<GuestRam>,
         vm: Box<dyn SourceVm>,
+        (beginning, journal): (Beginning, Option<Box<dyn Journal>>),
         inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
         watch: Watch,
     ) -> Result<Self, TransportError> {
         let layout = ram.layout().clone();
         let pages = layout.pages();
-        let session = SessionId(rand::random());
         let push_ports = config.ticket.push_lanes();
-        let hello = Hello {
-            guest: config.guest.clone(),
-            vcpus: config.vcpus,
-            push_lanes: push_ports as u16,
-            ..Hello::new(session, layout, config.machine.clone())
+        let machine = match beginning {
+            Beginning::New(session) => {
+                let hello = Hello {
+                    guest: config.guest.clone(),
+                    vcpus: config.vcpus,
+                    push_lanes: push_ports as u16,
+                    ..Hello::new(session, layout, config.machine.clone())
+                };
+                SourceSession::new(hello, config.limits, Duration::ZERO)
+            }
+            Beginning::Left(left) => left.machine(pages, config.limits),
         };
-        let machine = SourceSession::new(hello, config.limits, Duration::ZERO);
         let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
         let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
         let shared = Arc::new(SourceShared {
@@ -144,6 +151,7 @@ impl Driver {
         Ok(Self {
             config,
             machine,
+            journal,
             shared,
             push,
             zeros: Some(zeros_tx),
@@ -166,7 +174,7 @@ impl Driver {
             next_watch: Duration::ZERO,
             outcome: None,
             phase: None,
-            figures: report::Observed::default(),
+            figures: report::Observed::of(matches!(beginning, Beginning::Left(_))),
         })
     }
 
@@ -335,12 +343,14 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.command(GuestCommand::Release),
+            SourceAction::ReleaseMemory => self.command(GuestCommand::Drained),
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
 
     async fn connect(&mut self, epoch: u32, after: Duration) {
         self.drop_link("a new link is made").await;
+        self.keep(|journal| journal.dials(epoch));
         let (config, input) = (self.config.clone(), self.input.clone());
         let session = self.machine.session();
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
@@ -354,6 +364,15 @@ impl Driver {
         });
         if let Some(replaced) = self.dial.replace(dial) {
             replaced.abort();
+        }
+    }
+
+    /// Has the journal keep something, if there is one. The session goes on without.
+    fn keep(&mut self, what: impl FnOnce(&mut dyn Journal) -> std::io::Result<()>) {
+        if let Some(journal) = &mut self.journal
+            && let Err(error) = what(journal.as_mut())
+        {
+            warn!(%error, "no other process can go on with this session: its record is old");
         }
     }
 
@@ -407,6 +426,7 @@ impl Driver {
         let state = std::mem::take(&mut captured.state);
         let seeds = captured.seeds.clone();
         self.figures.switchover_bytes = state.len() as u64;
+        self.keep(|journal| journal.state_leaves());
         self.say(ToDestination::State(state)).await;
         let epoch = self.machine.epoch();
         if let Some(link) = &mut self.link {
@@ -526,6 +546,9 @@ impl Driver {
                 warn!(%error, "a push lane ended badly");
             }
         }
+        if let Outcome::Aborted(_) = outcome {
+            self.command(GuestCommand::Aborted);
+        }
         drop(self.guest);
         let ended = self.guest_thread.take().and_then(|thread| thread.join().ok());
         let (vm, stranded) = match ended {
@@ -540,6 +563,7 @@ impl Driver {
             captured: self.captured.as_ref(),
             observed: &self.figures,
             outcome: &outcome,
+            stranded: stranded.as_deref(),
         });
         self.watch.tell(Event::Ended(outcome.clone()));
         SourceEnd { outcome, vm, report, stranded }

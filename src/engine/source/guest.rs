@@ -14,13 +14,15 @@ pub enum GuestCommand {
     Commit,
     Resume,
     Release,
+    Drained,
+    Aborted,
 }
 
 /// The VMM, and why its guest does not run on though it should.
 pub type Ended = (Box<dyn SourceVm>, Option<String>);
 
 /// The thread on which the VMM is called: its calls may block. It ends with the reason
-/// why the guest could not be resumed, if it was to be and could not.
+/// why the guest of an aborted migration does not run on, if it does not.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     commands: crossbeam_channel::Receiver<GuestCommand>,
@@ -59,6 +61,17 @@ pub fn spawn(
                     if let Err(error) = vm.release() {
                         warn!(error = said(error), "the VMM was not told that it may go");
                     }
+                    continue;
+                }
+                GuestCommand::Drained => {
+                    if let Err(error) = vm.drained() {
+                        warn!(error = said(error), "the guest's memory may still be held here");
+                    }
+                    continue;
+                }
+                GuestCommand::Aborted => {
+                    let gone = vm.aborted().err().map(said);
+                    stranded = stranded.or(gone);
                     continue;
                 }
             };

@@ -6,6 +6,7 @@
 mod builder;
 mod driver;
 mod guest;
+mod journal;
 mod link;
 mod push;
 mod report;
@@ -15,12 +16,14 @@ mod zero_scan;
 use super::event::{Event, Watch};
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
+use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::{Outcome, SessionLimits, SourceEvent};
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
 pub use builder::SourceBuilder;
 use driver::{Driver, Input};
+pub use journal::{Beginning, Journal, Left};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -61,8 +64,7 @@ pub struct SourceEnd {
     pub vm: Option<Box<dyn SourceVm>>,
     /// The report, the destination's part included if it came.
     pub report: Report,
-    /// Set if the migration was aborted with the guest paused, and the guest does not
-    /// run on: why not.
+    /// Set if the migration was aborted and the guest does not run on: why not.
     pub stranded: Option<String>,
 }
 
@@ -82,6 +84,8 @@ impl Canceller {
 pub struct Migration {
     config: SourceConfig,
     ram: Arc<GuestRam>,
+    beginning: Beginning,
+    journal: Option<Box<dyn Journal>>,
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
     watch: Watch,
 }
@@ -89,7 +93,32 @@ pub struct Migration {
 impl Migration {
     /// Prepares to move the guest whose memory is `ram`.
     pub fn new(config: SourceConfig, ram: Arc<GuestRam>) -> Self {
-        Self { config, ram, inputs: unbounded_channel(), watch: Watch::default() }
+        Self::begin(config, ram, Beginning::New(SessionId(rand::random())))
+    }
+
+    /// Prepares to go on with a session that another process has left. The commit word
+    /// must have decided, and nobody else may go on with it.
+    pub fn resume(config: SourceConfig, ram: Arc<GuestRam>, left: Left) -> Self {
+        Self::begin(config, ram, Beginning::Left(left))
+    }
+
+    fn begin(config: SourceConfig, ram: Arc<GuestRam>, beginning: Beginning) -> Self {
+        let (inputs, watch) = (unbounded_channel(), Watch::default());
+        Self { config, ram, beginning, journal: None, inputs, watch }
+    }
+
+    /// The same, with what another process would need in order to go on with it kept in
+    /// `journal`.
+    pub fn with_journal(mut self, journal: Box<dyn Journal>) -> Self {
+        self.journal = Some(journal);
+        self
+    }
+
+    /// The session's name.
+    pub fn session(&self) -> SessionId {
+        match self.beginning {
+            Beginning::New(session) | Beginning::Left(Left { session, .. }) => session,
+        }
     }
 
     /// Has `on_event` called with each event, on the thread that serves faults: it must
@@ -109,10 +138,12 @@ impl Migration {
     /// # Errors
     /// Only if no thread could be made: every other failure is an [`Outcome`].
     pub fn run(self, vm: Box<dyn SourceVm>) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, inputs, watch } = self;
+        let Self { config, ram, beginning, journal, inputs, watch } = self;
+        let begin = (beginning, journal);
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
-            let drive = async move { Ok(Driver::new(config, ram, vm, inputs, watch)?.run().await) };
+            let drive =
+                async move { Ok(Driver::new(config, ram, vm, begin, inputs, watch)?.run().await) };
             super::hurry();
             async move { local.run_until(drive).await }
         })?

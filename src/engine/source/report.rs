@@ -21,10 +21,17 @@ pub struct Observed {
     pub switchover_bytes: u64,
     /// Pages sent again in a later link epoch.
     pub resent: u64,
+    /// Another process began the session: what happened before this one is not known.
+    pub resumed: bool,
     mtu: Option<u16>,
 }
 
 impl Observed {
+    /// Nothing yet.
+    pub fn of(resumed: bool) -> Self {
+        Self { resumed, ..Self::default() }
+    }
+
     /// A connection is given up: what it knew of the path goes with it.
     pub fn unlinked(&mut self, connection: &Connection) {
         self.mtu = Some(connection.stats().path.current_mtu);
@@ -47,6 +54,8 @@ pub struct Facts<'a> {
     pub observed: &'a Observed,
     /// How it ended.
     pub outcome: &'a Outcome,
+    /// Why the guest of an aborted migration does not run on, if it does not.
+    pub stranded: Option<&'a str>,
 }
 
 /// The report of the whole migration.
@@ -62,6 +71,10 @@ pub fn report(facts: &Facts<'_>) -> Report {
         // only this side knows.
         part.network_faults = part.network_faults.map(|n| n.saturating_sub(late_at_source));
         part.late_hits = part.late_hits.map(|n| n.saturating_add(late_at_source));
+        if facts.observed.resumed {
+            // And the process before this one took what it knew of them with it.
+            (part.network_faults, part.late_hits) = (None, None);
+        }
         part
     });
     Report::merge(heading(facts), source_part(facts), destination)
@@ -71,7 +84,11 @@ fn heading(facts: &Facts<'_>) -> Heading {
     let (outcome, reason) = match facts.outcome {
         Outcome::Completed if facts.machine.epoch() > 0 => (schema::Outcome::Recovered, None),
         Outcome::Completed => (schema::Outcome::Completed, None),
-        Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
+        Outcome::Aborted(why) => {
+            let stranded =
+                facts.stranded.map(|also| format!("; the guest does not run on: {also}"));
+            (schema::Outcome::Aborted, Some(why.clone() + &stranded.unwrap_or_default()))
+        }
         Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),
     };
     let config = facts.config;
@@ -101,6 +118,15 @@ fn heading(facts: &Facts<'_>) -> Heading {
 }
 
 fn source_part(facts: &Facts<'_>) -> SourcePart {
+    if facts.observed.resumed {
+        // The counters of this process are those of a part of the session. Which pages came
+        // from where is then the destination's to say.
+        return SourcePart {
+            pages: Pages { total: Some(facts.shared.ram.layout().pages()), ..Pages::default() },
+            peak_rss_bytes: peak_rss_bytes(),
+            ..SourcePart::default()
+        };
+    }
     let timeline = facts.machine.timeline();
     let micros = |from, to| Some(timeline.between(from, to)?.as_micros() as u64);
     let get = |counter: &AtomicU64| Some(counter.load(Ordering::Relaxed));

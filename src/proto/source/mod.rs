@@ -7,8 +7,8 @@
 //!   Pausing --> Blackout: paused / State
 //!   Blackout --> Committing: Ready / write the commit word
 //!   Committing --> Committed: word written / Commit
-//!   Committed --> Brownout: Running
-//!   Brownout --> Releasing: Drained / Released
+//!   Committed --> Brownout: Running / the VMM may go
+//!   Brownout --> Releasing: Drained / the memory may go, Released
 //!   Releasing --> Over: Report
 //!   Connecting --> Over: any failure up to Pausing leaves the guest at the source
 //!   Pausing --> Unpausing: a failure / the guest is resumed once it is paused
@@ -290,6 +290,7 @@ impl SourceSession {
             }
             (S::Committed, M::Running { .. }) => {
                 self.timeline.stamp(Stamp::Running, now);
+                self.push(SourceAction::ReleaseGuest);
                 self.enter(S::Brownout, self.deadline);
             }
             // Said again after a lost link.
@@ -297,7 +298,7 @@ impl SourceSession {
             (S::Brownout, M::Drained { .. }) => {
                 self.timeline.stamp(Stamp::Drained, now);
                 // Released is said when nothing is left that a crash could undo.
-                self.push(SourceAction::ReleaseGuest);
+                self.push(SourceAction::ReleaseMemory);
                 self.push(SourceAction::Say(ToDestination::Released));
                 self.enter(S::Releasing, Some(now + self.limits.restore));
             }

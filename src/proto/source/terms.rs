@@ -113,9 +113,11 @@ pub enum SourceAction {
     ResumeLedger(PageSet),
     /// Push pages from now on.
     StartPush,
-    /// The guest and all its memory live elsewhere: its VMM may go. Whoever keeps the
-    /// session across a restart notes that nothing is left to recover.
+    /// The guest runs elsewhere: its VMM may go. The memory is still needed here.
     ReleaseGuest,
+    /// All memory is elsewhere, too: whoever holds it here may let go. Whoever keeps the
+    /// session across a restart notes that nothing is left to recover.
+    ReleaseMemory,
     /// The session is over; nothing follows.
     Finish(Outcome),
 }

@@ -1,11 +1,13 @@
-//! The first register content of a vCPU: long mode, CPL 3, at the program's entry, with
-//! a ticking timer. There is no boot: what firmware and kernel would do is written here.
+//! The first register content of a vCPU: long mode, at the program's entry and privilege,
+//! with a ticking timer, and KVM's clock if it has one. There is no boot: what firmware and
+//! kernel would do is written here.
 
 use super::error::{KvmError, call};
 use super::payload;
+use super::state::{MSR_STEAL_TIME, MSR_SYSTEM_TIME, write_msrs};
 use super::tables::*;
 use crate::proto::layout::MemoryLayout;
-use crate::vmm::workload::control_page;
+use crate::vmm::workload::{Cpl, control_page};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
@@ -45,38 +47,62 @@ pub fn xcr0(cpuid: &CpuId) -> u64 {
     supported.map_or(1, |entry| u64::from(entry.eax) & XCR0_WANTED | 1)
 }
 
+/// What all vCPUs of a guest begin with.
+pub struct Beginning<'a> {
+    /// Where memory is.
+    pub layout: &'a MemoryLayout,
+    /// The program's privilege.
+    pub cpl: Cpl,
+    /// Extended control register 0.
+    pub xcr0: u64,
+    /// Whether the processor has KVM's clock.
+    pub clock: bool,
+    /// Whether KVM tells it of stolen time.
+    pub steal_time: bool,
+}
+
 /// Sets up `vcpu` to begin with the program.
-pub fn set_up(fd: &VcpuFd, vcpu: u32, layout: &MemoryLayout, xcr0: u64) -> Result<(), KvmError> {
+pub fn set_up(fd: &VcpuFd, vcpu: u32, with: &Beginning) -> Result<(), KvmError> {
     let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
     fd.set_mp_state(runnable).map_err(call("KVM_SET_MP_STATE"))?;
     let regs = kvm_regs {
         rip: payload::entry_address(),
         r15: virtual_address(control_page(vcpu)),
+        // At CPL 3 the task state segment has the stack that interrupts use.
+        rsp: if with.cpl == Cpl::Kernel { stack_address(vcpu) } else { 0 },
         rflags: RFLAGS,
         ..Default::default()
     };
     fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
     let sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-    let sregs = first_sregs(sregs, vcpu, root_address(layout));
+    let sregs = first_sregs(sregs, vcpu, with);
     fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
-    xcrs.xcrs[0].value = xcr0;
+    xcrs.xcrs[0].value = with.xcr0;
     fd.set_xcrs(&xcrs).map_err(call("KVM_SET_XCRS"))?;
     let mut state = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
     start_timer(&mut state);
-    fd.set_lapic(&state).map_err(call("KVM_SET_LAPIC"))
+    fd.set_lapic(&state).map_err(call("KVM_SET_LAPIC"))?;
+    write_msrs(fd, &clocks(vcpu, with))
 }
 
-fn first_sregs(reset: kvm_sregs, vcpu: u32, root: u64) -> kvm_sregs {
-    let data = kvm_segment {
-        selector: selector::USER_DATA,
-        type_: 3,
-        dpl: 3,
-        s: 1,
-        db: 1,
-        ..segment(0xFFFF_FFFF)
+/// The MSRs that name the areas in which KVM keeps its clock and the time stolen.
+fn clocks(vcpu: u32, with: &Beginning) -> Vec<kvm_msr_entry> {
+    const ENABLED: u64 = 1;
+    let page = physical_address(with.layout, clock_page(vcpu));
+    let msr = |index, area| kvm_msr_entry { index, data: area | ENABLED, ..Default::default() };
+    let clock = with.clock.then(|| msr(MSR_SYSTEM_TIME, page));
+    let steal_time = with.steal_time.then(|| msr(MSR_STEAL_TIME, page + STEAL_TIME_OFFSET));
+    clock.into_iter().chain(steal_time).collect()
+}
+
+fn first_sregs(reset: kvm_sregs, vcpu: u32, with: &Beginning) -> kvm_sregs {
+    let (data, code, dpl) = match with.cpl {
+        Cpl::User => (selector::USER_DATA, selector::USER_CODE, 3),
+        Cpl::Kernel => (selector::KERNEL_DATA, selector::KERNEL_CODE, 0),
     };
-    let code = kvm_segment { selector: selector::USER_CODE, type_: 11, l: 1, db: 0, ..data };
+    let data = kvm_segment { selector: data, type_: 3, dpl, s: 1, db: 1, ..segment(0xFFFF_FFFF) };
+    let code = kvm_segment { selector: code, type_: 11, l: 1, db: 0, ..data };
     // The interrupt stubs find their vCPU's control page by GS.
     let gs = kvm_segment { base: virtual_address(control_page(vcpu)), ..data };
     let task = kvm_segment {
@@ -99,7 +125,7 @@ fn first_sregs(reset: kvm_sregs, vcpu: u32, root: u64) -> kvm_sregs {
         gdt: table(gdt_address(vcpu), GDT_LIMIT),
         idt: table(virtual_address(IDT), 0xFFF),
         cr0: CR0,
-        cr3: root,
+        cr3: root_address(with.layout),
         cr4: CR4,
         efer: EFER,
         ..reset

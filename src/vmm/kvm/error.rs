@@ -2,6 +2,7 @@
 
 use super::envelope::EnvelopeError;
 use super::tables::LayoutUnsupported;
+use crate::proto::message::Mismatch;
 use crate::vmm::workload::WorkloadError;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ pub enum KvmError {
         source: kvm_ioctls::Error,
     },
     /// A failure that concerns one vCPU.
-    #[error("vCPU {vcpu} failed")]
+    #[error("vCPU {vcpu}")]
     Vcpu {
         /// Which.
         vcpu: u32,
@@ -35,6 +36,12 @@ pub enum KvmError {
     /// An MSR in a guest's state is refused by this host.
     #[error("KVM_SET_MSRS refuses MSR {0:#x}")]
     WriteMsr(u32),
+    /// More MSRs than KVM takes at a time.
+    #[error("{0} MSRs are more than KVM takes")]
+    TooManyMsrs(usize),
+    /// This host cannot show the guest the processor that it has seen so far.
+    #[error(transparent)]
+    Processor(#[from] Mismatch),
     /// The guest's tables cannot describe its memory.
     #[error(transparent)]
     Layout(#[from] LayoutUnsupported),
@@ -89,6 +96,11 @@ pub enum KvmError {
     /// A vCPU ended in an error earlier.
     #[error("a vCPU has failed: {0}")]
     Failed(String),
+}
+
+/// Names the vCPU in a failure of it.
+pub(super) fn of_vcpu(vcpu: u32) -> impl Fn(KvmError) -> KvmError {
+    move |error| KvmError::Vcpu { vcpu, source: error.into() }
 }
 
 /// Names the ioctl in a failure of it.

@@ -2,11 +2,13 @@
 //! interrupt controllers, the processors' features, and the first content of the pages
 //! that belong to the machine.
 
-use super::error::{KvmError, call};
+use super::error::{KvmError, call, of_vcpu};
+use super::processor::{Offer, Processor};
 use super::state::{VcpuShape, usable_msrs};
-use super::{boot, payload, tables};
+use super::{boot, features, payload, tables};
 use crate::memory::ram::GuestRam;
-use crate::vmm::workload::Workload;
+use crate::proto::page::PageIndex;
+use crate::vmm::workload::{MachineForm, Workload};
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
@@ -44,10 +46,13 @@ pub struct Machine {
     memory: GuestMemoryMmap,
     ram: Arc<GuestRam>,
     vcpus: u32,
-    msrs: Vec<u32>,
+    form: MachineForm,
+    processor: Processor,
     cpuid: CpuId,
     xcr0: u64,
-    tsc_khz: u32,
+    clock: bool,
+    steal_time: bool,
+    seeds: Vec<PageIndex>,
 }
 
 /// Opens KVM, or says in one line why it is of no use.
@@ -84,14 +89,18 @@ fn keep_faults_on_vcpus(vm: &VmFd) -> Result<(), KvmError> {
 }
 
 impl Machine {
-    /// Makes a machine over `ram` and its vCPUs, which are not set up yet. Neither reads
-    /// nor writes guest memory.
+    /// Makes a machine over `ram` and its vCPUs, which are not set up yet. Its processor
+    /// is the one given, or else the best that this host has. Neither reads nor writes
+    /// guest memory.
     pub fn create(
         ram: Arc<GuestRam>,
         workload: &Workload,
+        processor: Option<&Processor>,
     ) -> Result<(Self, Vec<VcpuFd>), KvmError> {
         workload.check(ram.layout())?;
-        tables::page_tables(ram.layout())?;
+        let form = workload.form;
+        let tables = tables::page_tables(ram.layout(), form.page_tables)?;
+        let seeds = tables::seed_pages(&tables, workload.vcpus, payload::code_pages());
         let kvm = open()?;
         let vm = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
         // A guest's state has room for the area that is saved without opting in to more.
@@ -106,25 +115,61 @@ impl Machine {
         let memory = ram.guest_memory();
         set_slots(&vm, &memory, 0)?;
 
-        let cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut vcpus = Vec::new();
+        let mut fds = Vec::new();
         for vcpu in 0..workload.vcpus {
-            let fd = vm.create_vcpu(vcpu.into()).map_err(call("KVM_CREATE_VCPU"))?;
-            fd.set_cpuid2(&cpuid_of(&cpuid, vcpu)).map_err(call("KVM_SET_CPUID2"))?;
-            vcpus.push(fd);
+            let fd = vm.create_vcpu(vcpu.into()).map_err(call("KVM_CREATE_VCPU"));
+            fds.push(fd.map_err(of_vcpu(vcpu))?);
         }
-        let Some(first) = vcpus.first() else {
+        let Some(first) = fds.first() else {
             return Err(KvmError::Unavailable("a guest has at least one vCPU".into()));
         };
-        let listed = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
-        let msrs = usable_msrs(first, msrs_wanted(listed.as_slice()));
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         let tsc_khz = first.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
+        let cpuid = match processor {
+            None => supported,
+            Some(processor) => {
+                let scales_tsc = vm.check_extension(Cap::TscControl);
+                processor.check_lengths()?;
+                processor.check(&Offer { cpuid: supported.as_slice(), tsc_khz, scales_tsc })?;
+                processor.table()?
+            }
+        };
+        for (vcpu, fd) in (0..).zip(&fds) {
+            let set = fd.set_cpuid2(&cpuid_of(&cpuid, vcpu)).map_err(call("KVM_SET_CPUID2"));
+            set.map_err(of_vcpu(vcpu))?;
+        }
+        let processor = match processor {
+            None => {
+                let listed = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+                let msrs = usable_msrs(first, msrs_wanted(listed.as_slice()));
+                Processor { cpuid: cpuid_of(&cpuid, 0).as_slice().to_vec(), msrs, tsc_khz }
+            }
+            Some(processor) => {
+                processor.check_msrs(&usable_msrs(first, processor.msrs.iter().copied()))?;
+                processor.clone()
+            }
+        };
+        let (clock, steal_time) = features::offers_clock_and_steal_time(cpuid.as_slice());
         let xcr0 = boot::xcr0(&cpuid);
-        let vcpu_count = workload.vcpus;
-        let machine = Self { vm, memory, ram, vcpus: vcpu_count, msrs, cpuid, xcr0, tsc_khz };
-        Ok((machine, vcpus))
+        let vcpus = workload.vcpus;
+        let machine =
+            Self { vm, memory, ram, vcpus, form, processor, cpuid, xcr0, clock, steal_time, seeds };
+        Ok((machine, fds))
+    }
+
+    /// Sets up its vCPUs to begin with the program.
+    pub fn set_up(&self, fds: &[VcpuFd]) -> Result<(), KvmError> {
+        let beginning = boot::Beginning {
+            layout: self.ram.layout(),
+            cpl: self.form.cpl,
+            xcr0: self.xcr0,
+            clock: self.clock,
+            steal_time: self.steal_time,
+        };
+        let set_up = |(vcpu, fd)| boot::set_up(fd, vcpu, &beginning).map_err(of_vcpu(vcpu));
+        (0..).zip(fds).try_for_each(set_up)
     }
 
     /// KVM's handle of the machine.
@@ -144,37 +189,47 @@ impl Machine {
 
     /// The time-stamp counter's rate in Hz.
     pub fn tsc_hz(&self) -> u64 {
-        u64::from(self.tsc_khz) * 1000
+        u64::from(self.processor.tsc_khz) * 1000
     }
 
-    /// The extended control register 0 that its vCPUs start with.
-    pub fn xcr0(&self) -> u64 {
-        self.xcr0
+    /// The processor that its guest sees.
+    pub fn processor(&self) -> &Processor {
+        &self.processor
+    }
+
+    /// The pages that the first instructions need.
+    pub fn seeds(&self) -> &[PageIndex] {
+        &self.seeds
     }
 
     /// What `vcpu`'s thread must know to take its state.
     pub fn shape(&self, vcpu: u32) -> VcpuShape {
-        VcpuShape { cpuid: cpuid_of(&self.cpuid, vcpu), msrs: self.msrs.clone() }
+        let msrs = self.processor.msrs.clone();
+        VcpuShape { cpuid: cpuid_of(&self.cpuid, vcpu), msrs, clock: self.clock }
     }
 
     /// The configuration that both sides of a migration must agree on.
     pub fn describe(&self) -> String {
         let cpuid = cpuid_of(&self.cpuid, 0);
         let cpuid = cpuid.as_slice().iter().flat_map(cpuid_bytes).collect::<Vec<u8>>();
-        let msrs = self.msrs.iter().flat_map(|index| index.to_le_bytes()).collect::<Vec<u8>>();
+        let msrs = &self.processor.msrs;
+        let indices = msrs.iter().flat_map(|index| index.to_le_bytes()).collect::<Vec<u8>>();
         format!(
-            "x86_64 kvm vcpus={} irqchip pit2 xcr0={:#x} cpuid-crc={:08x} msrs={} msrs-crc={:08x}",
+            "x86_64 kvm vcpus={} page-tables={} cpl={} irqchip pit2 xcr0={:#x} cpuid-crc={:08x} \
+             msrs={} msrs-crc={:08x}",
             self.vcpus,
+            self.form.page_tables.name(),
+            self.form.cpl.name(),
             self.xcr0,
             crc32fast::hash(&cpuid),
-            self.msrs.len(),
-            crc32fast::hash(&msrs),
+            msrs.len(),
+            crc32fast::hash(&indices),
         )
     }
 
     /// Writes the machine's own pages: tables, program, stacks.
     pub fn write_pages(&self) -> Result<(), KvmError> {
-        for (page, table) in tables::page_tables(self.ram.layout())? {
+        for (page, table) in tables::page_tables(self.ram.layout(), self.form.page_tables)? {
             self.write(page.get(), &table_bytes(&table))?;
         }
         let interrupts = tables::interrupt_table(payload::handlers());
@@ -186,12 +241,13 @@ impl Machine {
             let page = tables::processor_page(vcpu).get();
             self.write(page, &[0; 4096])?;
             self.write(page, &tables::processor_tables(vcpu))?;
+            self.write(tables::clock_page(vcpu).get(), &[0; 4096])?;
         }
         Ok(())
     }
 
     fn write(&self, page: u64, bytes: &[u8]) -> Result<(), KvmError> {
-        let page = crate::proto::page::PageIndex::new(page);
+        let page = PageIndex::new(page);
         let address = self.ram.layout().address_of(page).map_or(u64::MAX, |address| address.0);
         let written = self.memory.write_slice(bytes, GuestAddress(address));
         written.map_err(|error| KvmError::Memory(error.into()))

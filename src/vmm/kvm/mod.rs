@@ -2,12 +2,13 @@
 //! the specification in [`workload`](super::workload).
 //!
 //! It is no machine for operating systems: no firmware, no kernel, no devices but the
-//! in-kernel interrupt controllers and timers. Its program runs in long mode at CPL 3;
-//! ring 0 has a few stubs of two or three instructions.
+//! in-kernel interrupt controllers, timers and clock. Its program runs in long mode, at CPL 3
+//! with a few stubs of two or three instructions at CPL 0, or at CPL 0 altogether.
 //!
 //! | file | concept |
 //! |---|---|
-//! | `machine` | the VM: memory slots, interrupt controllers, processor features |
+//! | `machine` | the VM: memory slots, interrupt controllers, vCPUs |
+//! | `processor`, `features` | what processor the guest sees, and whether a host can show it |
 //! | `tables` | the guest's address space, page and descriptor tables |
 //! | `payload`, `payload_asm` | the guest's program |
 //! | `boot` | a vCPU's first registers |
@@ -24,9 +25,11 @@ mod boot;
 mod dirty;
 pub mod envelope;
 mod error;
+mod features;
 mod machine;
 mod payload;
 mod payload_asm;
+pub mod processor;
 mod signals;
 pub mod state;
 mod tables;
@@ -44,6 +47,7 @@ use crate::proto::page::PageIndex;
 use dirty::DirtyLog;
 use machine::Machine;
 use nix::unistd::Pid;
+use processor::Processor;
 use state::{GuestState, VmState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -102,23 +106,39 @@ pub struct KvmGuest {
 impl KvmGuest {
     /// A guest at its beginning: memory filled, vCPUs set up, to be started by `resume`.
     pub fn new(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
-        Self::make(ram, workload, Phase::Paused).map_err(failed("create the machine"))
+        Self::make(ram, workload, None, Phase::Paused).map_err(failed("create the machine"))
     }
 
     /// A guest to put a state into: everything exists, and neither this nor anything
-    /// before `restore` touches guest memory.
+    /// before `restore` touches guest memory. It sees this host's processor.
     pub fn prepare(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
-        Self::make(ram, workload, Phase::Prepared).map_err(failed("prepare the machine"))
+        Self::make(ram, workload, None, Phase::Prepared).map_err(failed("prepare the machine"))
     }
 
-    fn make(ram: Arc<GuestRam>, workload: Workload, phase: Phase) -> Result<Self, KvmError> {
-        let (machine, fds) = Machine::create(Arc::clone(&ram), &workload)?;
+    /// The same for a guest that has seen `processor` so far, and goes on seeing it.
+    ///
+    /// # Errors
+    /// With a [`KvmError::Processor`] as its source if this host cannot show it.
+    pub fn prepare_with(
+        ram: Arc<GuestRam>,
+        workload: Workload,
+        processor: &Processor,
+    ) -> Result<Self, GuestError> {
+        Self::make(ram, workload, Some(processor), Phase::Prepared)
+            .map_err(failed("prepare the machine"))
+    }
+
+    fn make(
+        ram: Arc<GuestRam>,
+        workload: Workload,
+        processor: Option<&Processor>,
+        phase: Phase,
+    ) -> Result<Self, KvmError> {
+        let (machine, fds) = Machine::create(Arc::clone(&ram), &workload, processor)?;
         if phase == Phase::Paused {
             fill_memory(&ram, &workload, machine.tsc_hz());
             machine.write_pages()?;
-            for (vcpu, fd) in (0..).zip(&fds) {
-                boot::set_up(fd, vcpu, ram.layout(), machine.xcr0())?;
-            }
+            machine.set_up(&fds)?;
         }
         let first_entry = Arc::new(FirstEntry::new());
         let start = |(vcpu, fd)| {
@@ -143,7 +163,12 @@ impl KvmGuest {
         self.vcpus.iter().try_for_each(Vcpu::kick)?;
         let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
-        self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()))
+        let parked = self.vcpus.iter().try_for_each(|vcpu| vcpu.wait_parked(left()));
+        parked.map_err(|error| match error {
+            // What was left for it of the time that all of them had says nothing.
+            KvmError::NotStopping { vcpu, .. } => KvmError::NotStopping { vcpu, waited: limit },
+            error => error,
+        })
     }
 
     fn take_state(&self) -> Result<Vec<u8>, KvmError> {
@@ -197,10 +222,11 @@ impl Guest for KvmGuest {
     }
 
     fn seeds(&self) -> Vec<PageIndex> {
-        let layout = self.machine.ram().layout();
-        let mut seeds = tables::seed_pages(layout, self.workload.vcpus, payload::code_pages());
-        seeds.truncate(SEEDS_MAX);
-        seeds
+        self.machine.seeds().iter().copied().take(SEEDS_MAX).collect()
+    }
+
+    fn processor(&self) -> Option<&Processor> {
+        Some(self.machine.processor())
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {

@@ -7,9 +7,15 @@
 //! timer), and pending events last (setting registers clears them).
 
 use super::error::{KvmError, call};
+use super::processor::differs;
 use kvm_bindings::*;
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+
+/// Names the area of KVM's clock.
+pub(super) const MSR_SYSTEM_TIME: u32 = 0x4B56_4D01;
+/// Names the area in which KVM tells of stolen time.
+pub(super) const MSR_STEAL_TIME: u32 = 0x4B56_4D03;
 
 /// What is not a vCPU's own.
 #[derive(Default, Serialize, Deserialize)]
@@ -26,14 +32,14 @@ pub struct VcpuState {
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) msrs: Vec<kvm_msr_entry>,
     pub(super) tsc_khz: u32,
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    debug_regs: kvm_debugregs,
-    xcrs: kvm_xcrs,
+    pub(super) mp_state: kvm_mp_state,
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) debug_regs: kvm_debugregs,
+    pub(super) xcrs: kvm_xcrs,
     xsave: kvm_xsave,
     lapic: kvm_lapic_state,
-    events: kvm_vcpu_events,
+    pub(super) events: kvm_vcpu_events,
 }
 
 /// A guest's state.
@@ -58,6 +64,8 @@ pub struct VcpuShape {
     pub cpuid: CpuId,
     /// The MSRs that this host lets a VMM read and write.
     pub msrs: Vec<u32>,
+    /// Whether it has KVM's clock from the beginning.
+    pub clock: bool,
 }
 
 impl VmState {
@@ -123,20 +131,30 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
         self.restore_tsc_rate(vcpu)?;
         write_msrs(vcpu, &self.msrs)?;
-        vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+        vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
+        if self.has_clock() { tell_of_pause(vcpu) } else { Ok(()) }
+    }
+
+    /// Whether KVM keeps a clock in the guest's memory for it.
+    pub fn has_clock(&self) -> bool {
+        self.msrs.iter().any(|msr| msr.index == MSR_SYSTEM_TIME && msr.data & 1 != 0)
     }
 
     /// Has the time-stamp counter scaled if its rate here is another one than the guest
-    /// knows. Two calibrations of one clock differ by less than 250 parts in a million,
-    /// which KVM too takes for equal.
+    /// knows.
     fn restore_tsc_rate(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
         let here = vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
-        let difference = u64::from(here.abs_diff(self.tsc_khz));
-        if difference * 1_000_000 > u64::from(here) * 250 {
+        if differs(self.tsc_khz, here) {
             vcpu.set_tsc_khz(self.tsc_khz).map_err(call("KVM_SET_TSC_KHZ"))?;
         }
         Ok(())
     }
+}
+
+/// Has KVM note in a guest's clock that the guest did not run for a while, so that its
+/// watchdogs do not bark. Only for a vCPU with a clock.
+pub fn tell_of_pause(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    vcpu.kvmclock_ctrl().map_err(call("KVM_KVMCLOCK_CTRL"))
 }
 
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
@@ -150,7 +168,7 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmEr
     }
 }
 
-fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+pub(super) fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
     let written = vcpu.set_msrs(&fam(entries)?).map_err(call("KVM_SET_MSRS"))?;
     match entries.get(written) {
         Some(entry) => Err(KvmError::WriteMsr(entry.index)),
@@ -159,7 +177,7 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
 }
 
 fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
-    Msrs::from_entries(entries).map_err(|error| KvmError::Memory(format!("{error:?}").into()))
+    Msrs::from_entries(entries).map_err(|_| KvmError::TooManyMsrs(entries.len()))
 }
 
 /// Those of `indices` that can be read, and written back, on a vCPU that has not run:

@@ -11,12 +11,16 @@
 //! ```
 //!
 //! Everything is user-accessible and writable; memory is mapped with 2 MiB pages
-//! where the layout's alignment lets it. Accessed and dirty bits are set beforehand, so
-//! that no processor writes to the tables.
+//! where the layout's alignment lets it, or with 4 KiB pages throughout: see
+//! [`PageTables`]. Accessed and dirty bits are set beforehand, so that no processor writes to
+//! the tables. Which page holds what is laid down in [`workload`](crate::vmm::workload).
 
 use crate::proto::layout::{MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageIndex};
-use crate::vmm::workload::{MACHINE_PAGES_FIRST, SYSTEM_PAGES, control_page, histogram_page};
+use crate::vmm::workload::{
+    LEAF_TABLE_PAGES, MACHINE_PAGES_FIRST, PageTables, SYSTEM_PAGES, VCPUS_MAX, control_page,
+    histogram_page,
+};
 use std::collections::BTreeMap;
 
 /// Guest virtual address of page 0.
@@ -56,12 +60,17 @@ pub const CODE: PageIndex = PageIndex::new(MACHINE_PAGES_FIRST + 4);
 /// The most pages that the program may have.
 pub const CODE_PAGES_MAX: u64 = 4;
 const PROCESSORS: u64 = CODE.get() + CODE_PAGES_MAX;
+const CLOCKS: u64 = PROCESSORS + VCPUS_MAX as u64;
+/// Where in a clock page the host's kernel tells of stolen time.
+pub const STEAL_TIME_OFFSET: u64 = 64;
 const DIRECTORIES: u64 = MACHINE_PAGES_FIRST + 16;
 
 /// Selectors in each processor's GDT.
 pub mod selector {
     /// Code at CPL 0.
     pub const KERNEL_CODE: u16 = 0x10;
+    /// Data and stack at CPL 0.
+    pub const KERNEL_DATA: u16 = 0x18;
     /// Data and stack at CPL 3.
     pub const USER_DATA: u16 = 0x28 | 3;
     /// Code at CPL 3.
@@ -125,7 +134,7 @@ pub fn root_address(layout: &MemoryLayout) -> u64 {
 }
 
 /// Where a system page is: every layout that passed `Workload::check` has it.
-fn physical_address(layout: &MemoryLayout, page: PageIndex) -> u64 {
+pub fn physical_address(layout: &MemoryLayout, page: PageIndex) -> u64 {
     layout.address_of(page).map_or(u64::MAX, |address| address.0)
 }
 
@@ -133,6 +142,16 @@ fn physical_address(layout: &MemoryLayout, page: PageIndex) -> u64 {
 /// interrupts at its end.
 pub const fn processor_page(vcpu: u32) -> PageIndex {
     PageIndex::new(PROCESSORS + vcpu as u64)
+}
+
+/// The page in which the host's kernel keeps `vcpu`'s clock and stolen time.
+pub const fn clock_page(vcpu: u32) -> PageIndex {
+    PageIndex::new(CLOCKS + vcpu as u64)
+}
+
+/// Guest virtual address of the end of `vcpu`'s stack.
+pub const fn stack_address(vcpu: u32) -> u64 {
+    gdt_address(vcpu) + PAGE_SIZE as u64
 }
 
 /// Guest virtual address of `vcpu`'s GDT.
@@ -148,8 +167,12 @@ pub const fn task_address(vcpu: u32) -> u64 {
 /// The page tables of a layout, page by page, the root first.
 pub fn page_tables(
     layout: &MemoryLayout,
+    form: PageTables,
 ) -> Result<Vec<(PageIndex, TablePage)>, LayoutUnsupported> {
-    let mut tables = Tables::new(layout)?;
+    if layout.bytes() >> 30 > SYSTEM_PAGES - DIRECTORIES {
+        return Err(LayoutUnsupported::TooManyTables);
+    }
+    let mut tables = Tables::new(layout, form);
     for (region, run) in layout.region_runs() {
         check_region(&region)?;
         let mut page = run.first().get();
@@ -171,6 +194,7 @@ fn check_region(region: &Region) -> Result<(), LayoutUnsupported> {
 
 struct Tables<'a> {
     layout: &'a MemoryLayout,
+    form: PageTables,
     pages: BTreeMap<u64, TablePage>,
     /// The table behind each directory pointer and each directory entry, by the
     /// virtual address over 1 GiB and over 2 MiB.
@@ -180,9 +204,10 @@ struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(layout: &'a MemoryLayout) -> Result<Self, LayoutUnsupported> {
+    fn new(layout: &'a MemoryLayout, form: PageTables) -> Self {
         let mut tables = Self {
             layout,
+            form,
             pages: BTreeMap::new(),
             directories: BTreeMap::new(),
             leaves: BTreeMap::new(),
@@ -195,7 +220,7 @@ impl<'a> Tables<'a> {
         tables.pages.insert(ROOT.get(), root);
         tables.pages.insert(POINTERS.get(), pointers);
         tables.pages.insert(WINDOW_DIRECTORY.get(), window);
-        Ok(tables)
+        tables
     }
 
     /// Maps `page` at `physical`, or the 512 pages from it on if all of them (of the
@@ -208,13 +233,27 @@ impl<'a> Tables<'a> {
         }
         let directory = self.below(POINTERS.get(), address >> 30, address >> 30)?;
         let aligned = (address | physical).is_multiple_of(LARGE_BYTES);
-        if aligned && left >= ENTRIES {
+        if self.form == PageTables::Large && aligned && left >= ENTRIES {
             self.set(directory, address >> 21, physical | LEAF | LARGE);
             return Ok(ENTRIES);
         }
-        let table = self.below(directory, address >> 21, address >> 21)?;
+        let table = match self.form {
+            PageTables::Large => self.below(directory, address >> 21, address >> 21)?,
+            PageTables::Small => self.own_leaf_table(directory, page / LEAF_TABLE_PAGES),
+        };
         self.set(table, address >> 12, physical | LEAF);
         Ok(1)
+    }
+
+    /// The leaf table that has its place by the number of the pages that it maps.
+    fn own_leaf_table(&mut self, directory: u64, number: u64) -> u64 {
+        let page = SYSTEM_PAGES + number;
+        if let std::collections::btree_map::Entry::Vacant(place) = self.pages.entry(page) {
+            place.insert([0; ENTRIES as usize]);
+            let physical = physical_address(self.layout, PageIndex::new(page));
+            self.set(directory, number + (VBASE >> 21), physical | TABLE);
+        }
+        page
     }
 
     fn set(&mut self, table: u64, index: u64, entry: u64) {
@@ -247,7 +286,7 @@ impl<'a> Tables<'a> {
 /// `vcpu`'s GDT and task state segment.
 pub fn processor_tables(vcpu: u32) -> [u8; TASK_OFFSET + TASK_LIMIT as usize + 1] {
     let task = task_address(vcpu);
-    let stack = gdt_address(vcpu) + PAGE_SIZE as u64;
+    let stack = stack_address(vcpu);
     let descriptors: [u64; 10] = [
         0,
         0,
@@ -285,22 +324,32 @@ pub fn interrupt_table(handlers: impl IntoIterator<Item = (u8, u64)>) -> TablePa
     table
 }
 
-/// The pages that every vCPU's first instructions need, the most needed first.
-pub fn seed_pages(layout: &MemoryLayout, vcpus: u32, code_pages: u64) -> Vec<PageIndex> {
+/// The pages that every vCPU's first instructions need, and the host's kernel when it
+/// restores or enters one, the most needed first. `tables` are the guest's page tables.
+pub fn seed_pages(
+    tables: &[(PageIndex, TablePage)],
+    vcpus: u32,
+    code_pages: u64,
+) -> Vec<PageIndex> {
     let shared = [ROOT, POINTERS, WINDOW_DIRECTORY, IDT];
     let code = (0..code_pages).map(|page| PageIndex::new(CODE.get() + page));
-    let own = (0..vcpus)
-        .flat_map(|vcpu| [processor_page(vcpu), control_page(vcpu), histogram_page(vcpu)]);
-    let tables = page_tables(layout).unwrap_or_default();
+    let own = (0..vcpus).flat_map(|vcpu| {
+        [processor_page(vcpu), control_page(vcpu), histogram_page(vcpu), clock_page(vcpu)]
+    });
+    // The first leaf table of its own maps all system pages; the others map the arena.
+    let first = PageIndex::new(SYSTEM_PAGES);
+    let first = tables.iter().map(|(page, _)| *page).filter(move |page| *page == first);
+    let system = DIRECTORIES..SYSTEM_PAGES;
     let directories =
-        tables.into_iter().map(|(page, _)| page).filter(|page| page.get() >= DIRECTORIES);
-    shared.into_iter().chain(code).chain(own).chain(directories).collect()
+        tables.iter().map(|(page, _)| *page).filter(|page| system.contains(&page.get()));
+    shared.into_iter().chain(first).chain(code).chain(own).chain(directories).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::proto::layout::GuestAddress;
+    use crate::vmm::workload::{MachineForm, Pattern, Workload};
 
     /// Walks the tables as a processor does.
     fn translate(tables: &BTreeMap<u64, TablePage>, root: u64, address: u64) -> Option<u64> {
@@ -320,8 +369,12 @@ mod tests {
         None
     }
 
-    fn check_translation(layout: &MemoryLayout, pages: impl Iterator<Item = u64>) {
-        let tables: BTreeMap<u64, TablePage> = page_tables(layout)
+    fn check_translation(
+        layout: &MemoryLayout,
+        form: PageTables,
+        pages: impl Iterator<Item = u64>,
+    ) {
+        let tables: BTreeMap<u64, TablePage> = page_tables(layout, form)
             .unwrap()
             .into_iter()
             .map(|(page, table)| (layout.address_of(page).unwrap().0, table))
@@ -346,27 +399,63 @@ mod tests {
             region(0x1_0000_0000, 513),
         ])
         .unwrap();
-        check_translation(&odd, 0..odd.pages());
         let sixteen = MemoryLayout::pc((16 << 30) / 4096).unwrap();
-        check_translation(&sixteen, (0..sixteen.pages()).step_by(511));
+        for form in [PageTables::Large, PageTables::Small] {
+            check_translation(&odd, form, 0..odd.pages());
+            check_translation(&sixteen, form, (0..sixteen.pages()).step_by(511));
+        }
+    }
+
+    #[test]
+    fn in_the_small_form_every_leaf_table_lies_between_system_pages_and_arena() {
+        let workload = Workload {
+            pattern: Pattern::Random,
+            seed: 1,
+            vcpus: 1,
+            think_ns: 0,
+            step_limit: 0,
+            zero_pages: 0,
+            form: MachineForm { page_tables: PageTables::Small, ..MachineForm::default() },
+        };
+        for pages in [1000, (4 << 30) / 4096, (8 << 30) / 4096 + 1] {
+            let layout = MemoryLayout::pc(pages).unwrap();
+            let tables = page_tables(&layout, PageTables::Small).unwrap();
+            let leaves = tables.iter().filter(|(page, _)| page.get() >= SYSTEM_PAGES);
+            let leaves: Vec<u64> = leaves.map(|(page, _)| page.get()).collect();
+            let expected: Vec<u64> = (SYSTEM_PAGES..workload.arena(&layout)).collect();
+            assert_eq!(leaves, expected, "{pages} pages");
+            let large = tables.iter().filter(|(page, _)| *page != WINDOW_DIRECTORY);
+            assert!(!large.flat_map(|(_, table)| table).any(|entry| entry & LARGE != 0));
+        }
     }
 
     #[test]
     fn unsuitable_layouts_are_refused() {
         let region = |start, pages| Region { start: GuestAddress(start), pages };
         let apic = MemoryLayout::new(vec![region(0, 1024), region(0xFEDF_F000, 2)]).unwrap();
-        assert!(matches!(page_tables(&apic), Err(LayoutUnsupported::CoversDevices { .. })));
+        assert!(matches!(
+            page_tables(&apic, PageTables::Large),
+            Err(LayoutUnsupported::CoversDevices { .. })
+        ));
         let unaligned =
             MemoryLayout::new(vec![region(0, 1023), region(4 << 30, (2 << 30) / 4096)]).unwrap();
-        assert_eq!(page_tables(&unaligned), Err(LayoutUnsupported::TooManyTables));
+        assert_eq!(
+            page_tables(&unaligned, PageTables::Large),
+            Err(LayoutUnsupported::TooManyTables)
+        );
         let vast = MemoryLayout::pc((1 << 40) / 4096).unwrap();
-        assert_eq!(page_tables(&vast), Err(LayoutUnsupported::TooManyTables));
+        for form in [PageTables::Large, PageTables::Small] {
+            assert_eq!(page_tables(&vast, form), Err(LayoutUnsupported::TooManyTables));
+        }
     }
 
     #[test]
     fn the_seeds_of_a_large_guest_are_few() {
         let layout = MemoryLayout::pc((8 << 30) / 4096).unwrap();
-        let seeds = seed_pages(&layout, 2, 1);
-        assert!(seeds.len() <= 32, "{}", seeds.len());
+        for form in [PageTables::Large, PageTables::Small] {
+            let tables = page_tables(&layout, form).unwrap();
+            let seeds = seed_pages(&tables, VCPUS_MAX, 1);
+            assert!(seeds.len() <= 32, "{form:?}: {}", seeds.len());
+        }
     }
 }

@@ -6,11 +6,17 @@ use crate::memory::ram::Backing;
 use crate::proto::layout::{GuestAddress, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::vmm::content::Instruments;
-use crate::vmm::workload::{Pattern, STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
+use crate::vmm::workload::{
+    Cpl, MachineForm, PageTables, Pattern, STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control,
+};
 use std::collections::HashSet;
 use std::sync::mpsc::{Sender, channel};
 
+mod bad_states;
+mod clock;
+mod forms;
 mod on_demand;
+mod samples;
 
 const G: u64 = 0x9E37_79B9_7F4A_7C15;
 const PAGES: u64 = 512 + 1000;
@@ -33,19 +39,25 @@ fn mulhi(a: u64, b: u64) -> u64 {
 /// All words of a guest, by page.
 type Memory = Vec<[u64; 512]>;
 
+/// The first page of the arena.
+fn arena(workload: &Workload, pages: u64) -> u64 {
+    512 + if workload.form.page_tables == PageTables::Small { pages.div_ceil(512) } else { 0 }
+}
+
 /// What memory holds after each vCPU has made so many steps; system pages that are the
 /// machine's or the guest's own are left at 0 and not compared.
 fn model(workload: &Workload, pages: u64, steps: &[u64]) -> Memory {
     let vcpus = u64::from(workload.vcpus);
-    let n = (pages - workload.zero_pages - 512) / vcpus;
+    let arena = arena(workload, pages);
+    let n = (pages - workload.zero_pages - arena) / vcpus;
     let mut memory: Memory = vec![[0; 512]; pages as usize];
     for page in 0..pages - workload.zero_pages {
         let tag = stream(workload.seed, page) | 1;
         let words = &mut memory[page as usize];
         *words = std::array::from_fn(|i| stream(tag, i as u64));
         [words[0], words[1], words[2]] = [tag, 0, 0];
-        let (owner, k) = (page.wrapping_sub(512) / n, page.wrapping_sub(512) % n);
-        if page >= 512 && owner < vcpus {
+        let (owner, k) = (page.wrapping_sub(arena) / n, page.wrapping_sub(arena) % n);
+        if page >= arena && owner < vcpus {
             let increment = stream(workload.seed, owner + 1) | 1;
             let mut next = k;
             loop {
@@ -59,7 +71,7 @@ fn model(workload: &Workload, pages: u64, steps: &[u64]) -> Memory {
         }
     }
     for vcpu in 0..vcpus {
-        let (slice, vseed) = (512 + vcpu * n, stream(workload.seed, vcpu + 1));
+        let (slice, vseed) = (arena + vcpu * n, stream(workload.seed, vcpu + 1));
         let (mut cursor, mut lane) = (0, 0);
         let scan = |cursor: &mut u64| {
             let k = *cursor;
@@ -111,7 +123,7 @@ fn compare(ram: &GuestRam, workload: &Workload, steps: &[u64]) {
     let mut bytes = [0; PAGE_SIZE];
     for (page, expected) in (0..).zip(&expected) {
         let control = (16..16 + 2 * u64::from(workload.vcpus)).contains(&page);
-        if control || (64..512).contains(&page) {
+        if control || (64..arena(workload, ram.layout().pages())).contains(&page) {
             continue;
         }
         ram.read_run(PageRun::single(PageIndex::new(page)), &mut bytes);
@@ -148,7 +160,8 @@ fn watchdog(seconds: u64) -> Watchdog {
 }
 
 fn workload(pattern: Pattern, vcpus: u32, step_limit: u64) -> Workload {
-    Workload { pattern, seed: 0xC0FFEE, vcpus, think_ns: 0, step_limit, zero_pages: ZERO }
+    let form = MachineForm::default();
+    Workload { pattern, seed: 0xC0FFEE, vcpus, think_ns: 0, step_limit, zero_pages: ZERO, form }
 }
 
 fn memory(layout: MemoryLayout) -> Arc<GuestRam> {

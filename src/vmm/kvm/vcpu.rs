@@ -8,9 +8,9 @@
 //! A program that has nothing more to do stores to the doorbell. Its thread then waits
 //! in the loop, outside KVM, until it is stopped; after `resume` the guest rings again.
 
-use super::error::{KvmError, call};
+use super::error::{KvmError, call, of_vcpu};
 use super::signals;
-use super::state::{VcpuShape, VcpuState};
+use super::state::{VcpuShape, VcpuState, tell_of_pause};
 use super::tables::{DOORBELL_EXCEPTIONS, DOORBELL_PHYSICAL};
 use crate::memory::ram::GuestRam;
 use crate::proto::layout::GuestAddress;
@@ -78,7 +78,7 @@ impl<T> Answer<T> {
     pub fn wait(self, limit: Duration) -> Result<T, KvmError> {
         let vcpu = self.vcpu;
         match self.receiver.recv_timeout(limit) {
-            Ok(answer) => answer.map_err(|error| KvmError::Vcpu { vcpu, source: error.into() }),
+            Ok(answer) => answer.map_err(of_vcpu(vcpu)),
             Err(_) => Err(KvmError::NoAnswer { vcpu, waited: limit }),
         }
     }
@@ -243,9 +243,15 @@ impl Shared {
 
     fn serve(&self, commands: &Receiver<Command>) {
         let mut fd = lock(&self.fd);
+        // Whether the guest has a clock, and whether it missed time since it last ran.
+        let (mut clock, mut paused) = (self.shape.clock, false);
         for command in commands {
             match command {
                 Command::Run => {
+                    if clock && paused {
+                        self.tell_of_pause(&fd);
+                    }
+                    paused = true;
                     let outcome = self.run(&mut fd);
                     if let Err(reason) = outcome {
                         lock(&self.failure).get_or_insert(reason);
@@ -257,9 +263,18 @@ impl Shared {
                     let _ = answer.send(VcpuState::capture(&fd, &self.shape));
                 }
                 Command::Restore(state, answer) => {
+                    clock = state.has_clock();
                     let _ = answer.send(state.restore(&fd));
                 }
             }
+        }
+    }
+
+    /// Tells the guest's watchdogs of a pause. A guest is not stopped for want of that.
+    fn tell_of_pause(&self, fd: &VcpuFd) {
+        if let Err(error) = tell_of_pause(fd).map_err(of_vcpu(self.vcpu)) {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::warn!(%error, cause, "the guest cannot be told that it was paused");
         }
     }
 

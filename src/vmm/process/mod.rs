@@ -116,7 +116,7 @@ impl ProcessGuest {
     }
 
     fn with_threads(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, ProcessError> {
-        workload.check(ram.layout())?;
+        workload.check_without_machine(ram.layout())?;
         let board = Arc::new(Board::new(workload.vcpus));
         let mut guest = Self {
             workload,

@@ -8,7 +8,7 @@ use crate::proto::layout::MemoryLayout;
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::vmm::content::Instruments;
 use crate::vmm::stalls::GuestFigures;
-use crate::vmm::workload::{Pattern, SYSTEM_PAGES, control};
+use crate::vmm::workload::{MachineForm, Pattern, SYSTEM_PAGES, control};
 use rand::{Rng, SeedableRng};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,7 +44,8 @@ impl Drop for Watchdog {
 
 fn workload(pattern: Pattern, vcpus: u32) -> Workload {
     let (seed, zero_pages) = (0xC0FFEE + u64::from(vcpus), ZERO_PAGES);
-    Workload { pattern, seed, vcpus, think_ns: 0, step_limit: 0, zero_pages }
+    let form = MachineForm::default();
+    Workload { pattern, seed, vcpus, think_ns: 0, step_limit: 0, zero_pages, form }
 }
 
 fn memory(backing: Backing) -> Arc<GuestRam> {
@@ -99,7 +100,7 @@ fn finish_and_check(guest: &mut ProcessGuest) -> Result<CheckSummary, CheckFailu
         pattern: serde_json::from_value(serde_json::to_value(guest.workload.pattern).unwrap())
             .unwrap(),
         zero_pages: guest.workload.zero_pages,
-        kvm: false,
+        kvm: None,
         expect_steps: Some(registers.iter().map(|registers| registers.step).collect()),
     };
     check(&params, content(guest).as_slice())

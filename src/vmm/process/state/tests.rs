@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::vmm::clock::GuestClock;
+use crate::vmm::workload::MachineForm;
 use proptest::prelude::*;
 
 const PAGES: u64 = 4096;
@@ -14,6 +15,7 @@ fn workload() -> Workload {
         think_ns: 0,
         step_limit: 0,
         zero_pages: 64,
+        form: MachineForm::default(),
     }
 }
 

@@ -1,0 +1,51 @@
+//! What a session leaves behind for a process that is to go on with it.
+//!
+//! The engine says what there is to be kept, and when; where it is kept is up to whoever
+//! implements [`Journal`].
+
+use crate::proto::message::{CommitRecord, SessionId};
+use crate::proto::source::{SessionLimits, SourceSession};
+use std::io;
+use std::time::Duration;
+
+/// Keeps what a session must not lose with its process. Each call returns when it is kept;
+/// it is made on the session's thread, one of them in the blackout.
+pub trait Journal: Send + std::fmt::Debug {
+    /// A connection of this link epoch is about to be made.
+    fn dials(&mut self, epoch: u32) -> io::Result<()>;
+    /// The machine state is about to leave: the destination may be in doubt from now on.
+    fn state_leaves(&mut self) -> io::Result<()>;
+}
+
+/// How a session begins.
+#[derive(Clone, Copy, Debug)]
+pub enum Beginning {
+    /// Anew.
+    New(SessionId),
+    /// As one that another process has left.
+    Left(Left),
+}
+
+/// What a process that has died left of its session.
+#[derive(Clone, Copy, Debug)]
+pub struct Left {
+    /// The session.
+    pub session: SessionId,
+    /// The last link epoch in which it tried to connect.
+    pub last_epoch: u32,
+    /// Whether the commit word says committed; if not, it says aborted.
+    pub committed: bool,
+}
+
+impl Left {
+    /// The machine that goes on with it.
+    pub(super) fn machine(&self, pages: u64, limits: SessionLimits) -> SourceSession {
+        let Self { session, last_epoch, committed } = *self;
+        if !committed {
+            return SourceSession::recover_aborted(session, last_epoch, limits, Duration::ZERO);
+        }
+        // A link that is lost before the commit ends the session, so there was one only.
+        let record = CommitRecord { session, epoch: 0 };
+        SourceSession::recover(record, last_epoch, pages, limits, Duration::ZERO)
+    }
+}
