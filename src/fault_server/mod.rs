@@ -15,10 +15,12 @@ use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::Decision;
 use crate::attach::handover::MemoryFiles;
 use crate::attach::message::GuestInfo;
+use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::event::Event;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
-use crate::proto::prepaging::PolicyKind;
+use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
+use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
 use crate::proto::source::SessionLimits;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
@@ -47,6 +49,9 @@ pub enum FaultServerError {
     /// There is no VMM, or it does not hand its guest over.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// The guest, or how it is to be pushed, is beyond what the network protocol can say.
+    #[error("this guest cannot be migrated")]
+    Config(#[from] ConfigError),
     /// The guest left before.
     #[error(transparent)]
     GivenAway(#[from] GivenAway),
@@ -125,7 +130,7 @@ impl FaultServer {
             return Err(kept(GivenAway.into()));
         }
         let config =
-            config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone());
+            config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
         let Some(command) = keeper else {
             return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
@@ -179,7 +184,7 @@ impl FaultServer {
             record.record().clone();
         let ticket: Ticket = ticket.parse()?;
         let left = Left { session, last_epoch, committed };
-        let config = config(ticket.clone(), plan, machine, guest);
+        let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
         let keeper = Keeper::new(attached, None);
         let watch = KeeperWatch::new(&keeper, path);
@@ -238,10 +243,37 @@ fn without_keeper(control: &Path) -> &'static str {
 }
 
 /// What the engine must know, from what the VMM says of its guest.
-fn config(ticket: Ticket, plan: PushPlan, machine: String, guest: GuestInfo) -> SourceConfig {
-    SourceConfig {
+///
+/// # Errors
+/// What cannot be said to a destination: a VMM may say more of its guest than fits there.
+fn config(
+    ticket: Ticket,
+    plan: PushPlan,
+    machine: String,
+    guest: GuestInfo,
+) -> Result<SourceConfig, ConfigError> {
+    let wrong = |field, why| Err(ConfigError::Field { field, why });
+    let link = LinkOptions::default();
+    // Two streams are not a vCPU's.
+    let vcpus_max = link.streams_max.saturating_sub(2);
+    if !(1..=vcpus_max).contains(&guest.vcpus) {
+        return wrong("vcpus", format!("{} is not in 1 to {vcpus_max}", guest.vcpus));
+    }
+    for (field, text, most) in
+        [("machine", &machine, TEXT_MAX), ("guest", &guest.workload_json, GUEST_INFO_MAX)]
+    {
+        if text.len() > most {
+            return wrong(field, format!("{} bytes are more than {most}", text.len()));
+        }
+    }
+    if let Some(pivots) = plan.pivots
+        && !(1..=PIVOTS_MAX).contains(&pivots)
+    {
+        return wrong("pivots", format!("{pivots} is not in 1 to {PIVOTS_MAX}"));
+    }
+    Ok(SourceConfig {
         ticket,
-        link: LinkOptions::default(),
+        link,
         limits: SessionLimits::default(),
         policy: plan.policy,
         pivots: plan.pivots,
@@ -251,7 +283,7 @@ fn config(ticket: Ticket, plan: PushPlan, machine: String, guest: GuestInfo) -> 
         guest: guest.workload_json.into_bytes(),
         vcpus: guest.vcpus as u16,
         guest_kind: guest.kind,
-    }
+    })
 }
 
 /// The name of the guest's workload, for the report, if its VMM gives it one.
@@ -263,6 +295,34 @@ fn workload_name(description: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::ticket::Host;
+
+    #[test]
+    fn a_guest_that_does_not_fit_the_network_protocol_is_refused_by_field() {
+        let identity = crate::transport::Identity::generate(u64::from(u32::MAX)).unwrap();
+        let host = Host::from(std::net::IpAddr::from([127, 0, 0, 1]));
+        let ticket = identity.ticket(host, 1, vec![2]).unwrap();
+        let try_with = |vcpus, machine: usize, guest: usize, pivots| {
+            let workload_json = "x".repeat(guest);
+            let guest = GuestInfo { kind: "none".into(), vcpus, workload_json, pid: 1 };
+            let plan = PushPlan { pivots, ..PushPlan::default() };
+            match config(ticket.clone(), plan, "x".repeat(machine), guest) {
+                Ok(config) => {
+                    assert_eq!(u32::from(config.vcpus), vcpus);
+                    None
+                }
+                Err(ConfigError::Field { field, .. }) => Some(field),
+                Err(other) => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(try_with(62, TEXT_MAX, GUEST_INFO_MAX, Some(PIVOTS_MAX)), None);
+        for vcpus in [0, 63, (1 << 16) + 1] {
+            assert_eq!(try_with(vcpus, 0, 0, None), Some("vcpus"));
+        }
+        assert_eq!(try_with(1, TEXT_MAX + 1, 0, None), Some("machine"));
+        assert_eq!(try_with(1, 0, GUEST_INFO_MAX + 1, None), Some("guest"));
+        assert_eq!(try_with(1, 0, 0, Some(0)), Some("pivots"));
+    }
 
     #[test]
     fn a_guest_of_any_vmm_may_have_a_workload_without_a_name() {

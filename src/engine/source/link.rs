@@ -63,7 +63,7 @@ pub async fn dial(
 ) -> Result<Link, LaneError> {
     let streams = u32::from(config.vcpus) + 2;
     if streams > config.link.streams_max {
-        let max = config.link.streams_max - 2;
+        let max = config.link.streams_max.saturating_sub(2);
         let why = format!("the guest has {} vCPUs; a link has streams for {max}", config.vcpus);
         return Err(LaneError::Local(why));
     }
