@@ -185,6 +185,7 @@ mod source {
             ),
             ("said WorkloadEnded", said(ToSource::WorkloadEnded)),
             ("said Drained", drained()),
+            ("said Drained, too early", said(ToSource::Drained { settled: PAGES - 1 })),
             ("said Report", said(ToSource::Report(vec![]))),
             ("said Abort", said(ToSource::Abort { reason: "no".into() })),
             ("said Pong", said(ToSource::Pong(1))),

@@ -39,7 +39,9 @@ impl Run {
         let end = server.serve(&mut departure)?;
         match end {
             ServeEnd::Released => println!("the guest has left"),
-            ServeEnd::Stopped | ServeEnd::GivenBack => println!("the guest was stopped"),
+            ServeEnd::Stopped => println!("the guest was stopped"),
+            // Only a keeper ends so.
+            ServeEnd::GivenBack => println!("the guest was given back"),
         }
         Ok(())
     }

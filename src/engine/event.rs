@@ -175,6 +175,8 @@ impl Watch {
                 self.tell(Event::LinkLost { epoch, why });
             }
             if let Some(epoch) = epoch {
+                // Why an attempt before it came to nothing is no reason of its end.
+                self.why_lost.clear();
                 self.tell(Event::LinkUp { epoch });
             }
             self.epoch = epoch;
@@ -212,6 +214,9 @@ mod tests {
         watch.losing(&"timed out");
         watch.observe(Phase::Handshake, &timeline, Some(1));
         watch.observe(Phase::Blackout, &timeline, None);
+        watch.losing(&"an attempt that came to nothing");
+        watch.observe(Phase::Blackout, &timeline, Some(2));
+        watch.observe(Phase::Blackout, &timeline, None);
         let expected = [
             Event::LinkUp { epoch: 0 },
             Event::Step { step: Stamp::Agreed, at },
@@ -220,6 +225,8 @@ mod tests {
             Event::LinkUp { epoch: 1 },
             Event::LinkLost { epoch: 1, why: String::new() },
             Event::Phase(Phase::Blackout),
+            Event::LinkUp { epoch: 2 },
+            Event::LinkLost { epoch: 2, why: String::new() },
         ];
         assert_eq!(*told.lock().unwrap(), expected);
     }

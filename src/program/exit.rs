@@ -1,7 +1,8 @@
 //! Exit codes, and the one line that says why.
 //!
 //! 0 done; 1 failed before anything moved; 2 wrong arguments (clap's); 3 aborted, the
-//! guest runs on at the source; 4 lost after the commit; 5 the memory or the report is
+//! guest runs on at the source; 4 lost after the commit, or aborted and the guest does not
+//! run on; 5 the memory or the report is
 //! not what it should be; 6 done, but the report could not be written.
 
 use crate::proto::message::printable;
@@ -32,6 +33,9 @@ pub enum Failure {
     /// After the commit: the link did not come back, or the guest cannot go on there.
     #[error("the migration was lost after the commit: {0}")]
     Lost(String),
+    /// A child process, of this name, said one of the two.
+    #[error("the guest was lost: {0} said so above")]
+    ChildLost(String),
     /// A page is not what it should be.
     #[error("verification failed: {0}")]
     Wrong(String),
@@ -70,7 +74,7 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Failure::Aborted { .. } => 3,
-            Failure::Lost(_) | Failure::Stranded { .. } => 4,
+            Failure::Lost(_) | Failure::Stranded { .. } | Failure::ChildLost(_) => 4,
             Failure::Wrong(_) => 5,
             Failure::Unreported(_) => 6,
         }
@@ -81,7 +85,7 @@ impl Failure {
         let why = format!("{name} said so above");
         match code {
             Some(3) => Failure::Aborted { why, side: Side::Source }.into(),
-            Some(4) => Failure::Lost(why).into(),
+            Some(4) => Failure::ChildLost(name.to_owned()).into(),
             Some(5) => Failure::Wrong(why).into(),
             Some(6) => Failure::Unreported(why).into(),
             Some(code) => anyhow::anyhow!("{name} ended with exit code {code}"),

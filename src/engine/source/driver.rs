@@ -314,7 +314,10 @@ impl Driver {
     async fn perform(&mut self, action: SourceAction) {
         match action {
             SourceAction::Connect { epoch, after } => self.connect(epoch, after).await,
-            SourceAction::DropLink(why) => self.drop_link(&why).await,
+            SourceAction::DropLink(why) => {
+                self.watch.losing(&why);
+                self.drop_link(&why).await;
+            }
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
             SourceAction::PauseGuest => self.guest.tell(GuestCommand::Pause),

@@ -314,7 +314,7 @@ impl SourceSession {
             }
             // Said again after a lost link.
             (S::Brownout, M::Running { .. }) => {}
-            (S::Brownout, M::Drained { .. }) => {
+            (S::Brownout, M::Drained { settled }) if settled == self.pages => {
                 self.timeline.stamp(Stamp::Drained, now);
                 // Released is said when nothing is left that a crash could undo.
                 self.push(SourceAction::ReleaseMemory);
@@ -574,8 +574,8 @@ impl SourceSession {
 /// The guest was given away by the commit: what is left of it here may not run.
 fn lost_there(reason: &str) -> String {
     format!(
-        "the guest cannot go on at the destination: {reason}; it is not resumed here, and \
-         nothing of its memory was released"
+        "the guest cannot go on at the destination: {reason}; it is not resumed here, where \
+         its memory is held until its VMM or keeper is told to let go"
     )
 }
 
