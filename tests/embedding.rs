@@ -100,6 +100,11 @@ impl SourceVm for Still {
         Ok(())
     }
     fn release(&mut self) -> Result<(), VmError> {
+        self.0.lock().unwrap().push("release");
+        Ok(())
+    }
+    fn drained(&mut self) -> Result<(), VmError> {
+        self.0.lock().unwrap().push("drained");
         Ok(())
     }
 }
@@ -207,7 +212,7 @@ fn memory_of_a_vmms_own_making_moves_between_any_two_kinds() {
         let vm = Reader { own, ..Reader::default() };
         let (outcome, calls, end) = migrate(source, receiver, vm);
         assert_eq!((outcome, end.outcome), (Outcome::Completed, Outcome::Completed));
-        assert_eq!(calls, ["pause"]);
+        assert_eq!(calls, ["pause", "release", "drained"]);
         let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
         assert_eq!(vm.state, STATE);
         assert!(content(&vm.memory.unwrap()) == content(&from), "files {from_files}");

@@ -118,7 +118,7 @@ impl SourceVm for Vmm {
         self.start().map(drop) // The migration was aborted.
     }
     fn release(&mut self) -> Result<()> {
-        Ok(()) // The destination has all memory: a VMM may exit now.
+        Ok(()) // It runs there. Its memory is still read here: exit only after `run`.
     }
 }
 
