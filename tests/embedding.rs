@@ -280,16 +280,25 @@ fn a_source_is_not_built_with_wrong_values_and_names_the_field() {
     let memory = memory(false);
     let new = || SourceBuilder::new(memory.clone(), ticket.clone());
     assert!(new().build().is_ok());
-    let none = Duration::ZERO;
+    assert!(new().vcpus(62).build().is_ok());
+    let (none, ever) = (Duration::ZERO, Duration::MAX);
+    let limits = SessionLimits::default;
     let wrong = [
         ("vcpus", new().vcpus(0)),
-        ("vcpus", new().vcpus(64)),
+        ("vcpus", new().vcpus(63)),
+        ("drain_after", new().drain_after(ever)),
         ("pivots", new().pivots(0)),
         ("pivots", new().pivots(65)),
         ("machine", new().machine("x".repeat(4097))),
         ("guest", new().guest(vec![0; 32769])),
-        ("limits.handshake", new().limits(SessionLimits { handshake: none, ..Default::default() })),
-        ("limits.recovery", new().limits(SessionLimits { recovery: none, ..Default::default() })),
+        ("limits.handshake", new().limits(SessionLimits { handshake: none, ..limits() })),
+        ("limits.handshake", new().limits(SessionLimits { handshake: ever, ..limits() })),
+        ("limits.restore", new().limits(SessionLimits { restore: ever, ..limits() })),
+        ("limits.recovery", new().limits(SessionLimits { recovery: none, ..limits() })),
+        ("limits.recovery", new().limits(SessionLimits { recovery: ever, ..limits() })),
+        ("limits.backoff_max", new().limits(SessionLimits { backoff_max: none, ..limits() })),
+        ("limits.backoff_max", new().limits(SessionLimits { backoff_max: ever, ..limits() })),
+        ("link.idle_timeout", new().link(LinkOptions { idle_timeout: ever, ..Default::default() })),
         ("link.idle_timeout", new().link(LinkOptions { idle_timeout: none, ..Default::default() })),
         ("link.mtu_max", new().link(LinkOptions { mtu_max: Some(100), ..Default::default() })),
     ];
@@ -310,7 +319,7 @@ fn a_source_is_not_built_with_wrong_values_and_names_the_field() {
 #[test]
 fn a_destination_is_not_built_with_wrong_values_and_names_the_field() {
     let new = DestinationBuilder::new;
-    let none = Duration::ZERO;
+    let (none, ever) = (Duration::ZERO, Duration::MAX);
     let wrong = [
         ("push_lanes", new().push_lanes(0)),
         ("push_lanes", new().push_lanes(9)),
@@ -320,6 +329,7 @@ fn a_destination_is_not_built_with_wrong_values_and_names_the_field() {
         ("ticket_life", new().ticket_life(none)),
         ("ticket_life", new().ticket_life(Duration::from_secs(1 << 30))),
         ("limits.restore", new().limits(SessionLimits { restore: none, ..Default::default() })),
+        ("limits.restore", new().limits(SessionLimits { restore: ever, ..Default::default() })),
     ];
     for (expected, builder) in wrong {
         match builder.build() {

@@ -1,7 +1,9 @@
 //! [`SourceBuilder`]: a VMM's way to a [`Migration`].
 
 use super::{Migration, SourceConfig};
-use crate::engine::config::{ConfigError, check_length, check_range, check_session};
+use crate::engine::config::{
+    ConfigError, check_drain_after, check_length, check_range, check_session,
+};
 use crate::engine::event::Event;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::{self, MemoryUser};
@@ -126,12 +128,13 @@ impl SourceBuilder {
         let Self { memory, users, config, on_event } = self;
         check_length("machine", config.machine.len(), TEXT_MAX)?;
         check_length("guest", config.guest.len(), GUEST_INFO_MAX)?;
-        // A stream for each, and one for faults that are no vCPU's.
-        let vcpus_max = config.link.streams_max.saturating_sub(1);
+        // A stream for each, one for faults that are no vCPU's, and the control stream.
+        let vcpus_max = config.link.streams_max.saturating_sub(2);
         check_range("vcpus", u32::from(config.vcpus), 1, vcpus_max)?;
         if let Some(pivots) = config.pivots {
             check_range("pivots", pivots, 1, PIVOTS_MAX)?;
         }
+        check_drain_after(config.drain_after)?;
         check_session(&config.limits, &config.link)?;
         let ram = GuestRam::from_guest_memory(memory)?;
         users::check(&ram, &users)?;
