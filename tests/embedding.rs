@@ -175,6 +175,98 @@ fn migrate(
     (end.outcome, calls, destination)
 }
 
+/// A destination's VMM in which something goes wrong.
+struct Faulty {
+    sound: Reader,
+    fault: &'static str,
+    /// What a call that hangs waits for.
+    go_on: Events<()>,
+}
+
+impl Faulty {
+    fn at(&self, method: &str) {
+        if self.fault == method {
+            panic!("{method} fails");
+        }
+    }
+}
+
+impl DestinationVm for Faulty {
+    fn memory(&mut self, proposal: &Hello) -> Result<Option<GuestMemoryMmap>, Mismatch> {
+        self.at("memory");
+        self.sound.memory(proposal)
+    }
+    fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
+        self.at("prepare");
+        self.sound.prepare(proposal, memory)
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
+        self.at("restore");
+        self.sound.restore(state)
+    }
+    fn resume(&mut self) -> Result<Instant, VmError> {
+        self.at("resume");
+        if self.fault == "hang" {
+            let _ = self.go_on.recv_timeout(Duration::from_secs(20));
+        }
+        self.sound.resume()
+    }
+    fn workload_ended(&mut self) -> bool {
+        self.at("figures");
+        false
+    }
+    fn steps(&mut self) -> Option<u64> {
+        self.at("figures");
+        None
+    }
+    fn figures(&mut self) -> postcopy::engine::vm::GuestFigures {
+        self.at("figures");
+        postcopy::engine::vm::GuestFigures::default()
+    }
+}
+
+#[test]
+fn a_vmm_that_panics_or_hangs_at_the_destination_ends_the_session_in_an_order() {
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    type Expected = fn(&Outcome) -> bool;
+    let aborted: Expected = |end| matches!(end, Outcome::Aborted(why) if why.contains("panicked"));
+    let lost: Expected = |end| matches!(end, Outcome::Lost(why) if why.contains("panicked"));
+    let late: Expected = |end| matches!(end, Outcome::Lost(why) if why.contains("did not start"));
+    let completed: Expected = |end| *end == Outcome::Completed;
+    let cases: [(&str, Expected, &[&str]); 6] = [
+        ("memory", aborted, &[]),
+        ("prepare", aborted, &[]),
+        ("restore", aborted, &["pause", "resume"]),
+        ("resume", lost, &["pause"]),
+        ("hang", late, &["pause"]),
+        ("figures", completed, &["pause", "release", "drained"]),
+    ];
+    for (fault, expected, calls_expected) in cases {
+        let from = memory(false);
+        fill(&from);
+        let (builder, _) = destination();
+        let restore = Duration::from_millis(if fault == "hang" { 300 } else { 30_000 });
+        let limits = SessionLimits { restore, ..SessionLimits::default() };
+        let receiver = builder.limits(limits).build().unwrap();
+        let (source, _) = source(&from, receiver.ticket());
+        let (go_on_now, go_on) = channel();
+        let vm = Faulty { sound: Reader::default(), fault, go_on };
+        let receiving = thread::spawn(move || receiver.run(Box::new(vm)));
+        let calls = Arc::default();
+        let end = source.build().unwrap().run(Box::new(Still(Arc::clone(&calls)))).unwrap();
+        drop(go_on_now);
+        assert!(expected(&end.outcome), "{fault}: {:?}", end.outcome);
+        assert_eq!(*calls.lock().unwrap(), calls_expected, "{fault}");
+        // The VMM is handed back whatever it did.
+        let end = receiving.join().unwrap().unwrap();
+        assert!(expected(&end.outcome), "{fault}: {:?}", end.outcome);
+        assert!((end.vm as Box<dyn std::any::Any>).downcast::<Faulty>().is_ok());
+    }
+}
+
 /// The phases and steps that were told, in order, and the rest.
 fn told(events: Events<Event>) -> (Vec<Phase>, Vec<Stamp>, Vec<Event>) {
     let (mut phases, mut steps, mut others) = (Vec::new(), Vec::new(), Vec::new());
