@@ -99,7 +99,8 @@ println!("{}", receiver.ticket());
 // On the other, where the guest runs.
 let ticket = receiver.ticket().to_string().parse()?;
 let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-let migration = SourceBuilder::new(memory, ticket)
+// SAFETY: once `pause` has returned, nothing writes to `memory` unless `resume` is called.
+let migration = unsafe { SourceBuilder::new(memory, ticket) }
     .machine("what must be equal on both sides")
     .guest("what the destination's VMM must know to make the guest")
     .vcpus(1)

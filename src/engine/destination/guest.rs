@@ -270,11 +270,16 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
 
     /// Looks at the running guest.
     fn watch(&mut self) -> Option<GuestEvent> {
-        let steps = measured(|| self.vm.steps());
+        let looked = guarded(|| (self.vm.steps(), !self.ended && self.vm.workload_ended()));
+        let (steps, ends) = looked.unwrap_or_else(|why| {
+            tracing::error!(why, "the guest's steps are not looked at any more");
+            self.steps = None;
+            (None, false)
+        });
         if let (Some(history), Some(steps)) = (&mut self.steps, steps) {
             history.push(steps);
         }
-        if !self.ended && measured(|| self.vm.workload_ended()) {
+        if ends {
             self.ended = true;
             return Some(GuestEvent::WorkloadEnded);
         }

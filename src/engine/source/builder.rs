@@ -27,7 +27,15 @@ pub struct SourceBuilder {
 
 impl SourceBuilder {
     /// Moves the guest in `memory` to whoever made `ticket`. The memory stays the VMM's.
-    pub fn new(memory: GuestMemoryMmap, ticket: Ticket) -> Self {
+    ///
+    /// # Safety
+    /// Pages are sent from where they lie, as `&[u8]`. So from the return of
+    /// [`SourceVm::pause`](crate::engine::vm::SourceVm::pause) until
+    /// [`SourceVm::resume`](crate::engine::vm::SourceVm::resume) is called, or
+    /// [`Migration::run`] has returned, nothing writes to this memory: no vCPU, no device or
+    /// its thread, no other process or kernel back end that has it mapped, and nobody who holds
+    /// a clone of `memory`.
+    pub unsafe fn new(memory: GuestMemoryMmap, ticket: Ticket) -> Self {
         let config = SourceConfig {
             ticket,
             link: LinkOptions::default(),
