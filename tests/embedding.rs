@@ -115,6 +115,8 @@ struct Reader {
     own: Option<GuestMemoryMmap>,
     memory: Option<GuestMemoryMmap>,
     state: Vec<u8>,
+    /// What the kernel was advised about its memory when it was prepared.
+    advice: String,
 }
 
 impl DestinationVm for Reader {
@@ -123,6 +125,7 @@ impl DestinationVm for Reader {
     }
     fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
         assert_eq!(proposal.guest, b"still");
+        self.advice = huge_advice(&memory);
         self.memory = Some(memory);
         Ok("machine".into())
     }
@@ -178,6 +181,50 @@ fn migrate(
     let destination = receiving.join().unwrap();
     let calls = calls.lock().unwrap().clone();
     (end.outcome, calls, destination)
+}
+
+/// What the kernel was advised about huge pages in the first region: `hg`, `nh` or nothing.
+fn huge_advice(memory: &GuestMemoryMmap) -> String {
+    let start = memory.iter().next().unwrap().as_ptr() as usize;
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    // The kernel may have joined it to its neighbours.
+    let holds = |line: &str| {
+        let (from, to) = line.split_whitespace().next()?.split_once('-')?;
+        let address = |text| usize::from_str_radix(text, 16).ok();
+        Some((address(from)?..address(to)?).contains(&start))
+    };
+    let mut lines = smaps.lines().skip_while(|line| holds(line) != Some(true));
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap_or_default();
+    flags.split_whitespace().find(|flag| ["hg", "nh"].contains(flag)).unwrap_or("").to_owned()
+}
+
+#[test]
+fn private_memory_has_no_huge_pages_while_it_is_filled_and_then_as_before() {
+    use nix::sys::mman::{MmapAdvise, madvise};
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    for (advice, before) in [(MmapAdvise::MADV_HUGEPAGE, "hg"), (MmapAdvise::MADV_NOHUGEPAGE, "nh")]
+    {
+        let own = memory(false);
+        for region in own.iter() {
+            let start = std::ptr::NonNull::new(region.as_ptr().cast()).unwrap();
+            // SAFETY: a whole mapping; no content changes.
+            if let Err(error) = unsafe { madvise(start, region.size(), advice) } {
+                return println!("SKIPPED: there are no huge pages here: {error}");
+            }
+        }
+        assert_eq!(huge_advice(&own), before);
+        let (builder, _) = destination();
+        let receiver = builder.build().unwrap();
+        let (source, _) = source(&memory(true), receiver.ticket());
+        let vm = Reader { own: Some(own.clone()), ..Reader::default() };
+        let (outcome, _, end) = migrate(source, receiver, vm);
+        assert_eq!(outcome, Outcome::Completed);
+        let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
+        assert_eq!((vm.advice.as_str(), huge_advice(&own).as_str()), ("nh", before));
+    }
 }
 
 /// A destination's VMM in which something goes wrong.
@@ -362,8 +409,11 @@ fn memory_that_cannot_be_received_is_refused_before_the_guest_is_paused() {
         }
         let receiver = builder.build().unwrap();
         let (source, events) = source(&from, receiver.ticket());
+        let declared = user.is_some();
         let vm = Reader { own, ..Reader::default() };
-        let (outcome, calls, _) = migrate(source, receiver, vm);
+        let (outcome, calls, end) = migrate(source, receiver, vm);
+        let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
+        assert!(vm.memory.is_none() || !declared, "prepared in vain");
         let Outcome::Aborted(why) = outcome else { panic!("{outcome:?}") };
         assert!(why.contains(expected), "{why}");
         assert!(calls.is_empty(), "the guest was touched: {calls:?}");

@@ -227,6 +227,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
         let unfit =
             |error: &(dyn std::error::Error + 'static)| cannot("memory", error_chain(error));
+        // What is known already, before the VMM makes anything.
+        users::check_users(users).map_err(|error| unfit(&error))?;
         let panicked = |why: String| Mismatch::new("the VM", &hello.machine, why);
         let own = guarded(|| self.vm.memory(hello)).map_err(panicked)??;
         let (ram, backing) = match own {
