@@ -148,12 +148,27 @@ pub mod vmm;
 #[cfg(feature = "io")]
 pub use engine::{
     ConfigError,
-    destination::{DestinationBuilder, DestinationEnd, Receiver},
+    destination::{
+        Canceller as DestinationCanceller, DestinationBuilder, DestinationEnd, Receiver,
+    },
     event::{Event, Phase, Progress},
-    source::{Migration, SourceBuilder, SourceEnd},
-    vm::{Captured, DestinationVm, SourceVm, VmError},
+    source::{Canceller as SourceCanceller, Migration, SourceBuilder, SourceEnd},
+    vm::{Captured, DestinationVm, GuestFigures, SourceVm, VmError},
 };
 #[cfg(feature = "io")]
 pub use memory::users::MemoryUser;
 #[cfg(feature = "io")]
-pub use transport::Ticket;
+pub use proto::{
+    message::{Hello, Mismatch},
+    page::PageIndex,
+    prepaging::PolicyKind,
+    source::{Outcome, SessionLimits},
+    timeline::Stamp,
+};
+#[cfg(feature = "io")]
+pub use transport::{LinkOptions, Ticket};
+#[cfg(feature = "io")]
+pub use uffd::DestinationBacking;
+/// Guest memory comes in and goes out as this crate's types.
+#[cfg(feature = "io")]
+pub use vm_memory;

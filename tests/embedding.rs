@@ -3,24 +3,21 @@
 #![cfg(feature = "io")]
 
 use postcopy::memory::users::MemoryUserError;
-use postcopy::proto::message::{Hello, Mismatch};
-use postcopy::proto::source::{Outcome, SessionLimits};
-use postcopy::proto::timeline::Stamp;
-use postcopy::transport::LinkOptions;
 use postcopy::uffd::UffdOptions;
 use postcopy::uffd::open::open;
+use postcopy::vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
 use postcopy::{
-    Captured, ConfigError, DestinationBuilder, DestinationVm, Event, MemoryUser, Phase, Receiver,
-    SourceBuilder, SourceVm, Ticket, VmError,
+    Captured, ConfigError, DestinationBuilder, DestinationVm, Event, GuestFigures, Hello,
+    LinkOptions, MemoryUser, Mismatch, Outcome, Phase, Receiver, SessionLimits, SourceBuilder,
+    SourceVm, Stamp, Ticket, VmError,
 };
 use std::fs::File;
 use std::sync::mpsc::{Receiver as Events, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
 
 const PAGE: u64 = 4096;
 /// First page in guest physical memory, and pages.
@@ -271,9 +268,9 @@ impl DestinationVm for Faulty {
         self.at("figures");
         None
     }
-    fn figures(&mut self) -> postcopy::engine::vm::GuestFigures {
+    fn figures(&mut self) -> GuestFigures {
         self.at("figures");
-        postcopy::engine::vm::GuestFigures::default()
+        GuestFigures::default()
     }
 }
 

@@ -6,9 +6,8 @@
 mod vmm;
 
 use kvm_ioctls::Kvm;
-use postcopy::DestinationBuilder;
-use postcopy::proto::source::Outcome;
 use postcopy::uffd::{UffdOptions, open::open};
+use postcopy::{DestinationBuilder, Outcome};
 use std::any::Any;
 use std::thread;
 use std::time::{Duration, Instant};

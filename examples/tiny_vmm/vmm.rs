@@ -3,8 +3,8 @@
 
 use kvm_bindings::{kvm_regs, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use postcopy::proto::message::{Hello, Mismatch};
-use postcopy::{Captured, DestinationVm, SourceBuilder, SourceVm, Ticket, VmError};
+use postcopy::{Captured, DestinationVm, Hello, Mismatch};
+use postcopy::{SourceBuilder, SourceVm, Ticket, VmError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
