@@ -169,6 +169,7 @@ mod source {
             ("StateSent", SourceEvent::StateSent),
             ("CommitWord(true)", SourceEvent::CommitWord(true)),
             ("CommitWord(false)", SourceEvent::CommitWord(false)),
+            ("CommitFailed", SourceEvent::CommitFailed("no".into())),
             ("Cancel", cancel()),
             ("Timer", SourceEvent::Timer),
             ("said Accept", accept()),

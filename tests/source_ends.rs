@@ -94,8 +94,10 @@ fn a_source_that_is_cancelled_while_nobody_answers_ends_at_once() {
     assert!(took < Duration::from_secs(3), "it took {took:?}");
 }
 
-/// A guest that can be paused once.
-struct Pausable(GuestRam);
+/// A guest that can be paused once, and says this of itself.
+struct Pausable(GuestRam, Status);
+
+const RUNS: Status = Status { running: true, steps: 0, failure: None };
 
 impl AttachedVm for Pausable {
     fn describe(&self) -> Description {
@@ -121,7 +123,7 @@ impl AttachedVm for Pausable {
     }
     fn released(&mut self) {}
     fn status(&mut self) -> Status {
-        Status { running: true, steps: 0, failure: None }
+        self.1.clone()
     }
     fn reset_instruments(&mut self) -> Result<(), String> {
         Ok(())
@@ -135,7 +137,7 @@ fn a_guest_that_was_given_away_is_not_migrated_a_second_time() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control");
     let server = Server::bind(&path).unwrap();
-    let served = std::thread::spawn(move || server.serve(&mut Pausable(ram())));
+    let served = std::thread::spawn(move || server.serve(&mut Pausable(ram(), RUNS)));
 
     // An aborted migration leaves a guest that can be migrated.
     let mut first = AttachedVmm::new(Attached::connect(&path).unwrap()).unwrap();
@@ -151,4 +153,27 @@ fn a_guest_that_was_given_away_is_not_migrated_a_second_time() {
     assert_eq!(AttachedVmm::new(third).unwrap_err(), GivenAway);
     Attached::connect(&path).unwrap().stop("the test is over").unwrap();
     served.join().unwrap().unwrap();
+}
+
+#[test]
+fn after_an_abort_the_vmm_is_asked_whether_its_guest_runs() {
+    let _watchdog = watchdog();
+    let stopped = Status { running: false, ..RUNS };
+    let failed = Status { failure: Some("triple fault".into()), ..RUNS };
+    let cases = [(RUNS, None), (stopped, Some("does not run")), (failed, Some("triple fault"))];
+    for (status, expected) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let server = Server::bind(&path).unwrap();
+        let served = std::thread::spawn(move || server.serve(&mut Pausable(ram(), status)));
+        let mut vmm = AttachedVmm::new(Attached::connect(&path).unwrap()).unwrap();
+        let said = vmm.aborted().map_err(|error| error.to_string());
+        match expected {
+            None => assert_eq!(said, Ok(())),
+            Some(expected) => assert!(said.as_ref().unwrap_err().contains(expected), "{said:?}"),
+        }
+        drop(vmm);
+        Attached::connect(&path).unwrap().stop("the test is over").unwrap();
+        served.join().unwrap().unwrap();
+    }
 }

@@ -10,19 +10,20 @@ use super::message::{
     CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo, Message, MessageError,
     Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome, reason,
 };
-use super::socket::{Connection, SocketError};
+use super::socket::{Connection, SocketError, connect};
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
 use crate::memory::ram::GuestRam;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The longest wait for an answer of the VMM.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a full queue of clients is tried.
+const QUEUE_LOOK: Duration = Duration::from_millis(10);
 
 /// A guest in another process, with its memory mapped here.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ pub struct Attached {
     capabilities: Vec<String>,
     connection: Connection,
     path: Option<PathBuf>,
+    within: Duration,
 }
 
 /// The log of a guest's writes, since it was started.
@@ -142,26 +144,42 @@ pub enum AttachError {
 impl Attached {
     /// Connects to the VMM that listens at `path`, and maps its guest's memory.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self, AttachError> {
-        let path = path.as_ref();
-        let stream = UnixStream::connect(path)
-            .map_err(|source| AttachError::Connect { path: path.to_owned(), source })?;
-        let connection = Connection::new(stream)
-            .map_err(|source| AttachError::Socket { request: "Hello", source })?;
-        let attached = Self::over(connection)?;
+        Self::connect_within(path.as_ref(), REPLY_TIMEOUT)
+    }
+
+    /// The same with another limit on each wait.
+    pub(crate) fn connect_within(path: &Path, within: Duration) -> Result<Self, AttachError> {
+        let broke = |source| AttachError::Socket { request: "Hello", source };
+        let deadline = Instant::now() + within;
+        let stream = loop {
+            match connect(path) {
+                Ok(Some(stream)) => break stream,
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(QUEUE_LOOK),
+                Ok(None) => return Err(broke(SocketError::Timeout)),
+                Err(source) => {
+                    return Err(AttachError::Connect { path: path.to_owned(), source });
+                }
+            }
+        };
+        let attached = Self::greet(Connection::new(stream).map_err(broke)?, within)?;
         Ok(Self { path: Some(path.to_owned()), ..attached })
     }
 
     /// The same over a connection that stands.
-    pub fn over(mut connection: Connection) -> Result<Self, AttachError> {
+    pub fn over(connection: Connection) -> Result<Self, AttachError> {
+        Self::greet(connection, REPLY_TIMEOUT)
+    }
+
+    fn greet(mut connection: Connection, within: Duration) -> Result<Self, AttachError> {
         let request = "Hello";
         let broke = |source| AttachError::Socket { request, source };
-        match send(&mut connection, &Request::hello()) {
+        match send(&mut connection, &Request::hello(), within) {
             // A VMM that refuses may have closed before the greeting left; what it
             // said can still be read.
             Ok(()) | Err(AttachError::Socket { source: SocketError::Closed, .. }) => {}
             Err(error) => return Err(error),
         }
-        let received = connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
+        let received = connection.receive(REPLY_BYTES_MAX, within).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request, source })?;
         let welcome = match reply {
@@ -182,7 +200,7 @@ impl Attached {
         let word = descriptors.pop().ok_or(none).map_err(broke)?;
         let ram = Arc::new(take_over(layout, &memory, descriptors)?);
         let word = Arc::new(CommitWord::from_fd(word)?);
-        Ok(Self { ram, machine, guest, word, capabilities, connection, path: None })
+        Ok(Self { ram, machine, guest, word, capabilities, connection, path: None, within })
     }
 
     /// Where the guest's memory lies.
@@ -218,6 +236,20 @@ impl Attached {
     /// exit. The memory stays mapped here.
     pub fn committed(&mut self, _proof: &Committed) -> Result<(), AttachError> {
         match self.ask(&Request::Committed)? {
+            Reply::Released => Ok(()),
+            other => Err(unexpected("Committed", &other)),
+        }
+    }
+
+    /// The first half of [`Attached::committed`]: what has been said is heard for as long as
+    /// the conversation stands, also by a VMM that does not answer now.
+    pub(crate) fn say_committed(&mut self, _proof: &Committed) -> Result<(), AttachError> {
+        send(&mut self.connection, &Request::Committed, self.within)
+    }
+
+    /// The second half, which may be tried again if it was silent.
+    pub(crate) fn hear_released(&mut self, within: Duration) -> Result<(), AttachError> {
+        match self.hear("Committed", within)?.0 {
             Reply::Released => Ok(()),
             other => Err(unexpected("Committed", &other)),
         }
@@ -302,10 +334,9 @@ impl Attached {
         self.connection.as_fd()
     }
 
-    /// Whether somebody still listens where this conversation began: a VMM that has died
-    /// does not.
-    pub fn is_listening(&self) -> bool {
-        self.path.as_ref().is_some_and(|path| UnixStream::connect(path).is_ok())
+    /// Where the conversation began, if it began at a path.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// Has the VMM end the guest and exit. An operator's step: after a commit it takes
@@ -323,10 +354,17 @@ impl Attached {
 
     /// A request, its answer, and the descriptor that belongs to it, if one does.
     fn exchange(&mut self, request: &Request) -> Result<(Reply, Option<OwnedFd>), AttachError> {
-        let name = request.name();
+        send(&mut self.connection, request, self.within)?;
+        self.hear(request.name(), self.within)
+    }
+
+    fn hear(
+        &mut self,
+        name: &'static str,
+        within: Duration,
+    ) -> Result<(Reply, Option<OwnedFd>), AttachError> {
         let broke = |source| AttachError::Socket { request: name, source };
-        send(&mut self.connection, request)?;
-        let received = self.connection.receive(REPLY_BYTES_MAX, REPLY_TIMEOUT).map_err(broke)?;
+        let received = self.connection.receive(REPLY_BYTES_MAX, within).map_err(broke)?;
         let reply = Reply::decode(&received.bytes)
             .map_err(|source| AttachError::Message { request: name, source })?;
         let descriptor = if let Reply::DirtyLogStarted { .. } | Reply::Record = reply {
@@ -343,12 +381,16 @@ impl Attached {
     }
 }
 
-fn send(connection: &mut Connection, request: &Request) -> Result<(), AttachError> {
+fn send(
+    connection: &mut Connection,
+    request: &Request,
+    within: Duration,
+) -> Result<(), AttachError> {
     let name = request.name();
     let bytes =
         request.encode().map_err(|source| AttachError::Message { request: name, source })?;
     connection
-        .send(&bytes, &[], REPLY_TIMEOUT)
+        .send(&bytes, &[], within)
         .map_err(|source| AttachError::Socket { request: name, source })
 }
 

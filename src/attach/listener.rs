@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,13 @@ impl Drop for PrivateListener {
     }
 }
 
+/// Removes the socket of a process that is gone; nothing else.
+pub(crate) fn sweep(path: &Path) {
+    if let Ok(_lock) = lock_directory(path) {
+        let _ = remove_stale(path);
+    }
+}
+
 /// A lock on the directory of `path`, which leaves no file behind.
 fn lock_directory(path: &Path) -> io::Result<Flock<File>> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -116,7 +123,7 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
+    match super::socket::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(failed)
         }
@@ -145,6 +152,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_socket_is_for_its_user_only_and_goes_with_the_listener() {
@@ -171,6 +179,35 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(PrivateListener::bind(&path), Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn one_whose_queue_is_full_is_still_there_and_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("attach");
+        let _hangs = PrivateListener::bind(&path).unwrap();
+        let connect = || crate::attach::socket::connect(&path);
+        let waiting: Vec<_> = std::iter::from_fn(|| connect().unwrap()).take(1000).collect();
+        assert!(waiting.len() < 1000, "the queue has no end");
+        assert!(matches!(PrivateListener::bind(&path), Err(ListenError::InUse(_))));
+        let began = Instant::now();
+        let within = Duration::from_millis(50);
+        let error = crate::attach::client::Attached::connect_within(&path, within).unwrap_err();
+        assert!(began.elapsed() < Duration::from_secs(5));
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(cause, "the peer was silent for too long");
+    }
+
+    #[test]
+    fn a_sweep_takes_what_is_dead_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("attach");
+        drop(UnixListener::bind(&path).unwrap());
+        sweep(&path);
+        assert!(!path.exists());
+        let _listener = PrivateListener::bind(&path).unwrap();
+        sweep(&path);
+        assert!(path.exists());
     }
 
     #[test]

@@ -7,18 +7,34 @@
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, getsockopt, sendmsg};
-use std::io::IoSlice;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials,
+    getsockopt, sendmsg, socket,
+};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The most descriptors that one message carries: memory files, a commit word, and to a
-/// keeper a session record.
+/// The most descriptors that are kept of one message: 16 memory files and a commit word, and
+/// one more, so that one too many is seen.
 pub const DESCRIPTORS_MAX: usize = 18;
 /// Bytes asked of the kernel at once; memory grows with what has come, not with
 /// the length that a peer claims.
 const CHUNK_BYTES: usize = 256 << 10;
+
+/// Connects to whoever listens at `path`, and does not wait. None if somebody does whose
+/// queue of clients is full: a process that hangs, say.
+pub(super) fn connect(path: &Path) -> io::Result<Option<UnixStream>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(Some(UnixStream::from(socket))),
+        Err(Errno::EAGAIN) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
 
 /// One end of an attach conversation.
 #[derive(Debug)]

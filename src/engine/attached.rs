@@ -1,18 +1,23 @@
 //! The source's VMM in another process, reached through the attach protocol; and the
 //! keeper beside it, which holds the memory of a guest whose VMM has gone.
 
+use super::error_chain;
 use super::vm::{Captured, SourceVm, VmError};
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed, Decision};
+use crate::attach::message::Status;
+use crate::attach::socket::SocketError;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 /// How long a keeper's process may take to end once it has said that it will.
 const KEEPER_END_MAX: Duration = Duration::from_secs(2);
+/// How long a VMM may take to answer where the session can go on without.
+const LOOK_MAX: Duration = Duration::from_secs(2);
 
 /// The guest left in an earlier migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,13 +36,24 @@ pub struct VmmGone;
 #[derive(Debug)]
 pub struct Keeper {
     attached: Attached,
-    process: Option<Child>,
+    /// Says when its process has ended, if it is a child of this one.
+    ended: Option<Receiver<()>>,
 }
 
 impl Keeper {
-    /// The keeper behind `attached`; `process`, if it is a child of this one.
+    /// The keeper behind `attached`; `process`, if it is a child of this one, which may live
+    /// on for long: nothing of it stays in the list of processes whenever it ends.
     pub fn new(attached: Attached, process: Option<Child>) -> Self {
-        Self { attached, process }
+        let (tell, ended) = channel();
+        let reap = |mut process: Child| {
+            let reaper = std::thread::Builder::new().name("keeper's end".into());
+            let wait = move || {
+                let _ = process.wait();
+                let _ = tell.send(());
+            };
+            reaper.spawn(wait).ok().map(|_thread| ended)
+        };
+        Self { attached, ended: process.and_then(reap) }
     }
 
     /// Its socket, on which nothing but its end comes unasked.
@@ -48,29 +64,23 @@ impl Keeper {
     /// Nobody needs the memory any more.
     fn drained(mut self, proof: &Committed) -> Result<(), AttachError> {
         let told = self.attached.committed(proof);
-        self.reap();
+        drop(self.attached);
+        wait_for(self.ended);
         told
     }
 
     /// The VMM has its guest.
     fn aborted(self) -> Result<(), AttachError> {
         let told = self.attached.resume();
-        Self::reap_process(self.process);
+        wait_for(self.ended);
         told
     }
+}
 
-    fn reap(self) {
-        drop(self.attached);
-        Self::reap_process(self.process);
-    }
-
-    /// Nothing of a child stays in the list of processes.
-    fn reap_process(process: Option<Child>) {
-        let Some(mut process) = process else { return };
-        let deadline = Instant::now() + KEEPER_END_MAX;
-        while matches!(process.try_wait(), Ok(None)) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+/// Waits for a keeper's process, which has said that it ends.
+fn wait_for(ended: Option<Receiver<()>>) {
+    if let Some(ended) = ended {
+        let _ = ended.recv_timeout(KEEPER_END_MAX);
     }
 }
 
@@ -80,8 +90,14 @@ pub struct AttachedVmm {
     vmm: Option<Attached>,
     keeper: Option<Keeper>,
     word: Arc<CommitWord>,
-    /// The VMM's control socket, where a session is gone on with.
+    /// The VMM's control socket, where it is looked for again.
     control: Option<PathBuf>,
+    /// The VMM's process, as it says itself: another one may listen there by now.
+    pid: u32,
+    /// Whether it has said that it lets the guest run on.
+    resumed: bool,
+    /// Whether it was told that it may go, and has not answered yet.
+    releasing: bool,
 }
 
 impl AttachedVmm {
@@ -94,8 +110,8 @@ impl AttachedVmm {
     pub fn new(attached: Attached) -> Result<Self, GivenAway> {
         match attached.word.decision() {
             Decision::Undecided | Decision::Aborted => {
-                let word = attached.word.clone();
-                Ok(Self { vmm: Some(attached), keeper: None, word, control: None })
+                let vmm = Self::nobody(&attached, attached.path().map(Path::to_owned));
+                Ok(Self { vmm: Some(attached), ..vmm })
             }
             Decision::Committed | Decision::Damaged(_) => Err(GivenAway),
         }
@@ -108,25 +124,59 @@ impl AttachedVmm {
     }
 
     /// What is left of a guest whose commit word has decided, for a session that is gone on
-    /// with: its keeper, and its VMM if that is still there. `control` is the VMM's socket.
-    pub fn left(keeper: Keeper, vmm: Option<Attached>, control: PathBuf) -> Self {
-        let word = keeper.attached.word.clone();
-        Self { vmm, keeper: Some(keeper), word, control: Some(control) }
+    /// with: its keeper. `control` is the socket of its VMM, which may still be there, and is
+    /// not looked for before it is needed.
+    pub fn left(keeper: Keeper, control: PathBuf) -> Self {
+        let left = Self::nobody(&keeper.attached, Some(control));
+        Self { keeper: Some(keeper), ..left }
+    }
+
+    /// The guest of `attached`, without anybody to talk to.
+    fn nobody(attached: &Attached, control: Option<PathBuf>) -> Self {
+        Self {
+            vmm: None,
+            keeper: None,
+            word: attached.word.clone(),
+            control,
+            pid: attached.guest.pid,
+            resumed: false,
+            releasing: false,
+        }
     }
 
     fn attached(&mut self) -> Result<&mut Attached, VmError> {
         self.vmm.as_mut().ok_or_else(|| "the VMM was left already".into())
     }
 
-    /// Whether there is a VMM that can have its guest.
-    fn vmm_is_there(&mut self) -> bool {
-        match (&mut self.vmm, &self.control) {
-            // It may have dropped this connection only, and be there for others.
-            (Some(vmm), _) => vmm.status().is_ok() || vmm.is_listening(),
-            (None, Some(control)) => UnixStream::connect(control).is_ok(),
-            // It was asked to let the guest run on, and has answered.
-            (None, None) => true,
+    /// Asks the VMM, over a new conversation, whether its guest runs on.
+    fn look_again(&self) -> Result<(), VmError> {
+        let control = self.control.as_ref().ok_or(VmmGone)?;
+        match Attached::connect_within(control, LOOK_MAX) {
+            Ok(mut vmm) if vmm.guest.pid == self.pid => runs(vmm.status()?),
+            Ok(_another) => Err(VmmGone.into()),
+            // Somebody moves it already.
+            Err(AttachError::Refused { .. }) => Ok(()),
+            Err(AttachError::Connect { .. }) => Err(VmmGone.into()),
+            Err(error) => Err(error.into()),
         }
+    }
+
+    /// Finds the VMM of a session that is gone on with, if it has not left, and tells it.
+    fn say_committed(&mut self, proof: &Committed) -> Result<(), VmError> {
+        if self.vmm.is_none() && !self.releasing {
+            let Some(control) = &self.control else { return Ok(()) };
+            match Attached::connect_within(control, LOOK_MAX) {
+                // Another guest may be there by now.
+                Ok(vmm) => self.vmm = Some(vmm).filter(|vmm| vmm.word.is(&self.word)),
+                Err(AttachError::Connect { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let Some(vmm) = self.vmm.as_mut().filter(|_| !self.releasing) {
+            vmm.say_committed(proof)?;
+        }
+        self.releasing = true;
+        Ok(())
     }
 
     /// The guest is its VMM's, and its memory needs no keeper.
@@ -170,35 +220,70 @@ impl SourceVm for AttachedVmm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        let attached = self.vmm.take().ok_or("the VMM was left already")?;
-        // It loses patience with a fault-server that is silent, and has then resumed it.
-        let resumed = match attached.word.decision() {
-            Decision::Aborted => Ok(()),
-            _ => attached.resume(),
+        let vmm = self.vmm.take().ok_or("the VMM was left already")?;
+        let told = match vmm.word.decision() {
+            // It loses patience with a fault-server that is silent, and has then resumed it.
+            Decision::Aborted => None,
+            _ => Some(vmm.resume()),
         };
         // The next migration of this guest needs one of its own, and may begin while this
         // one is still telling its destination.
         self.leave_keeper();
-        Ok(resumed?)
+        match told {
+            Some(Ok(())) => {}
+            None | Some(Err(AttachError::Socket { source: SocketError::Closed, .. })) => {
+                self.look_again()?;
+            }
+            Some(Err(error)) => return Err(error.into()),
+        }
+        self.resumed = true;
+        Ok(())
     }
 
+    /// Does not wait for a VMM that hangs: the conversation stays, and it hears it once it
+    /// does not any more.
     fn release(&mut self) -> Result<(), VmError> {
         let proof = self.proof()?;
-        // A session that is gone on with may find that its VMM left long ago.
-        let Some(mut vmm) = self.vmm.take() else { return Ok(()) };
-        Ok(vmm.committed(&proof)?)
+        self.say_committed(&proof)?;
+        let Some(vmm) = &mut self.vmm else { return Ok(()) };
+        vmm.hear_released(LOOK_MAX)?;
+        self.vmm = None;
+        Ok(())
     }
 
     fn drained(&mut self) -> Result<(), VmError> {
         let proof = self.proof()?;
-        match self.keeper.take() {
-            Some(keeper) => Ok(keeper.drained(&proof)?),
-            None => Ok(()),
+        let kept = self.keeper.take().map_or(Ok(()), |keeper| keeper.drained(&proof));
+        if (self.vmm.is_some() || !self.releasing)
+            && let Err(error) = self.release()
+        {
+            let error = error_chain(error.as_ref());
+            tracing::warn!(error, "the VMM does not answer; it is left with a guest that is gone");
         }
+        Ok(kept?)
     }
 
     fn aborted(&mut self) -> Result<(), VmError> {
         self.leave_keeper();
-        if self.vmm_is_there() { Ok(()) } else { Err(VmmGone.into()) }
+        if self.resumed {
+            return Ok(());
+        }
+        match self.vmm.as_mut().map(Attached::status) {
+            Some(Ok(status)) => runs(status),
+            // It may have dropped this connection only, and be there for others.
+            Some(Err(_)) | None => {
+                self.vmm = None;
+                self.look_again()
+            }
+        }
+    }
+}
+
+/// Whether a guest runs on, as its VMM says.
+fn runs(now: Status) -> Result<(), VmError> {
+    match now.failure {
+        Some(why) => Err(format!("its VMM says: {why}").into()),
+        None if !now.running => Err("its VMM says that it does not run".into()),
+        None => Ok(()),
     }
 }

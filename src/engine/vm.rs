@@ -35,7 +35,8 @@ pub trait SourceVm: Any + Send {
     fn pause(&mut self) -> Result<Captured, VmError>;
     /// The point of no return: after `Ok(true)` the guest must never run here again.
     /// `Ok(false)`: the VMM has taken its guest back already, which a VMM in this process
-    /// does not do by itself.
+    /// does not do by itself. An error means that nothing was recorded: the guest is resumed.
+    /// A call that does not return leaves it nowhere.
     fn commit(&mut self) -> Result<bool, VmError> {
         Ok(true)
     }

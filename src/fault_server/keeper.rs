@@ -11,6 +11,7 @@ use super::record::{RecordError, RecordFile, SessionRecord};
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, CommitWordError, Decision};
 use crate::attach::handover::{HandoverError, MemoryFiles, check_region_files};
+use crate::attach::listener::sweep;
 use crate::attach::message::{Paused, Status};
 use crate::attach::server::{AttachedVm, Description, ServeEnd, Server, ServerError};
 use crate::attach::socket::{Connection, Received, SocketError};
@@ -18,7 +19,7 @@ use crate::engine::attached::Keeper;
 use crate::proto::source::SessionLimits;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -171,7 +172,7 @@ pub fn start(
     attached: &Attached,
     record: &RecordFile,
 ) -> Result<Keeper, KeeperError> {
-    let path = socket_path(control);
+    let path = at_any_directory(socket_path(control));
     make_room(&path)?;
     let (ours, theirs) = UnixStream::pair().map_err(system("make a pair of sockets"))?;
     let mut process = Command::new(&command.program)
@@ -193,9 +194,18 @@ pub fn start(
             // Nobody has paused the guest for it.
             let _ = process.kill();
             let _ = process.wait();
+            sweep(&path);
             Err(error)
         }
     }
+}
+
+/// The path as a keeper finds it that leaves the working directory, unless it is too long
+/// then for a socket's.
+fn at_any_directory(path: PathBuf) -> PathBuf {
+    let absolute = std::path::absolute(&path).ok();
+    let fits = |path: &PathBuf| nix::sys::socket::UnixAddr::new(path).is_ok();
+    absolute.filter(fits).unwrap_or(path)
 }
 
 fn hand_over(
@@ -258,7 +268,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
     })
 }
 
-/// The life of a keeper, which [`start`] has started with a socket as standard input.
+/// The life of a keeper, which [`start`] has started with a socket as standard input. It
+/// closes every other descriptor of the process: nothing may have been opened before.
 ///
 /// # Errors
 /// If it was started otherwise, or cannot serve.
@@ -267,6 +278,10 @@ pub fn run() -> Result<ServeEnd, KeeperError> {
     let mut received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
     let path = PathBuf::from(OsString::from_vec(std::mem::take(&mut received.bytes)));
     let [record] = received.descriptors()?;
+    if path.is_absolute() {
+        // Its file system can be unmounted, say.
+        nix::unistd::chdir("/").map_err(|errno| system("leave the directory")(errno.into()))?;
+    }
     let memory = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
     let (server, mut kept, word) = match prepare(&path, record, memory) {
         Ok(ready) => ready,
@@ -289,12 +304,26 @@ fn leave_home() -> Result<UnixStream, KeeperError> {
     // Fails only for the leader of a group, which is at home nowhere else.
     let _ = nix::unistd::setsid();
     let _ = nix::sys::prctl::set_name(c"postcopy-keeper");
+    close_inherited().map_err(system("close what was inherited"))?;
     let socket = io::stdin().as_fd().try_clone_to_owned();
     let socket = socket.map_err(system("take the socket over"))?;
     let nothing = std::fs::File::open("/dev/null").map_err(system("open /dev/null"))?;
     nix::unistd::dup2_stdin(&nothing)
         .map_err(|errno| system("close the standard input")(errno.into()))?;
     Ok(UnixStream::from(socket))
+}
+
+/// Whatever the starter had open for its children: a lock, or a pipe whose reader waits for
+/// its end. A keeper may outlive them all.
+fn close_inherited() -> io::Result<()> {
+    let open = std::fs::read_dir("/proc/self/fd")?;
+    let numbers = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let numbers: Vec<RawFd> = numbers.filter(|&number| number > 2).collect();
+    for number in numbers {
+        // The directory's own is closed by now.
+        let _ = nix::unistd::close(number);
+    }
+    Ok(())
 }
 
 fn prepare(

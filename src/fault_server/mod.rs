@@ -181,12 +181,10 @@ impl FaultServer {
         let left = Left { session, last_epoch, committed };
         let config = config(ticket.clone(), plan, machine, guest);
         let migration = Migration::resume(config, attached.ram.clone(), left);
-        // Another guest may be there by now.
-        let vmm = Attached::connect(control).ok().filter(|vmm| vmm.word.is(&attached.word));
         let keeper = Keeper::new(attached, None);
         let watch = KeeperWatch::new(&keeper, path);
         Ok(Self {
-            vmm: AttachedVmm::left(keeper, vmm, control.to_owned()),
+            vmm: AttachedVmm::left(keeper, control.to_owned()),
             migration: migration.with_journal(Box::new(record)),
             keeper: watch,
             ticket,

@@ -1,6 +1,6 @@
 //! An eye on the keeper: the migration goes on without it, but an operator is to know.
 
-use crate::attach::listener::PrivateListener;
+use crate::attach::listener::sweep;
 use crate::engine::attached::Keeper;
 use crate::engine::event::Phase;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,8 +37,10 @@ impl KeeperWatch {
                 "the keeper has ended: if this process dies before the destination has all \
                  memory, the guest is lost"
             );
-            // One that was killed leaves its socket's file; to listen there sweeps it.
-            drop(PrivateListener::bind(&self.path));
+            // One that was killed leaves its socket's file. Not here, where faults are served:
+            // the directory may be locked.
+            let path = self.path.clone();
+            let _ = std::thread::Builder::new().name("sweep".into()).spawn(move || sweep(&path));
         }
     }
 }

@@ -103,7 +103,10 @@ impl AttachedVm for Departure {
                 // Whatever was stopped runs on; if it cannot, both failures are told.
                 match self.guest.resume() {
                     Ok(()) => Err(why),
-                    Err(also) => Err(format!("{why}; and then: {}", error_chain(&also))),
+                    Err(also) => {
+                        self.running = false;
+                        Err(format!("{why}; and then: {}", error_chain(&also)))
+                    }
                 }
             }
         }

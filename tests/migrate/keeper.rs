@@ -18,8 +18,9 @@ use postcopy::transport::Ticket;
 use postcopy::transport::relay::{Relay, RelayConfig, targets};
 use serde_json::Value;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Of the guests here, none of whose pages is zero.
 const MEMORY: u64 = 32 << 20;
@@ -204,6 +205,43 @@ fn a_keeper_killed_in_the_middle_costs_a_warning() {
     assert!(moved.left() < MEMORY * 9 / 10, "it was told too late");
     migration.succeed(MIGRATION);
     check_moved(&moved.verified());
+}
+
+#[test]
+fn a_keeper_holds_nothing_of_whoever_started_it() {
+    // A pipe that children inherit, as a supervisor's is.
+    let (_reader, writer) = nix::unistd::pipe().expect("a pipe");
+    let pipe = std::fs::read_link(format!("/proc/self/fd/{}", writer.as_raw_fd())).expect("ours");
+    let holds = |pid: i32| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process of ours");
+        open.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|file| file == pipe))
+    };
+    let mut moved = Move::prepare(FAST, Duration::ZERO);
+    let migration = moved.migrate(&[]);
+    moved.vmm_leaves();
+    let keeper = moved.keeper();
+    assert!(holds(migration.pid() as i32), "its starter does not have it, either");
+    assert!(!holds(keeper));
+    let folder = std::fs::read_link(format!("/proc/{keeper}/cwd")).expect("it is there");
+    assert_eq!(folder, std::path::Path::new("/"));
+    migration.succeed(MIGRATION);
+    check_moved(&moved.verified());
+}
+
+#[test]
+fn a_vmm_that_hangs_after_the_commit_holds_nobody_up() {
+    // So that the guest does not run yet when the commit can be seen here.
+    let moved = Move::prepare(FAST, Duration::from_millis(200));
+    let word = CommitWord::of(moved.guest.process.pid());
+    let migration = moved.migrate(&[]);
+    word.committed();
+    moved.guest.process.signal(Signal::SIGSTOP);
+    let began = Instant::now();
+    migration.succeed(MIGRATION);
+    // An answer of the VMM is waited for 30 s elsewhere.
+    assert!(began.elapsed() < Duration::from_secs(20), "it took {:?}", began.elapsed());
+    assert_eq!(moved.receiver.report()["verified"], true);
+    moved.guest.process.signal(Signal::SIGCONT);
 }
 
 #[test]

@@ -138,6 +138,9 @@ impl<L: Ledger> World<L> {
             SourceStep::StateSent => self.source_event(SourceEvent::StateSent),
             SourceStep::WriteWord => {
                 let won = self.vmm.word == 0;
+                if won && self.random.percent(1) {
+                    return self.source_event(SourceEvent::CommitFailed("no".into()));
+                }
                 if won {
                     self.vmm.word = 1;
                     self.checker.writes_word(1);
@@ -235,6 +238,7 @@ impl<L: Ledger> World<L> {
             }
             SourceAction::PauseGuest => {
                 let delay = self.slowly(2_000);
+                self.vmm.pausing = true;
                 self.after(delay, Event::Vmm(VmmStep::Pause { incarnation }));
             }
             SourceAction::SendState => {

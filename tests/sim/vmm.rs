@@ -10,6 +10,10 @@ pub struct Vmm {
     /// The commit word in shared memory: 0 undecided, 1 committed, 2 taken back.
     pub word: u64,
     pub paused: bool,
+    /// It is on its way into a pause.
+    pub pausing: bool,
+    /// It is to resume after that: it does what its client asks for in order.
+    pub resume_next: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +33,7 @@ impl<L: Ledger> World<L> {
         self.trace.line(self.now, format_args!("VMM {step:?}, {:?}", self.vmm));
         match step {
             VmmStep::Pause { incarnation } => {
+                self.vmm.pausing = false;
                 // The guest of a dead server is not paused for it.
                 if incarnation != self.source.incarnation || self.source.session.is_none() {
                     return;
@@ -42,7 +47,11 @@ impl<L: Ledger> World<L> {
                     SourceStep::Paused
                 };
                 self.soon(500, Event::Source { incarnation, step });
+                if std::mem::take(&mut self.vmm.resume_next) {
+                    self.vmm_step(VmmStep::Resume);
+                }
             }
+            VmmStep::Resume if self.vmm.pausing => self.vmm.resume_next = true,
             VmmStep::Resume | VmmStep::TakeBack if !self.vmm.paused => {}
             VmmStep::Resume | VmmStep::TakeBack => self.take_back(),
             VmmStep::ServerGone => self.take_back(),

@@ -2,7 +2,7 @@
 //! which a migration goes: connect, propose, pause, send the state, commit, serve and
 //! push, release.
 
-use super::guest::{self, GuestCommand};
+use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
@@ -78,8 +78,7 @@ pub struct Driver {
     zeros: Option<crossbeam_channel::Sender<(PageRun, PageKind)>>,
     inputs: UnboundedReceiver<Input>,
     input: UnboundedSender<Input>,
-    guest: crossbeam_channel::Sender<GuestCommand>,
-    guest_thread: Option<std::thread::JoinHandle<guest::Ended>>,
+    guest: GuestThread,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
     lane_tasks: Vec<JoinHandle<()>>,
@@ -145,8 +144,7 @@ impl Driver {
             lanes: push_ports.max(1) as u64,
         });
         let (input, inputs) = inputs;
-        let (guest, commands) = crossbeam_channel::unbounded();
-        let guest_thread = guest::spawn(vm, commands, input.clone())
+        let guest = guest::spawn(vm, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
         Ok(Self {
             config,
@@ -158,7 +156,6 @@ impl Driver {
             inputs,
             input,
             guest,
-            guest_thread: Some(guest_thread),
             push_lanes: Vec::new(),
             link: None,
             lane_tasks: Vec::new(),
@@ -261,7 +258,7 @@ impl Driver {
                 if self.machine.state() == SourceState::Connecting {
                     // While the two sides agree, and not when the pause is asked for: it
                     // waits for a step of each vCPU, which is no part of the downtime.
-                    self.command(GuestCommand::ResetInstruments);
+                    self.guest.tell(GuestCommand::ResetInstruments);
                 }
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
@@ -320,16 +317,16 @@ impl Driver {
             SourceAction::DropLink(why) => self.drop_link(&why).await,
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            SourceAction::PauseGuest => self.command(GuestCommand::Pause),
+            SourceAction::PauseGuest => self.guest.tell(GuestCommand::Pause),
             SourceAction::SendState => self.send_state().await,
-            SourceAction::WriteCommitWord => self.command(GuestCommand::Commit),
+            SourceAction::WriteCommitWord => self.guest.tell(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
                 self.close_lanes().await;
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
                 if let Err(error) = self.shared.ledger.void(next) {
                     warn!(%error, "claims stay as they are");
                 }
-                self.command(GuestCommand::Resume);
+                self.guest.tell(GuestCommand::Resume);
             }
             SourceAction::ResumeLedger(placed) => {
                 let epoch = LinkEpoch::new(self.machine.epoch());
@@ -342,8 +339,8 @@ impl Driver {
                 }
             }
             SourceAction::StartPush => self.start_push(),
-            SourceAction::ReleaseGuest => self.command(GuestCommand::Release),
-            SourceAction::ReleaseMemory => self.command(GuestCommand::Drained),
+            SourceAction::ReleaseGuest => self.guest.tell(GuestCommand::Release),
+            SourceAction::ReleaseMemory => self.guest.tell(GuestCommand::Drained),
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
@@ -493,11 +490,6 @@ impl Driver {
         }
     }
 
-    fn command(&self, command: GuestCommand) {
-        // The guest thread ends only after this side of the channel.
-        let _ = self.guest.send(command);
-    }
-
     fn tell_watcher(&mut self) {
         let phase = Phase::from(self.machine.state());
         let epoch = self.link.as_ref().map(|link| link.epoch);
@@ -547,14 +539,9 @@ impl Driver {
             }
         }
         if let Outcome::Aborted(_) = outcome {
-            self.command(GuestCommand::Aborted);
+            self.guest.tell(GuestCommand::Aborted);
         }
-        drop(self.guest);
-        let ended = self.guest_thread.take().and_then(|thread| thread.join().ok());
-        let (vm, stranded) = match ended {
-            Some((vm, stranded)) => (Some(vm), stranded),
-            None => (None, Some("the thread that drives it panicked".into())),
-        };
+        let (vm, stranded) = self.guest.end().await;
         let report = report::report(&report::Facts {
             config: &self.config,
             machine: &self.machine,

@@ -4,8 +4,13 @@ use super::driver::Input;
 use crate::engine::error_chain;
 use crate::engine::vm::{SourceVm, VmError};
 use crate::proto::source::SourceEvent;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
+
+/// How long the VMM may take to come back from its last call.
+const END_MAX: Duration = Duration::from_secs(30);
+const PANICKED: &str = "the thread that drives its VMM panicked";
 
 /// What the guest thread is told.
 pub enum GuestCommand {
@@ -19,17 +24,62 @@ pub enum GuestCommand {
 }
 
 /// The VMM, and why its guest does not run on though it should.
-pub type Ended = (Box<dyn SourceVm>, Option<String>);
+type Ended = (Box<dyn SourceVm>, Option<String>);
 
-/// The thread on which the VMM is called: its calls may block. It ends with the reason
-/// why the guest of an aborted migration does not run on, if it does not.
+/// The thread on which the VMM is called.
+pub struct GuestThread {
+    commands: crossbeam_channel::Sender<GuestCommand>,
+    thread: std::thread::JoinHandle<Ended>,
+}
+
+impl GuestThread {
+    /// Tells it something; done in order.
+    pub fn tell(&self, command: GuestCommand) {
+        // One that is gone has said so.
+        let _ = self.commands.send(command);
+    }
+
+    /// Lets it end and takes the VMM back, with the reason why the guest of an aborted
+    /// migration does not run on, if it does not.
+    pub async fn end(self) -> (Option<Box<dyn SourceVm>>, Option<String>) {
+        drop(self.commands);
+        let asked = Instant::now();
+        while !self.thread.is_finished() {
+            if asked.elapsed() > END_MAX {
+                tracing::error!("the VMM does not answer; it is left behind");
+                return (None, Some("its VMM does not come back from a call".into()));
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        match self.thread.join() {
+            Ok((vm, stranded)) => (Some(vm), stranded),
+            Err(_) => (None, Some(PANICKED.into())),
+        }
+    }
+}
+
+/// Tells the session, which waits for an answer, that none comes any more.
+struct SaysWhenItPanics(UnboundedSender<Input>);
+
+impl Drop for SaysWhenItPanics {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Whichever it does not wait for is nothing to it.
+            let _ = self.0.send(Input::Event(SourceEvent::PauseFailed(PANICKED.into())));
+            let _ = self.0.send(Input::Event(SourceEvent::CommitFailed(PANICKED.into())));
+        }
+    }
+}
+
+/// Starts the thread on which the VMM is called: its calls may block.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
-    commands: crossbeam_channel::Receiver<GuestCommand>,
     input: UnboundedSender<Input>,
-) -> std::io::Result<std::thread::JoinHandle<Ended>> {
+) -> std::io::Result<GuestThread> {
+    let (sender, commands) = crossbeam_channel::unbounded();
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {
+        let _guard = SaysWhenItPanics(input.clone());
         crate::engine::hurry();
         let mut stranded = None;
         for command in commands {
@@ -44,11 +94,7 @@ pub fn spawn(
                 },
                 GuestCommand::Commit => match vm.commit() {
                     Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
-                    // The VMM cannot be asked any more: whoever holds the word decided.
-                    Err(error) => {
-                        warn!(error = said(error), "the commit word could not be written");
-                        Input::Event(SourceEvent::CommitWord(false))
-                    }
+                    Err(error) => Input::Event(SourceEvent::CommitFailed(said(error))),
                 },
                 GuestCommand::Resume => match vm.resume() {
                     Ok(()) => continue,
@@ -81,5 +127,6 @@ pub fn spawn(
         }
         (vm, stranded)
     };
-    std::thread::Builder::new().name("guest".into()).spawn(run)
+    let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;
+    Ok(GuestThread { commands: sender, thread })
 }

@@ -60,7 +60,8 @@ pub struct SourceConfig {
 pub struct SourceEnd {
     /// The session machine's word.
     pub outcome: Outcome,
-    /// The VMM; after an abort its guest runs on. `None` if one of its methods panicked.
+    /// The VMM; after an abort its guest runs on. `None` if one of its methods panicked, or
+    /// does not return.
     pub vm: Option<Box<dyn SourceVm>>,
     /// The report, the destination's part included if it came.
     pub report: Report,

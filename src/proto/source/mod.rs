@@ -13,6 +13,7 @@
 //!   Connecting --> Over: any failure up to Pausing leaves the guest at the source
 //!   Pausing --> Unpausing: a failure / the guest is resumed once it is paused
 //!   Blackout --> Retracting: a failure / resume the guest, Abort
+//!   Committing --> Retracting: not recorded / resume the guest, Abort
 //!   Committing --> Retracting: the VMM had aborted already / Abort
 //!   Retracting --> Over: Abort, or nobody there to say it
 //! ```
@@ -246,8 +247,26 @@ impl SourceSession {
             (S::Committing, E::CommitWord(false)) => {
                 self.retract(now, "the VMM had already taken its guest back".into());
             }
+            (S::Committing, E::CommitFailed(why)) => {
+                let why = format!("the commit could not be recorded: {why}");
+                self.push(SourceAction::ResumeGuest);
+                match self.lost.take() {
+                    Some(lost) => {
+                        self.abort_reason = format!("{why}; the destination gave up: {lost}");
+                        self.finish_aborted(now);
+                    }
+                    None => self.retract(now, why),
+                }
+            }
             // A late echo of something asked for before.
-            (_, E::Paused | E::PauseFailed(_) | E::StateSent | E::CommitWord(_)) => {}
+            (
+                _,
+                E::Paused
+                | E::PauseFailed(_)
+                | E::StateSent
+                | E::CommitWord(_)
+                | E::CommitFailed(_),
+            ) => {}
 
             (_, E::Message(message)) => self.message(now, message),
         }
@@ -281,7 +300,7 @@ impl SourceSession {
             (S::Blackout, M::Ready) => {
                 self.timeline.stamp(Stamp::ReadySeen, now);
                 self.push(SourceAction::WriteCommitWord);
-                self.enter(S::Committing, None);
+                self.enter(S::Committing, Some(now + self.limits.restore));
             }
             (S::Committed | S::Brownout | S::Releasing, M::Placed { part, last })
                 if self.link == Link::Reattaching =>
@@ -458,7 +477,17 @@ impl SourceSession {
             }
             S::Releasing => self.complete(now),
             S::Retracting => self.finish_aborted(now),
-            S::Pausing | S::Unpausing | S::Committing | S::Over => {}
+            S::Unpausing => {
+                // A VMM that comes back after all finds that it is to resume.
+                self.push(SourceAction::ResumeGuest);
+                self.finish_aborted(now);
+            }
+            S::Committing => {
+                let why = "its VMM did not say in time whether the commit is recorded; the \
+                           guest is not resumed here";
+                self.finish(now, Outcome::Lost(why.into()));
+            }
+            S::Pausing | S::Over => {}
         }
     }
 
@@ -495,7 +524,7 @@ impl SourceSession {
 
     fn unpause_and_finish(&mut self, now: Duration) {
         if self.state == SourceState::Pausing {
-            return self.enter(SourceState::Unpausing, None);
+            return self.enter(SourceState::Unpausing, Some(now + self.limits.restore));
         }
         self.finish_aborted(now);
     }

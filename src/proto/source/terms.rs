@@ -7,10 +7,12 @@ use std::time::Duration;
 /// Time limits of a session.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionLimits {
-    /// From the start until both sides agree.
+    /// From the start until both sides agree; and for how long a source that aborts stays
+    /// to tell a destination that may be in doubt.
     pub handshake: Duration,
     /// From the state's departure until the destination is ready, or, there, from
-    /// the agreement until the state arrives.
+    /// the agreement until the state arrives; and for the VMM to come back from a pause that
+    /// is called off, or from the commit.
     pub restore: Duration,
     /// How long a side without a link stays in doubt or in recovery before it gives up.
     pub recovery: Duration,
@@ -75,6 +77,8 @@ pub enum SourceEvent {
     StateSent,
     /// The commit word is written (`true`), or the VMM had aborted before (`false`).
     CommitWord(bool),
+    /// The commit could not be recorded, and will not be: the guest is still this side's.
+    CommitFailed(String),
     /// The user wants no migration.
     Cancel(String),
     /// The time that `timeout` named has come.
