@@ -2,7 +2,7 @@
 
 use crate::memory::ram::RamError;
 use crate::memory::users::MemoryUserError;
-use crate::proto::source::SessionLimits;
+use crate::proto::source::{BACKOFF_MIN, SessionLimits};
 use crate::transport::lanes::{UDP_PAYLOAD_MAX, UDP_PAYLOAD_MIN};
 use crate::transport::{LinkOptions, TransportError};
 use std::fmt;
@@ -52,9 +52,6 @@ pub(super) fn check_range<T: PartialOrd + fmt::Display>(
 
 /// The longest time limit of a session. Times are added up, so none may be without end.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
-/// The shortest pause between attempts to connect, below which
-/// [`SessionLimits::backoff_max`] cannot be.
-const BACKOFF_MIN: Duration = Duration::from_millis(10);
 
 /// A time limit of nothing would end every session at once.
 pub(super) fn check_time(
