@@ -99,7 +99,8 @@ println!("{}", receiver.ticket());
 // On the other, where the guest runs.
 let ticket = receiver.ticket().to_string().parse()?;
 let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-let migration = SourceBuilder::new(memory, ticket)
+// SAFETY: once `pause` has returned, nothing writes to `memory` unless `resume` is called.
+let migration = unsafe { SourceBuilder::new(memory, ticket) }
     .machine("what must be equal on both sides")
     .guest("what the destination's VMM must know to make the guest")
     .vcpus(1)
@@ -147,12 +148,27 @@ pub mod vmm;
 #[cfg(feature = "io")]
 pub use engine::{
     ConfigError,
-    destination::{DestinationBuilder, DestinationEnd, Receiver},
+    destination::{
+        Canceller as DestinationCanceller, DestinationBuilder, DestinationEnd, Receiver,
+    },
     event::{Event, Phase, Progress},
-    source::{Migration, SourceBuilder, SourceEnd},
-    vm::{Captured, DestinationVm, SourceVm, VmError},
+    source::{Canceller as SourceCanceller, Migration, SourceBuilder, SourceEnd},
+    vm::{Captured, DestinationVm, GuestFigures, SourceVm, VmError},
 };
 #[cfg(feature = "io")]
 pub use memory::users::MemoryUser;
 #[cfg(feature = "io")]
-pub use transport::Ticket;
+pub use proto::{
+    message::{Hello, Mismatch},
+    page::PageIndex,
+    prepaging::PolicyKind,
+    source::{Outcome, SessionLimits},
+    timeline::Stamp,
+};
+#[cfg(feature = "io")]
+pub use transport::{LinkOptions, Ticket};
+#[cfg(feature = "io")]
+pub use uffd::DestinationBacking;
+/// Guest memory comes in and goes out as this crate's types.
+#[cfg(feature = "io")]
+pub use vm_memory;

@@ -3,24 +3,21 @@
 #![cfg(feature = "io")]
 
 use postcopy::memory::users::MemoryUserError;
-use postcopy::proto::message::{Hello, Mismatch};
-use postcopy::proto::source::{Outcome, SessionLimits};
-use postcopy::proto::timeline::Stamp;
-use postcopy::transport::LinkOptions;
 use postcopy::uffd::UffdOptions;
 use postcopy::uffd::open::open;
+use postcopy::vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
 use postcopy::{
-    Captured, ConfigError, DestinationBuilder, DestinationVm, Event, MemoryUser, Phase, Receiver,
-    SourceBuilder, SourceVm, Ticket, VmError,
+    Captured, ConfigError, DestinationBuilder, DestinationVm, Event, GuestFigures, Hello,
+    LinkOptions, MemoryUser, Mismatch, Outcome, Phase, Receiver, SessionLimits, SourceBuilder,
+    SourceVm, Stamp, Ticket, VmError,
 };
 use std::fs::File;
 use std::sync::mpsc::{Receiver as Events, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
 
 const PAGE: u64 = 4096;
 /// First page in guest physical memory, and pages.
@@ -100,6 +97,11 @@ impl SourceVm for Still {
         Ok(())
     }
     fn release(&mut self) -> Result<(), VmError> {
+        self.0.lock().unwrap().push("release");
+        Ok(())
+    }
+    fn drained(&mut self) -> Result<(), VmError> {
+        self.0.lock().unwrap().push("drained");
         Ok(())
     }
 }
@@ -110,6 +112,8 @@ struct Reader {
     own: Option<GuestMemoryMmap>,
     memory: Option<GuestMemoryMmap>,
     state: Vec<u8>,
+    /// What the kernel was advised about its memory when it was prepared.
+    advice: String,
 }
 
 impl DestinationVm for Reader {
@@ -118,6 +122,7 @@ impl DestinationVm for Reader {
     }
     fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
         assert_eq!(proposal.guest, b"still");
+        self.advice = huge_advice(&memory);
         self.memory = Some(memory);
         Ok("machine".into())
     }
@@ -142,9 +147,14 @@ fn destination() -> (DestinationBuilder, Events<Event>) {
     (builder, events)
 }
 
+fn new_source(memory: &GuestMemoryMmap, ticket: &Ticket) -> SourceBuilder {
+    // SAFETY: these guests do nothing, and no test writes after `fill`.
+    unsafe { SourceBuilder::new(memory.clone(), ticket.clone()) }
+}
+
 fn source(memory: &GuestMemoryMmap, ticket: &Ticket) -> (SourceBuilder, Events<Event>) {
     let (tell, events) = channel();
-    let builder = SourceBuilder::new(memory.clone(), ticket.clone())
+    let builder = new_source(memory, ticket)
         .machine("machine")
         .guest("still")
         .on_event(move |event| drop(tell.send(event)));
@@ -168,6 +178,142 @@ fn migrate(
     let destination = receiving.join().unwrap();
     let calls = calls.lock().unwrap().clone();
     (end.outcome, calls, destination)
+}
+
+/// What the kernel was advised about huge pages in the first region: `hg`, `nh` or nothing.
+fn huge_advice(memory: &GuestMemoryMmap) -> String {
+    let start = memory.iter().next().unwrap().as_ptr() as usize;
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    // The kernel may have joined it to its neighbours.
+    let holds = |line: &str| {
+        let (from, to) = line.split_whitespace().next()?.split_once('-')?;
+        let address = |text| usize::from_str_radix(text, 16).ok();
+        Some((address(from)?..address(to)?).contains(&start))
+    };
+    let mut lines = smaps.lines().skip_while(|line| holds(line) != Some(true));
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap_or_default();
+    flags.split_whitespace().find(|flag| ["hg", "nh"].contains(flag)).unwrap_or("").to_owned()
+}
+
+#[test]
+fn private_memory_has_no_huge_pages_while_it_is_filled_and_then_as_before() {
+    use nix::sys::mman::{MmapAdvise, madvise};
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    for (advice, before) in [(MmapAdvise::MADV_HUGEPAGE, "hg"), (MmapAdvise::MADV_NOHUGEPAGE, "nh")]
+    {
+        let own = memory(false);
+        for region in own.iter() {
+            let start = std::ptr::NonNull::new(region.as_ptr().cast()).unwrap();
+            // SAFETY: a whole mapping; no content changes.
+            if let Err(error) = unsafe { madvise(start, region.size(), advice) } {
+                return println!("SKIPPED: there are no huge pages here: {error}");
+            }
+        }
+        assert_eq!(huge_advice(&own), before);
+        let (builder, _) = destination();
+        let receiver = builder.build().unwrap();
+        let (source, _) = source(&memory(true), receiver.ticket());
+        let vm = Reader { own: Some(own.clone()), ..Reader::default() };
+        let (outcome, _, end) = migrate(source, receiver, vm);
+        assert_eq!(outcome, Outcome::Completed);
+        let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
+        assert_eq!((vm.advice.as_str(), huge_advice(&own).as_str()), ("nh", before));
+    }
+}
+
+/// A destination's VMM in which something goes wrong.
+struct Faulty {
+    sound: Reader,
+    fault: &'static str,
+    /// What a call that hangs waits for.
+    go_on: Events<()>,
+}
+
+impl Faulty {
+    fn at(&self, method: &str) {
+        if self.fault == method {
+            panic!("{method} fails");
+        }
+    }
+}
+
+impl DestinationVm for Faulty {
+    fn memory(&mut self, proposal: &Hello) -> Result<Option<GuestMemoryMmap>, Mismatch> {
+        self.at("memory");
+        self.sound.memory(proposal)
+    }
+    fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
+        self.at("prepare");
+        self.sound.prepare(proposal, memory)
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
+        self.at("restore");
+        self.sound.restore(state)
+    }
+    fn resume(&mut self) -> Result<Instant, VmError> {
+        self.at("resume");
+        if self.fault == "hang" {
+            let _ = self.go_on.recv_timeout(Duration::from_secs(20));
+        }
+        self.sound.resume()
+    }
+    fn workload_ended(&mut self) -> bool {
+        self.at("figures");
+        false
+    }
+    fn steps(&mut self) -> Option<u64> {
+        self.at("figures");
+        None
+    }
+    fn figures(&mut self) -> GuestFigures {
+        self.at("figures");
+        GuestFigures::default()
+    }
+}
+
+#[test]
+fn a_vmm_that_panics_or_hangs_at_the_destination_ends_the_session_in_an_order() {
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    type Expected = fn(&Outcome) -> bool;
+    let aborted: Expected = |end| matches!(end, Outcome::Aborted(why) if why.contains("panicked"));
+    let lost: Expected = |end| matches!(end, Outcome::Lost(why) if why.contains("panicked"));
+    let late: Expected = |end| matches!(end, Outcome::Lost(why) if why.contains("did not start"));
+    let completed: Expected = |end| *end == Outcome::Completed;
+    let cases: [(&str, Expected, &[&str]); 6] = [
+        ("memory", aborted, &[]),
+        ("prepare", aborted, &[]),
+        ("restore", aborted, &["pause", "resume"]),
+        ("resume", lost, &["pause"]),
+        ("hang", late, &["pause"]),
+        ("figures", completed, &["pause", "release", "drained"]),
+    ];
+    for (fault, expected, calls_expected) in cases {
+        let from = memory(false);
+        fill(&from);
+        let (builder, _) = destination();
+        let restore = Duration::from_millis(if fault == "hang" { 300 } else { 30_000 });
+        let limits = SessionLimits { restore, ..SessionLimits::default() };
+        let receiver = builder.limits(limits).build().unwrap();
+        let (source, _) = source(&from, receiver.ticket());
+        let (go_on_now, go_on) = channel();
+        let vm = Faulty { sound: Reader::default(), fault, go_on };
+        let receiving = thread::spawn(move || receiver.run(Box::new(vm)));
+        let calls = Arc::default();
+        let end = source.build().unwrap().run(Box::new(Still(Arc::clone(&calls)))).unwrap();
+        drop(go_on_now);
+        assert!(expected(&end.outcome), "{fault}: {:?}", end.outcome);
+        assert_eq!(*calls.lock().unwrap(), calls_expected, "{fault}");
+        // The VMM is handed back whatever it did.
+        let end = receiving.join().unwrap().unwrap();
+        assert!(expected(&end.outcome), "{fault}: {:?}", end.outcome);
+        assert!((end.vm as Box<dyn std::any::Any>).downcast::<Faulty>().is_ok());
+    }
 }
 
 /// The phases and steps that were told, in order, and the rest.
@@ -207,7 +353,7 @@ fn memory_of_a_vmms_own_making_moves_between_any_two_kinds() {
         let vm = Reader { own, ..Reader::default() };
         let (outcome, calls, end) = migrate(source, receiver, vm);
         assert_eq!((outcome, end.outcome), (Outcome::Completed, Outcome::Completed));
-        assert_eq!(calls, ["pause"]);
+        assert_eq!(calls, ["pause", "release", "drained"]);
         let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
         assert_eq!(vm.state, STATE);
         assert!(content(&vm.memory.unwrap()) == content(&from), "files {from_files}");
@@ -260,8 +406,11 @@ fn memory_that_cannot_be_received_is_refused_before_the_guest_is_paused() {
         }
         let receiver = builder.build().unwrap();
         let (source, events) = source(&from, receiver.ticket());
+        let declared = user.is_some();
         let vm = Reader { own, ..Reader::default() };
-        let (outcome, calls, _) = migrate(source, receiver, vm);
+        let (outcome, calls, end) = migrate(source, receiver, vm);
+        let vm = (end.vm as Box<dyn std::any::Any>).downcast::<Reader>().ok().unwrap();
+        assert!(vm.memory.is_none() || !declared, "prepared in vain");
         let Outcome::Aborted(why) = outcome else { panic!("{outcome:?}") };
         assert!(why.contains(expected), "{why}");
         assert!(calls.is_empty(), "the guest was touched: {calls:?}");
@@ -273,18 +422,27 @@ fn memory_that_cannot_be_received_is_refused_before_the_guest_is_paused() {
 fn a_source_is_not_built_with_wrong_values_and_names_the_field() {
     let ticket = ticket();
     let memory = memory(false);
-    let new = || SourceBuilder::new(memory.clone(), ticket.clone());
+    let new = || new_source(&memory, &ticket);
     assert!(new().build().is_ok());
-    let none = Duration::ZERO;
+    assert!(new().vcpus(62).build().is_ok());
+    let (none, ever) = (Duration::ZERO, Duration::MAX);
+    let limits = SessionLimits::default;
     let wrong = [
         ("vcpus", new().vcpus(0)),
-        ("vcpus", new().vcpus(64)),
+        ("vcpus", new().vcpus(63)),
+        ("drain_after", new().drain_after(ever)),
         ("pivots", new().pivots(0)),
         ("pivots", new().pivots(65)),
         ("machine", new().machine("x".repeat(4097))),
         ("guest", new().guest(vec![0; 32769])),
-        ("limits.handshake", new().limits(SessionLimits { handshake: none, ..Default::default() })),
-        ("limits.recovery", new().limits(SessionLimits { recovery: none, ..Default::default() })),
+        ("limits.handshake", new().limits(SessionLimits { handshake: none, ..limits() })),
+        ("limits.handshake", new().limits(SessionLimits { handshake: ever, ..limits() })),
+        ("limits.restore", new().limits(SessionLimits { restore: ever, ..limits() })),
+        ("limits.recovery", new().limits(SessionLimits { recovery: none, ..limits() })),
+        ("limits.recovery", new().limits(SessionLimits { recovery: ever, ..limits() })),
+        ("limits.backoff_max", new().limits(SessionLimits { backoff_max: none, ..limits() })),
+        ("limits.backoff_max", new().limits(SessionLimits { backoff_max: ever, ..limits() })),
+        ("link.idle_timeout", new().link(LinkOptions { idle_timeout: ever, ..Default::default() })),
         ("link.idle_timeout", new().link(LinkOptions { idle_timeout: none, ..Default::default() })),
         ("link.mtu_max", new().link(LinkOptions { mtu_max: Some(100), ..Default::default() })),
     ];
@@ -298,14 +456,14 @@ fn a_source_is_not_built_with_wrong_values_and_names_the_field() {
         Err(ConfigError::MemoryUser(MemoryUserError::Vfio { .. })) => {}
         other => panic!("{other:?}"),
     }
-    let empty = SourceBuilder::new(GuestMemoryMmap::default(), ticket.clone()).build();
+    let empty = new_source(&GuestMemoryMmap::default(), &ticket).build();
     assert!(matches!(empty, Err(ConfigError::Memory(_))), "{empty:?}");
 }
 
 #[test]
 fn a_destination_is_not_built_with_wrong_values_and_names_the_field() {
     let new = DestinationBuilder::new;
-    let none = Duration::ZERO;
+    let (none, ever) = (Duration::ZERO, Duration::MAX);
     let wrong = [
         ("push_lanes", new().push_lanes(0)),
         ("push_lanes", new().push_lanes(9)),
@@ -315,6 +473,7 @@ fn a_destination_is_not_built_with_wrong_values_and_names_the_field() {
         ("ticket_life", new().ticket_life(none)),
         ("ticket_life", new().ticket_life(Duration::from_secs(1 << 30))),
         ("limits.restore", new().limits(SessionLimits { restore: none, ..Default::default() })),
+        ("limits.restore", new().limits(SessionLimits { restore: ever, ..Default::default() })),
     ];
     for (expected, builder) in wrong {
         match builder.build() {

@@ -107,7 +107,9 @@ fn migrate(pause: Does, commit: Does, restore: Duration) -> Option<(SourceEnd, C
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap();
     let calls = Calls::default();
     let vm = Broken { pause, commit, calls: Arc::clone(&calls) };
-    let source = SourceBuilder::new(memory, ticket).machine("machine").limits(limits);
+    // SAFETY: nothing writes to this memory at all.
+    let source = unsafe { SourceBuilder::new(memory, ticket) };
+    let source = source.machine("machine").limits(limits);
     let end = source.build().unwrap().run(Box::new(vm)).unwrap();
     let there = receiving.join().unwrap().outcome;
     Some((end, calls, there))

@@ -6,9 +6,8 @@
 mod vmm;
 
 use kvm_ioctls::Kvm;
-use postcopy::proto::source::Outcome;
 use postcopy::uffd::{UffdOptions, open::open};
-use postcopy::{DestinationBuilder, SourceBuilder};
+use postcopy::{DestinationBuilder, Outcome};
 use std::any::Any;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,7 +51,7 @@ fn main() -> Result<()> {
     vmm.boot()?;
     vmm.start()?;
     wait_until(|| Ok(counts(&memory)?[0] > 2))?;
-    let source = SourceBuilder::new(memory.clone(), ticket).machine(MACHINE).build()?;
+    let source = vmm::source(&memory, ticket).machine(MACHINE).build()?;
     assert_eq!(source.run(Box::new(vmm))?.outcome, Outcome::Completed);
     // Nothing counts here any more.
     let left: u64 = counts(&memory)?.iter().sum();

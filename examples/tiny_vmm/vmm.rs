@@ -3,8 +3,8 @@
 
 use kvm_bindings::{kvm_regs, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use postcopy::proto::message::{Hello, Mismatch};
-use postcopy::{Captured, DestinationVm, SourceVm, VmError};
+use postcopy::{Captured, DestinationVm, Hello, Mismatch};
+use postcopy::{SourceBuilder, SourceVm, Ticket, VmError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -45,7 +45,7 @@ impl Vmm {
             let (flags, userspace_addr) = (0, region.as_ptr() as u64);
             #[rustfmt::skip]
             let region = kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
-            // SAFETY: regions do not overlap, and `memory` outlives the vCPU.
+            // SAFETY: regions do not overlap, and whoever runs the vCPU keeps `memory` mapped.
             unsafe { vm.set_user_memory_region(region) }?;
         }
         let vcpu = Some(vm.create_vcpu(0)?);
@@ -78,6 +78,7 @@ impl Vmm {
     pub fn start(&mut self) -> Result<Instant> {
         let mut vcpu = self.vcpu.take().ok_or("the vCPU runs")?;
         let (stop, (tell, entered)) = (self.stop.clone(), mpsc::channel());
+        let mapped = self.memory.clone();
         stop.store(false, Ordering::SeqCst);
         self.running = Some(thread::spawn(move || {
             let _ = tell.send(Instant::now());
@@ -88,6 +89,7 @@ impl Vmm {
                     other => panic!("the guest does nothing else: {other:?}"),
                 }
             }
+            drop(mapped); // Not before: the vCPU must not outlive its memory.
             vcpu
         }));
         Ok(entered.recv()?)
@@ -106,6 +108,12 @@ impl Vmm {
     }
 }
 
+/// The way for the guest in `memory` to whoever made `ticket`.
+pub fn source(memory: &GuestMemoryMmap, ticket: Ticket) -> SourceBuilder {
+    // SAFETY: only the vCPU writes to it, and `pause` returns when that stands still.
+    unsafe { SourceBuilder::new(memory.clone(), ticket) }
+}
+
 impl SourceVm for Vmm {
     fn pause(&mut self) -> Result<Captured> {
         let asked = Instant::now();
@@ -118,7 +126,7 @@ impl SourceVm for Vmm {
         self.start().map(drop) // The migration was aborted.
     }
     fn release(&mut self) -> Result<()> {
-        Ok(()) // The destination has all memory: a VMM may exit now.
+        Ok(()) // It runs there. Its memory is still read here: exit only after `run`.
     }
 }
 

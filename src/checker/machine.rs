@@ -67,6 +67,10 @@ const fn virtual_address(page: u64) -> u64 {
 /// The page tables of `machine` with `pages` pages, by page, without the leaf tables of
 /// the 4k form. Or why it can have none.
 pub(super) fn tables(machine: &CheckMachine, pages: u64) -> Result<BTreeMap<u64, Page>, String> {
+    let ends = |(start, pages): &(u64, u64)| pages.checked_mul(4096)?.checked_add(*start);
+    if let Some((start, pages)) = machine.regions.iter().find(|region| ends(region).is_none()) {
+        return Err(format!("its region of {pages} pages at {start:#x} goes beyond all addresses"));
+    }
     let told: u64 = machine.regions.iter().map(|region| region.1).fold(0, u64::saturating_add);
     if told != pages {
         return Err(format!("its regions have {told} pages, not {pages}"));
@@ -219,6 +223,10 @@ mod tests {
         assert!(tables(&machine, 1001).is_err());
         machine.regions = vec![(0, u64::MAX), (0, u64::MAX)];
         assert!(tables(&machine, 1000).is_err());
+        machine.regions = vec![(0, 999), (u64::MAX - 4095, 1)];
+        assert!(tables(&machine, 1000).unwrap_err().contains("beyond all addresses"));
+        machine.regions = vec![(0, 999), (u64::MAX - 8191, 1)];
+        assert!(tables(&machine, 1000).is_ok());
         let machine = CheckMachine::pc(1 << 30, true);
         assert!(tables(&machine, 1 << 30).unwrap_err().contains("too many"));
     }

@@ -107,14 +107,7 @@ impl GuestRam {
             Backing::Anonymous => {
                 let files = vec![None; layout.regions().len()];
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-                let ram = Self::map(&layout, files, protection, flags, Access::Write)?;
-                for segment in &ram.segments {
-                    let start = segment.start().cast();
-                    // Pages are trapped one by one; a huge page would hide 511 traps.
-                    // SAFETY: the range is a mapping made above.
-                    let _ = unsafe { madvise(start, segment.bytes(), MmapAdvise::MADV_NOHUGEPAGE) };
-                }
-                Ok(ram)
+                Self::map(&layout, files, protection, flags, Access::Write)
             }
         }
     }
@@ -264,7 +257,9 @@ impl GuestRam {
         self.segments.iter().all(|segment| {
             // Held by `memory` and by the segment, and its mapping by itself and here.
             let region = segment.region();
-            Arc::strong_count(region) == 2 && Arc::strong_count(&region.get_mmap()) == 2
+            let mapping = region.get_mmap();
+            // One that is only lent is not unmapped with the region.
+            Arc::strong_count(region) == 2 && Arc::strong_count(&mapping) == 2 && mapping.owned()
         })
     }
 
@@ -432,5 +427,17 @@ mod tests {
         assert!(!ram.is_only_holder());
         drop(mapping);
         assert!(ram.is_only_holder());
+    }
+
+    #[test]
+    fn a_mapping_that_is_only_lent_has_another_holder() {
+        let (read_write, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let owner: MmapRegion = MmapRegion::build(None, 4096, read_write, flags).unwrap();
+        // SAFETY: the mapping lives to the end of the test.
+        let lent = unsafe { MmapRegion::build_raw(owner.as_ptr(), 4096, read_write, flags) };
+        let region = GuestRegionMmap::new(lent.unwrap(), vm_memory::GuestAddress(0)).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        assert!(!GuestRam::from_guest_memory(memory).unwrap().is_only_holder());
     }
 }

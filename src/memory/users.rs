@@ -39,6 +39,15 @@ pub enum MemoryUserError {
         /// The descriptor, or that the VMM says so.
         found: String,
     },
+    /// A device that is reached through vDPA does the same.
+    #[error(
+        "a vDPA device uses guest memory ({found}): it writes by DMA what no page fault shows, and \
+         its memory is pinned; unplug it before the migration"
+    )]
+    Vdpa {
+        /// The descriptor.
+        found: String,
+    },
     /// A back end that would read missing pages as zero.
     #[error(
         "a vhost-user back end without post-copy support uses guest memory: its accesses to \
@@ -66,7 +75,10 @@ pub enum MemoryUserError {
         actual: u64,
     },
     /// What the VMM says of its memory is not so.
-    #[error("the memory at host address {start:#x} is not mapped for reading and writing")]
+    #[error(
+        "the memory at host address {start:#x} is not mapped for reading and writing, private \
+         without a file and shared with one, as the VMM says that it is"
+    )]
     NotMapped {
         /// Where the segment is said to be mapped.
         start: usize,
@@ -87,8 +99,9 @@ pub enum MemoryUserError {
 pub fn check(ram: &GuestRam, declared: &[MemoryUser]) -> Result<(), MemoryUserError> {
     check_users(declared)?;
     let maps = parse_maps(&read("/proc/self/maps")?);
-    for segment in segments(ram) {
-        check_mapped(&maps, &segment)?;
+    for (segment, shared) in segments(ram).zip(ram.segments().iter().map(|of| of.file().is_some()))
+    {
+        check_mapped(&maps, &segment, shared)?;
     }
     Ok(())
 }
@@ -126,6 +139,19 @@ pub fn check_can_be_trapped(ram: &GuestRam) -> Result<(), MemoryUserError> {
     Ok(())
 }
 
+/// Whether the kernel may put transparent huge pages into each segment: as the VMM advised, or
+/// else as the system is set. Not where it does not say.
+pub fn may_have_huge_pages(ram: &GuestRam) -> Vec<bool> {
+    let maps = read("/proc/self/smaps").map_or(Vec::new(), |smaps| parse_smaps(&smaps));
+    let system = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    let always = system.is_ok_and(|modes| modes.contains("[always]"));
+    let may = |segment: Range<usize>| {
+        let mut maps = maps.iter().filter(|map| overlap(&map.range, &segment)).peekable();
+        maps.peek().is_some() && maps.all(|map| map.huge_advice.unwrap_or(always))
+    };
+    segments(ram).map(may).collect()
+}
+
 fn segments(ram: &GuestRam) -> impl Iterator<Item = Range<usize>> {
     ram.segments().iter().map(|segment| {
         let start = segment.start().as_ptr() as usize;
@@ -142,7 +168,7 @@ fn read(path: &str) -> Result<String, MemoryUserError> {
         .map_err(|source| MemoryUserError::Unknown { path: path.to_owned(), source })
 }
 
-/// Looks for descriptors of VFIO groups, devices and containers.
+/// Looks for descriptors of VFIO groups, devices and containers, and of vDPA devices.
 fn check_descriptors(folder: &Path) -> Result<(), MemoryUserError> {
     let unknown = |source| MemoryUserError::Unknown { path: folder.display().to_string(), source };
     for entry in fs::read_dir(folder).map_err(unknown)? {
@@ -153,6 +179,9 @@ fn check_descriptors(folder: &Path) -> Result<(), MemoryUserError> {
         if names.iter().any(|name| target.starts_with(name)) {
             return Err(MemoryUserError::Vfio { found: target.into_owned() });
         }
+        if target.starts_with("/dev/vhost-vdpa-") {
+            return Err(MemoryUserError::Vdpa { found: target.into_owned() });
+        }
     }
     Ok(())
 }
@@ -162,10 +191,13 @@ fn check_descriptors(folder: &Path) -> Result<(), MemoryUserError> {
 struct Map {
     range: Range<usize>,
     read_write: bool,
+    shared: bool,
     /// Anonymous huge pages of hugetlbfs, which have a name.
     huge: bool,
     page_bytes: u64,
     locked: bool,
+    /// Whether transparent huge pages were asked for, or asked to keep out.
+    huge_advice: Option<bool>,
 }
 
 /// A line of `/proc/self/maps`.
@@ -174,9 +206,11 @@ fn parse_map(line: &str) -> Option<Map> {
     let (start, end) = fields.next()?.split_once('-')?;
     let address = |text| usize::from_str_radix(text, 16).ok();
     let range = address(start)?..address(end)?;
-    let read_write = fields.next()?.starts_with("rw");
+    let permissions = fields.next()?;
+    let (read_write, shared) = (permissions.starts_with("rw"), permissions.ends_with('s'));
     let huge = fields.nth(3).is_some_and(|name| name.starts_with("/anon_hugepage"));
-    Some(Map { range, read_write, huge, page_bytes: PAGE_SIZE as u64, locked: false })
+    let page_bytes = PAGE_SIZE as u64;
+    Some(Map { range, read_write, shared, huge, page_bytes, locked: false, huge_advice: None })
 }
 
 fn parse_maps(text: &str) -> Vec<Map> {
@@ -195,14 +229,17 @@ fn parse_smaps(text: &str) -> Vec<Map> {
             let kib = size.trim().trim_end_matches("kB").trim().parse::<u64>();
             map.page_bytes = kib.map_or(0, |kib| kib * 1024);
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
-            map.locked = flags.split_ascii_whitespace().any(|flag| flag == "lo");
+            let has = |wanted| flags.split_ascii_whitespace().any(|flag| flag == wanted);
+            map.locked = has("lo");
+            map.huge_advice = (has("hg") || has("nh")).then(|| !has("nh"));
         }
     }
     maps
 }
 
-/// All of `segment` must be mapped, in any number of pieces, by ordinary pages.
-fn check_mapped(maps: &[Map], segment: &Range<usize>) -> Result<(), MemoryUserError> {
+/// All of `segment` must be mapped, in any number of pieces, by ordinary pages, and be as
+/// `shared` as it is said to be.
+fn check_mapped(maps: &[Map], segment: &Range<usize>, shared: bool) -> Result<(), MemoryUserError> {
     let start = segment.start;
     let mut end = start;
     // They are in the order of their addresses.
@@ -210,7 +247,7 @@ fn check_mapped(maps: &[Map], segment: &Range<usize>) -> Result<(), MemoryUserEr
         if map.huge {
             return Err(MemoryUserError::PageSize { start, actual: huge_page_bytes() });
         }
-        if map.range.start > end || !map.read_write {
+        if map.range.start > end || !map.read_write || map.shared != shared {
             break;
         }
         end = map.range.end;
@@ -260,6 +297,14 @@ mod tests {
         descriptor("2", "/dev/vfio/17").unwrap();
         match check_descriptors(folder.path()) {
             Err(MemoryUserError::Vfio { found }) => assert_eq!(found, "/dev/vfio/17"),
+            other => panic!("{other:?}"),
+        }
+        std::fs::remove_file(folder.path().join("2")).unwrap();
+        descriptor("3", "/dev/vhost-net").unwrap();
+        check_descriptors(folder.path()).unwrap();
+        descriptor("4", "/dev/vhost-vdpa-0").unwrap();
+        match check_descriptors(folder.path()) {
+            Err(MemoryUserError::Vdpa { found }) => assert_eq!(found, "/dev/vhost-vdpa-0"),
             other => panic!("{other:?}"),
         }
     }
@@ -335,15 +380,25 @@ mod tests {
     #[test]
     fn memory_that_is_not_what_it_is_said_to_be_is_refused() {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let real: MmapRegion = MmapRegion::build(None, 4096, libc::PROT_READ, flags).unwrap();
+        let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: the mapping lives to the end of the test; nothing is written to it.
-        let said = unsafe { MmapRegion::build_raw(real.as_ptr(), 4096, protection, flags) };
-        let region = GuestRegionMmap::new(said.unwrap(), GuestAddress(0)).unwrap();
-        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let ram = GuestRam::from_guest_memory(memory).unwrap();
-        let refused = check(&ram, &[]).unwrap_err();
-        assert!(matches!(refused, MemoryUserError::NotMapped { .. }), "{refused}");
+        for (real, sound) in [
+            ((protection, flags), true),
+            ((libc::PROT_READ, flags), false),
+            ((protection, shared), false),
+        ] {
+            let real: MmapRegion = MmapRegion::build(None, 4096, real.0, real.1).unwrap();
+            // SAFETY: the mapping lives to the end of the check; nothing is written to it.
+            let said = unsafe { MmapRegion::build_raw(real.as_ptr(), 4096, protection, flags) };
+            let region = GuestRegionMmap::new(said.unwrap(), GuestAddress(0)).unwrap();
+            let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+            let ram = GuestRam::from_guest_memory(memory).unwrap();
+            match check(&ram, &[]) {
+                Ok(()) => assert!(sound),
+                Err(MemoryUserError::NotMapped { .. }) => assert!(!sound),
+                Err(other) => panic!("{other}"),
+            }
+        }
     }
 
     #[test]
@@ -353,25 +408,29 @@ mod tests {
 Size:               2048 kB
 KernelPageSize:     2048 kB
 Locked:                0 kB
-VmFlags: rd wr mr mw me de ht
+VmFlags: rd wr mr mw me de ht nh
 7f0000200000-7f0000300000 r--s 00001000 00:01 3 /memfd:guest-memory (deleted)
 KernelPageSize:        4 kB
-VmFlags: rd mr lo sd";
+VmFlags: rd mr lo sd hg";
         let maps = parse_smaps(SMAPS);
         let expected = [
             Map {
                 range: 0x7f00_0000_0000..0x7f00_0020_0000,
                 read_write: true,
+                shared: false,
                 huge: true,
                 page_bytes: 2 << 20,
                 locked: false,
+                huge_advice: Some(false),
             },
             Map {
                 range: 0x7f00_0020_0000..0x7f00_0030_0000,
                 read_write: false,
+                shared: true,
                 huge: false,
                 page_bytes: 4096,
                 locked: true,
+                huge_advice: Some(true),
             },
         ];
         assert_eq!(maps, expected);

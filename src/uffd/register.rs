@@ -7,6 +7,8 @@ use super::open::{Descriptor, OpenError, UffdOptions, open};
 use super::place::Placer;
 use super::trap::Trap;
 use crate::memory::ram::{Backing, GuestRam};
+use crate::memory::segment::Segment;
+use crate::memory::users;
 use crate::proto::page::{PAGE_SIZE, PageIndex};
 use clap::ValueEnum;
 use nix::errno::Errno;
@@ -158,6 +160,7 @@ pub unsafe fn register(
     if ram.segments().iter().any(|segment| segment.file().is_some() != backing.is_memfd()) {
         return Err(RegisterError::OtherBacking(backing));
     }
+    let huge_pages = users::may_have_huge_pages(&ram);
     prepare(&ram, backing)?;
     let mode = backing.register_mode();
     let minor = mode.contains(RegisterMode::MINOR);
@@ -178,6 +181,7 @@ pub unsafe fn register(
         descriptor: ManuallyDrop::new(descriptor),
         ram: ManuallyDrop::new(ram),
         backing,
+        huge_pages,
         unregistered: AtomicBool::new(false),
     });
     Ok((Trap::new(Arc::clone(&registration)), Placer::new(registration)))
@@ -187,7 +191,12 @@ pub unsafe fn register(
 fn prepare(ram: &GuestRam, backing: DestinationBacking) -> Result<(), RegisterError> {
     for segment in ram.segments() {
         let first = segment.run().first();
-        let Some((file, begin)) = segment.file_at(first) else { continue };
+        let Some((file, begin)) = segment.file_at(first) else {
+            // A fault in a range that is empty would have the kernel make a huge page and
+            // clear it, only to find that missing pages are trapped.
+            advise(segment, MmapAdvise::MADV_NOHUGEPAGE);
+            continue;
+        };
         if backing == DestinationBacking::MemfdCopy {
             match lseek(file, begin as i64, Whence::SeekData) {
                 // The file may be longer than the memory.
@@ -212,12 +221,20 @@ fn prepare(ram: &GuestRam, backing: DestinationBacking) -> Result<(), RegisterEr
     Ok(())
 }
 
+/// Advises on huge pages; a kernel without them knows no such advice.
+fn advise(segment: &Segment, advice: MmapAdvise) {
+    // SAFETY: a whole mapping; no content changes.
+    let _ = unsafe { madvise(segment.start().cast(), segment.bytes(), advice) };
+}
+
 /// Guest memory under userfaultfd.
 #[derive(Debug)]
 pub(super) struct Registration {
     descriptor: ManuallyDrop<Descriptor>,
     ram: ManuallyDrop<Arc<GuestRam>>,
     backing: DestinationBacking,
+    /// Whether each segment could have huge pages before.
+    huge_pages: Vec<bool>,
     unregistered: AtomicBool,
 }
 
@@ -248,6 +265,11 @@ impl Registration {
             ended = ended.and(unregistered.map_err(|error| errno_of(&error)));
         }
         ended?;
+        // Nothing takes advice back; where huge pages are on for all, this has the same effect.
+        let huge = self.ram.segments().iter().zip(&self.huge_pages);
+        for (segment, _) in huge.filter(|(segment, may)| **may && segment.file().is_none()) {
+            advise(segment, MmapAdvise::MADV_HUGEPAGE);
+        }
         self.unregistered.store(true, Ordering::Release);
         Ok(())
     }

@@ -138,10 +138,7 @@ impl DestinationBuilder {
             let why = "it is needed where all addresses are listened on: the source must know one";
             return Err(ConfigError::field("public_host", why));
         }
-        check_time("ticket_life", config.ticket_life)?;
-        if config.ticket_life > TICKET_LIFE_MAX {
-            return Err(ConfigError::field("ticket_life", "it is longer than a week"));
-        }
+        check_time("ticket_life", config.ticket_life, TICKET_LIFE_MAX)?;
         check_session(&config.limits, &config.link)?;
         let receiver = Receiver::bind(config).map_err(ConfigError::Listen)?;
         Ok(match on_event {

@@ -87,6 +87,8 @@ pub struct Driver {
     workload_end_told: bool,
     /// The vCPUs were told to run.
     started: bool,
+    /// When the VMM must have started them.
+    start_by: Duration,
     outcome: Option<Outcome>,
     phase: Option<(Option<DestinationState>, Span)>,
     facts: report::Facts,
@@ -136,6 +138,7 @@ impl Driver {
             workload_ended: false,
             workload_end_told: false,
             started: false,
+            start_by: Duration::MAX,
             outcome: None,
             phase: None,
             facts: report::Facts::default(),
@@ -201,12 +204,23 @@ impl Driver {
         }
     }
 
+    /// A VMM that does not come back from starting its vCPUs must not hold the session for
+    /// ever. Without a link it may be waiting for a page: then the link's limit counts.
+    fn check_start(&mut self) {
+        let starting = self.state() == Some(DestinationState::Starting) && self.link.is_some();
+        if starting && self.now() >= self.start_by {
+            let why = format!("its vCPUs did not start within {:?}", self.config.limits.restore);
+            self.handle(DestinationEvent::GuestFailed(why));
+        }
+    }
+
     async fn tick(&mut self) {
         if self.machine.is_none() && self.now() >= self.config.ticket_life {
             self.outcome = Some(Outcome::Aborted("the ticket expired and nobody came".into()));
             return;
         }
         self.handle(DestinationEvent::Timer);
+        self.check_start();
         self.next_progress = self.now() + PROGRESS_EVERY;
         self.tell_progress();
         if self.state() == Some(DestinationState::Running) {
@@ -313,6 +327,8 @@ impl Driver {
         }
         self.generation += 1;
         let generation = self.generation;
+        // For the VMM that starts its vCPUs, pages come only from now on again.
+        self.start_by = self.now() + self.config.limits.restore;
         let listener = spawn_listener(control_in, generation, self.input.clone());
         self.link = Some(CurrentLink { connection, control, tasks: vec![listener] });
         if let Ok(first) = first {
@@ -359,6 +375,7 @@ impl Driver {
             DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
             DestinationAction::RunGuest => {
                 self.started = true;
+                self.start_by = self.now() + self.config.limits.restore;
                 self.guest.tell(GuestCommand::Run);
             }
             DestinationAction::SendPlaced => self.send_placed().await,
@@ -571,7 +588,7 @@ impl Driver {
             }
         }
         let name = "guest".to_owned();
-        let message = "see above".to_owned();
+        let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
         Ok(DestinationEnd { outcome, vm, ram: self.ram, report })

@@ -2,7 +2,7 @@
 //! watch over the guest's steps once it runs.
 
 use crate::engine::error_chain;
-use crate::engine::vm::{DestinationVm, GuestFigures};
+use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::{self, MemoryUser};
@@ -11,6 +11,7 @@ use crate::proto::message::{Hello, Mismatch};
 use crate::uffd::{DestinationBacking, Placer, Trap, UffdOptions, register};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use nix::unistd::Pid;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -106,8 +107,8 @@ impl GuestThread {
         let _ = self.commands.send(command);
     }
 
-    /// Lets it end and takes the VMM back; `None` if the thread panicked, or waits in
-    /// the VMM for a page that does not come.
+    /// Lets it end and takes the VMM back; `None` if it does not come back from a call, say
+    /// because it waits for a page that does not come.
     pub fn end(self) -> Option<Box<dyn DestinationVm>> {
         drop(self.commands);
         let asked = Instant::now();
@@ -143,6 +144,30 @@ struct Worker<T> {
     ended: bool,
 }
 
+/// Calls the VMM. A panic of its fails the call and not the session's threads: whoever waits
+/// for an answer gets one, and the VMM is handed back whatever it did.
+fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    // What the panic left half done is the VMM's own; the engine looks at none of it.
+    std::panic::catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+        format!("the VMM panicked: {}", text.unwrap_or("without a word"))
+    })
+}
+
+/// The same for a call that only measures: nothing depends on it.
+fn measured<T: Default>(call: impl FnOnce() -> T) -> T {
+    guarded(call).unwrap_or_else(|why| {
+        tracing::error!(why, "a figure of the guest is missing");
+        T::default()
+    })
+}
+
+/// The same for a call that can fail in its own way.
+fn answered<T>(call: impl FnOnce() -> Result<T, VmError>) -> Result<T, String> {
+    guarded(call)?.map_err(|error| error_chain(error.as_ref()))
+}
+
 impl<T: Fn(GuestEvent) -> bool> Worker<T> {
     fn run(mut self, commands: &Receiver<GuestCommand>) -> Box<dyn DestinationVm> {
         loop {
@@ -169,16 +194,16 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                     Err(mismatch) => GuestEvent::Refused(mismatch),
                 }
             }
-            GuestCommand::Restore(state) => match self.vm.restore(&state) {
+            GuestCommand::Restore(state) => match answered(|| self.vm.restore(&state)) {
                 Ok(()) => GuestEvent::Restored,
-                Err(error) => GuestEvent::RestoreFailed(error_chain(error.as_ref())),
+                Err(why) => GuestEvent::RestoreFailed(why),
             },
-            GuestCommand::Run => match self.vm.resume() {
+            GuestCommand::Run => match answered(|| self.vm.resume()) {
                 Ok(entered) => {
                     self.steps = Some(Steps::new(entered));
                     GuestEvent::Entered(entered)
                 }
-                Err(error) => GuestEvent::RunFailed(error_chain(error.as_ref())),
+                Err(why) => GuestEvent::RunFailed(why),
             },
             GuestCommand::Figures => GuestEvent::Figures(Box::new(self.figures())),
         }
@@ -202,7 +227,11 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
         let unfit =
             |error: &(dyn std::error::Error + 'static)| cannot("memory", error_chain(error));
-        let (ram, backing) = match self.vm.memory(hello)? {
+        // What is known already, before the VMM makes anything.
+        users::check_users(users).map_err(|error| unfit(&error))?;
+        let panicked = |why: String| Mismatch::new("the VM", &hello.machine, why);
+        let own = guarded(|| self.vm.memory(hello)).map_err(panicked)??;
+        let (ram, backing) = match own {
             Some(memory) => {
                 let ram = vmm_memory(hello, memory)?;
                 let backing = DestinationBacking::of(&ram);
@@ -225,25 +254,34 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         // touches the mapping.
         let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
             .map_err(|error| cannot("memory traps", error_chain(&error)))?;
-        let prepared = self.vm.prepare(hello, ram.guest_memory()).and_then(|machine| {
+        let prepared = guarded(|| {
+            let machine = self.vm.prepare(hello, ram.guest_memory())?;
+            Ok((machine, self.vm.vcpu_threads()))
+        });
+        let prepared = prepared.map_err(panicked).flatten().and_then(|prepared| {
             // Now the VMM has opened its devices.
             users::check_users(users).map_err(|error| unfit(&error))?;
-            Ok(machine)
+            Ok(prepared)
         });
-        let machine = prepared.inspect_err(|_| {
+        let (machine, threads) = prepared.inspect_err(|_| {
             // No vCPU of it ever ran: its memory can go as it is.
             let _ = placer.unregister();
         })?;
-        Ok(Shell { ram, trap, placer, threads: self.vm.vcpu_threads(), machine })
+        Ok(Shell { ram, trap, placer, threads, machine })
     }
 
     /// Looks at the running guest.
     fn watch(&mut self) -> Option<GuestEvent> {
-        let steps = self.vm.steps();
+        let looked = guarded(|| (self.vm.steps(), !self.ended && self.vm.workload_ended()));
+        let (steps, ends) = looked.unwrap_or_else(|why| {
+            tracing::error!(why, "the guest's steps are not looked at any more");
+            self.steps = None;
+            (None, false)
+        });
         if let (Some(history), Some(steps)) = (&mut self.steps, steps) {
             history.push(steps);
         }
-        if !self.ended && self.vm.workload_ended() {
+        if ends {
             self.ended = true;
             return Some(GuestEvent::WorkloadEnded);
         }
@@ -251,8 +289,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
     }
 
     fn figures(&mut self) -> RunFigures {
-        let mut figures = RunFigures { guest: self.vm.figures(), ..RunFigures::default() };
-        let (Some(history), Some(before)) = (&mut self.steps, self.vm.steps()) else {
+        let guest = measured(|| self.vm.figures());
+        let mut figures = RunFigures { guest, ..RunFigures::default() };
+        let before = measured(|| self.vm.steps());
+        let (Some(history), Some(before)) = (&mut self.steps, before) else {
             return figures;
         };
         history.push(before);
@@ -260,10 +300,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         figures.steps_in_brownout = Some(before.saturating_sub(first));
         let began = Instant::now();
         std::thread::sleep(STEADY);
-        let made = self.vm.steps().unwrap_or(before).saturating_sub(before);
+        let made = measured(|| self.vm.steps()).unwrap_or(before).saturating_sub(before);
         let steady = made as f64 / began.elapsed().as_secs_f64();
         // A guest that has ended its work has no steady rate.
-        if !self.vm.workload_ended() {
+        if !measured(|| self.vm.workload_ended()) {
             figures.steady_per_second = Some(steady as u64);
             figures.until_90_percent = history.until_rate(0.9 * steady);
         }

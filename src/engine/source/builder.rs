@@ -1,7 +1,9 @@
 //! [`SourceBuilder`]: a VMM's way to a [`Migration`].
 
 use super::{Migration, SourceConfig};
-use crate::engine::config::{ConfigError, check_length, check_range, check_session};
+use crate::engine::config::{
+    ConfigError, check_drain_after, check_length, check_range, check_session,
+};
 use crate::engine::event::Event;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::{self, MemoryUser};
@@ -25,7 +27,15 @@ pub struct SourceBuilder {
 
 impl SourceBuilder {
     /// Moves the guest in `memory` to whoever made `ticket`. The memory stays the VMM's.
-    pub fn new(memory: GuestMemoryMmap, ticket: Ticket) -> Self {
+    ///
+    /// # Safety
+    /// Pages are sent from where they lie, as `&[u8]`. So from the return of
+    /// [`SourceVm::pause`](crate::engine::vm::SourceVm::pause) until
+    /// [`SourceVm::resume`](crate::engine::vm::SourceVm::resume) is called, or
+    /// [`Migration::run`] has returned, nothing writes to this memory: no vCPU, no device or
+    /// its thread, no other process or kernel back end that has it mapped, and nobody who holds
+    /// a clone of `memory`.
+    pub unsafe fn new(memory: GuestMemoryMmap, ticket: Ticket) -> Self {
         let config = SourceConfig {
             ticket,
             link: LinkOptions::default(),
@@ -126,12 +136,13 @@ impl SourceBuilder {
         let Self { memory, users, config, on_event } = self;
         check_length("machine", config.machine.len(), TEXT_MAX)?;
         check_length("guest", config.guest.len(), GUEST_INFO_MAX)?;
-        // A stream for each, and one for faults that are no vCPU's.
-        let vcpus_max = config.link.streams_max.saturating_sub(1);
+        // A stream for each, one for faults that are no vCPU's, and the control stream.
+        let vcpus_max = config.link.streams_max.saturating_sub(2);
         check_range("vcpus", u32::from(config.vcpus), 1, vcpus_max)?;
         if let Some(pivots) = config.pivots {
             check_range("pivots", pivots, 1, PIVOTS_MAX)?;
         }
+        check_drain_after(config.drain_after)?;
         check_session(&config.limits, &config.link)?;
         let ram = GuestRam::from_guest_memory(memory)?;
         users::check(&ram, &users)?;

@@ -75,7 +75,9 @@ impl SourceShared {
 
     fn content(&self, claim: &Claim) -> Bytes {
         // SAFETY: pages are framed only after the guest was paused, and if it is ever
-        // resumed here, only after the lanes are closed.
+        // resumed here, only after the lanes are closed. That nothing else writes meanwhile
+        // is what a VMM promises to `SourceBuilder::new`; memory of another process is mapped
+        // from files that it has promised to leave as they are.
         let run = unsafe { FrozenRun::new(self.ram.clone(), claim.run()) };
         Bytes::from_owner(run.expect("a claim lies in one segment"))
     }

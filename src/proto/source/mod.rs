@@ -45,8 +45,9 @@ use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The first pause between two attempts to connect again; it doubles up to the limit.
-const BACKOFF_MIN: Duration = Duration::from_millis(10);
+/// The first pause between two attempts to connect again; it doubles up to
+/// [`SessionLimits::backoff_max`].
+pub const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// The most runs that the destination's set of placed pages may have.
 const PLACED_RUNS_MAX: usize = 1 << 22;
 

@@ -36,7 +36,7 @@ pub(super) struct Offer<'a> {
 
 impl Processor {
     /// Says what of this processor `host` cannot show, if anything; MSRs apart, which can
-    /// only be tried: see [`missing_msrs`](Self::missing_msrs).
+    /// only be tried: see [`check_msrs`](Self::check_msrs).
     pub(super) fn check(&self, host: &Offer) -> Result<(), Mismatch> {
         let (theirs, ours) = (features::vendor(&self.cpuid), features::vendor(host.cpuid));
         if theirs != ours {
