@@ -33,6 +33,8 @@ type Calls = Arc<Mutex<Vec<&'static str>>>;
 #[derive(Clone, Copy, PartialEq)]
 enum Does {
     Its,
+    /// Its own, and far too much of it.
+    Much,
     Fail,
     Panic,
     Hang,
@@ -41,7 +43,7 @@ enum Does {
 impl Does {
     fn it(self) -> Result<(), VmError> {
         match self {
-            Does::Its => Ok(()),
+            Does::Its | Does::Much => Ok(()),
             Does::Fail => Err("there is no room for the word".into()),
             Does::Panic => panic!("a bug of the VMM"),
             Does::Hang => loop {
@@ -61,7 +63,11 @@ impl SourceVm for Broken {
     fn pause(&mut self) -> Result<Captured, VmError> {
         self.pause.it()?;
         self.calls.lock().unwrap().push("pause");
-        Ok(Captured { state: b"registers".to_vec(), ..Captured::default() })
+        let state = match self.pause {
+            Does::Much => vec![7; (16 << 20) + 1],
+            _ => b"registers".to_vec(),
+        };
+        Ok(Captured { state, ..Captured::default() })
     }
     fn commit(&mut self) -> Result<bool, VmError> {
         self.commit.it()?;
@@ -133,6 +139,16 @@ fn a_commit_that_fails_leaves_the_guest_running_here() {
     assert_eq!(*calls.lock().unwrap(), ["pause", "resume"]);
     assert_eq!(end.stranded, None);
     assert!(end.vm.is_some());
+}
+
+#[test]
+fn a_state_that_no_destination_takes_leaves_the_guest_running_here() {
+    let _watchdog = watchdog();
+    let Some((end, calls, there)) = migrate(Does::Much, Does::Its, LONG) else { return };
+    aborted(&end.outcome, "the machine state has 16777217 bytes, more than 16777216");
+    aborted(&there, "16777217 bytes");
+    assert_eq!(*calls.lock().unwrap(), ["pause", "resume"]);
+    assert_eq!(end.stranded, None);
 }
 
 #[test]

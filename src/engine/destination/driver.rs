@@ -371,7 +371,10 @@ impl Driver {
             }
             DestinationAction::Say(message) => self.say(message).await,
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            DestinationAction::DropLink(why) => self.drop_link(&why),
+            DestinationAction::DropLink(why) => {
+                self.watch.losing(&why);
+                self.drop_link(&why);
+            }
             DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
             DestinationAction::RunGuest => {
                 self.started = true;

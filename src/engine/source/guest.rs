@@ -3,6 +3,7 @@
 use super::driver::Input;
 use crate::engine::error_chain;
 use crate::engine::vm::{SourceVm, VmError};
+use crate::proto::message::STATE_MAX;
 use crate::proto::source::SourceEvent;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
@@ -89,7 +90,16 @@ pub fn spawn(
                     continue;
                 }
                 GuestCommand::Pause => match vm.pause() {
-                    Ok(captured) => Input::Captured(captured),
+                    Ok(captured) if captured.state.len() <= STATE_MAX => Input::Captured(captured),
+                    // The destination would refuse it, in the blackout. Nobody has seen this
+                    // capture, so the guest may simply go on.
+                    Ok(captured) => {
+                        stranded = vm.resume().err().map(said);
+                        let bytes = captured.state.len();
+                        let why =
+                            format!("the machine state has {bytes} bytes, more than {STATE_MAX}");
+                        Input::Event(SourceEvent::PauseFailed(why))
+                    }
                     Err(error) => Input::Event(SourceEvent::PauseFailed(said(error))),
                 },
                 GuestCommand::Commit => match vm.commit() {
