@@ -34,7 +34,8 @@ pub struct SessionRecord {
     pub session: SessionId,
     /// The last link epoch in which it tried to connect.
     pub last_epoch: u32,
-    /// The machine state may have left: without a word from here the destination waits.
+    /// The guest was told to pause, so the machine state may have left: without a word from
+    /// here the destination waits.
     pub state_left: bool,
     /// The ticket's line.
     pub ticket: String,
@@ -150,7 +151,7 @@ impl Journal for RecordFile {
         self.change(|record| record.last_epoch = epoch).map_err(io::Error::other)
     }
 
-    fn state_leaves(&mut self) -> io::Result<()> {
+    fn guest_pauses(&mut self) -> io::Result<()> {
         self.change(|record| record.state_left = true).map_err(io::Error::other)
     }
 }
@@ -237,7 +238,7 @@ mod tests {
             file.dials(epoch).unwrap();
             assert_eq!(reader(&file).unwrap().record().last_epoch, epoch);
         }
-        file.state_leaves().unwrap();
+        file.guest_pauses().unwrap();
         let mut successor = reader(&file).unwrap();
         drop(file);
         successor.dials(6).unwrap();

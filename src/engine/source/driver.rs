@@ -320,7 +320,10 @@ impl Driver {
             }
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
-            SourceAction::PauseGuest => self.guest.tell(GuestCommand::Pause),
+            SourceAction::PauseGuest => {
+                self.guest.tell(GuestCommand::Pause);
+                self.keep(|journal| journal.guest_pauses());
+            }
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.guest.tell(GuestCommand::Commit),
             SourceAction::ResumeGuest => {
@@ -426,7 +429,6 @@ impl Driver {
         let state = std::mem::take(&mut captured.state);
         let seeds = captured.seeds.clone();
         self.figures.switchover_bytes = state.len() as u64;
-        self.keep(|journal| journal.state_leaves());
         self.say(ToDestination::State(state)).await;
         let epoch = self.machine.epoch();
         if let Some(link) = &mut self.link {

@@ -9,12 +9,14 @@ use std::io;
 use std::time::Duration;
 
 /// Keeps what a session must not lose with its process. Each call returns when it is kept;
-/// it is made on the session's thread, one of them in the blackout.
+/// it is made on the session's thread, and the second one while the guest is being paused, so
+/// that it takes none of the blackout that the pause does not take anyway.
 pub trait Journal: Send + std::fmt::Debug {
     /// A connection of this link epoch is about to be made.
     fn dials(&mut self, epoch: u32) -> io::Result<()>;
-    /// The machine state is about to leave: the destination may be in doubt from now on.
-    fn state_leaves(&mut self) -> io::Result<()>;
+    /// The guest is told to pause: its state follows, and the destination may be in doubt
+    /// from then on.
+    fn guest_pauses(&mut self) -> io::Result<()>;
 }
 
 /// How a session begins.
