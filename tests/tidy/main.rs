@@ -429,6 +429,8 @@ fn the_documents_agree_with_the_code() {
     for file in files().iter().filter(|file| file.path.ends_with(".md")) {
         for name in file.text.split('`').skip(1).step_by(2) {
             let named = ["src/", "docs/", "tests/", "benches/", "examples/", "fault-server/"];
+            // The test in a file is looked for below.
+            let name = name.split("::").next().unwrap_or_default();
             let plain = !name.contains([' ', '{', '*', '<', '\n']);
             if plain
                 && named.iter().any(|start| name.starts_with(start))
@@ -451,11 +453,10 @@ fn every_layer_and_every_document_is_found_from_the_readme() {
             missing.insert(layer.name, "docs/architecture.md");
         }
     }
-    for document in
-        ["docs/architecture.md", "docs/protocol.md", "docs/attach.md", "docs/embedding.md"]
-    {
-        if !readme.contains(document) {
-            missing.insert(document, "README.md");
+    for document in ["architecture", "protocol", "attach", "embedding", "failures"] {
+        let document = format!("docs/{document}.md");
+        if !readme.contains(&document) {
+            missing.insert(document.leak(), "README.md");
         }
     }
     assert!(missing.is_empty(), "not mentioned: {missing:?}");
@@ -508,5 +509,36 @@ fn the_attach_protocols_page_has_every_message_under_its_number_and_every_limit(
             wrong.push(format!("{constant:?} and {row:?} do not stand together"));
         }
     }
+    fail_on(wrong);
+}
+
+/// A row of the table of failures without a test, or with one that is not there, is a claim.
+#[test]
+fn every_failure_of_the_table_is_proven_by_a_test_that_exists() {
+    let page = fs::read_to_string(root().join("docs/failures.md")).unwrap();
+    let table = page.find("| phase | failure | outcome |").unwrap();
+    let rows = page[table..].lines().skip(2).take_while(|line| line.starts_with('|'));
+    let (mut wrong, mut seen) = (Vec::new(), 0);
+    for row in rows {
+        seen += 1;
+        let cells: Vec<_> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let tests: Vec<_> =
+            cells.last().unwrap().split('`').filter(|cell| cell.contains("::")).collect();
+        if cells.len() != 5 || tests.is_empty() {
+            wrong.push(format!("five cells and a test are wanted: {row}"));
+        }
+        for test in tests {
+            let (file, name) = test.split_once("::").unwrap();
+            let source = fs::read_to_string(root().join(file)).unwrap_or_default();
+            // Or the name that a macro of the tests is given.
+            if ![format!("fn {name}("), format!("{name},"), format!("{name}:")]
+                .iter()
+                .any(|form| source.contains(form.as_str()))
+            {
+                wrong.push(format!("{test} is not there"));
+            }
+        }
+    }
+    assert!(seen >= 15, "the table of failures was not found: {seen} rows");
     fail_on(wrong);
 }
