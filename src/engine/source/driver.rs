@@ -93,6 +93,8 @@ pub struct Driver {
     pinging: bool,
     next_ping: Duration,
     drain_at: Option<Duration>,
+    /// The guest was heard to run at the destination, in this process or one before it.
+    ran: bool,
     next_watch: Duration,
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
@@ -148,6 +150,8 @@ impl Driver {
         let (input, inputs) = inputs;
         let guest = guest::spawn(vm, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
+        let drain_at = |ran| Some(config.drain_after?.saturating_sub(ran));
+        let drain_at = beginning.ran_for().and_then(drain_at);
         Ok(Self {
             config,
             machine,
@@ -169,7 +173,8 @@ impl Driver {
             wire_bytes: 0,
             pinging: false,
             next_ping: Duration::ZERO,
-            drain_at: None,
+            drain_at,
+            ran: beginning.ran_for().is_some(),
             next_watch: Duration::ZERO,
             outcome: None,
             phase: None,
@@ -290,7 +295,10 @@ impl Driver {
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
             ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
-                self.drain_at = self.config.drain_after.map(|after| now + after);
+                if !std::mem::replace(&mut self.ran, true) {
+                    self.drain_at = self.config.drain_after.map(|after| now + after);
+                    self.keep(|journal| journal.guest_runs());
+                }
             }
             _ => {}
         }
@@ -339,7 +347,10 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.guest.tell(GuestCommand::Release),
-            SourceAction::ReleaseMemory => self.guest.tell(GuestCommand::Drained),
+            SourceAction::ReleaseMemory => {
+                self.keep(|journal| journal.drained());
+                self.guest.tell(GuestCommand::Drained);
+            }
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
