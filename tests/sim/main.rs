@@ -29,7 +29,7 @@ use postcopy::proto::source::Outcome;
 use std::collections::BTreeMap;
 use world::{Sabotage, Verdict, World};
 
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 4_000;
 
 fn run<L: Ledger>(seed: u64, sabotage: Sabotage, print: bool) -> Verdict {
     World::<L>::new(seed, sabotage, print).run()
@@ -148,10 +148,10 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
-/// The first of 100 seeds with which the checker notices, and what it says.
+/// The first of 1,000 seeds with which the checker notices, and what it says.
 fn caught<L: Ledger>(sabotage: Sabotage) -> String {
-    let found = (0..100).find_map(|seed| run::<L>(seed, sabotage, false).failure);
-    found.expect("the checker notices nothing in 100 seeds")
+    let found = (0..1_000).find_map(|seed| run::<L>(seed, sabotage, false).failure);
+    found.expect("the checker notices nothing in 1,000 seeds")
 }
 
 #[test]

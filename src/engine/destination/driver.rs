@@ -6,10 +6,11 @@ use super::fault_book::FaultBook;
 use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
 use super::links::{NewLink, accept_links, last_words, spawn_listener};
+use super::placed_out;
 use super::push_in::{self, CLOSE_USED, PushGate};
 use super::trap_loop::{FaultCounts, TrapLoop};
 use super::{DestinationConfig, DestinationEnd, Receiver, report};
-use crate::engine::control;
+use crate::engine::control::{self, ControlError};
 use crate::engine::event::{Event, Phase, Progress, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
@@ -36,8 +37,6 @@ use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 /// How often the source is told how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Runs of placed pages in one message.
-const PLACED_RUNS: usize = 16 << 10;
 /// QUIC error code for a link that comes back too late.
 const CLOSE_STALE: u32 = 3;
 /// QUIC error code of an orderly end.
@@ -392,9 +391,13 @@ impl Driver {
     async fn say(&mut self, message: ToSource) {
         let Some(link) = &mut self.link else { return };
         if let Err(error) = control::say(&mut link.control, &message).await {
-            let error = LaneError::Link(error.to_string());
-            let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
+            self.control_failed(&error);
         }
+    }
+
+    fn control_failed(&self, error: &ControlError) {
+        let error = LaneError::Link(error.to_string());
+        let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
     }
 
     async fn tell_workload_end(&mut self) {
@@ -496,27 +499,12 @@ impl Driver {
     }
 
     async fn send_placed(&mut self) {
-        let Some(installer) = self.installer.clone() else { return };
-        let placed = installer.ledger.placed_set();
-        let mut parts: Vec<Vec<u8>> = placed
-            .chunks(PLACED_RUNS)
-            .map(|part| {
-                let mut bytes = Vec::new();
-                part.encode(&mut bytes);
-                bytes
-            })
-            .collect();
-        if parts.is_empty() {
-            let mut nothing = Vec::new();
-            placed.encode(&mut nothing);
-            parts.push(nothing);
-        }
-        let last_index = parts.len() - 1;
-        for (index, part) in parts.into_iter().enumerate() {
-            self.say(ToSource::Placed { part, last: index == last_index }).await;
+        let (Some(installer), Some(link)) = (&self.installer, &mut self.link) else { return };
+        if let Err(error) = placed_out::tell(&installer.ledger, &mut link.control).await {
+            return self.control_failed(&error);
         }
         if let Some(traps) = &self.traps {
-            traps.ask_again();
+            traps.ask_again().await;
         }
     }
 

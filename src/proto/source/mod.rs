@@ -40,7 +40,7 @@ mod terms;
 pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
 
 use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
-use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -48,8 +48,6 @@ use std::time::Duration;
 /// The first pause between two attempts to connect again; it doubles up to
 /// [`SessionLimits::backoff_max`].
 pub const BACKOFF_MIN: Duration = Duration::from_millis(10);
-/// The most runs that the destination's set of placed pages may have.
-const PLACED_RUNS_MAX: usize = 1 << 22;
 
 /// The link, as far as this side knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +69,8 @@ pub struct SourceSession {
     limits: SessionLimits,
     epoch: u32,
     link: Link,
-    placed: PageSet,
+    /// What has come of the set of placed pages, while it is coming.
+    placed: Option<PlacedPages>,
     pages: u64,
     backoff: Duration,
     deadline: Option<Duration>,
@@ -95,7 +94,7 @@ impl SourceSession {
             limits,
             epoch: 0,
             link: Link::Dialing,
-            placed: PageSet::new(),
+            placed: None,
             backoff: Duration::ZERO,
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),
@@ -155,7 +154,7 @@ impl SourceSession {
             limits,
             epoch: last_epoch,
             link: Link::Dialing,
-            placed: PageSet::new(),
+            placed: None,
             pages: 0,
             backoff: Duration::ZERO,
             deadline: None,
@@ -367,7 +366,7 @@ impl SourceSession {
 
     fn reattach(&mut self) {
         self.link = Link::Reattaching;
-        self.placed = PageSet::new();
+        self.placed = None;
         self.push(SourceAction::Say(ToDestination::Reattach {
             session: self.session,
             epoch: self.epoch,
@@ -380,18 +379,17 @@ impl SourceSession {
     }
 
     fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
-        // A part may only hold what its predecessors left of the limit.
-        let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
-        let added =
-            PageSet::decode(part, self.pages, runs_left).and_then(|part| self.placed.append(&part));
-        if let Err(error) = added {
+        let mut placed = self.placed.take().unwrap_or_else(|| PlacedPages::new(self.pages));
+        let taken = placed.take(part).and_then(|()| if last { placed.complete() } else { Ok(()) });
+        if let Err(error) = taken {
             return self.violated(now, format!("its set of placed pages: {error}"));
         }
-        if last {
+        if !last {
+            self.placed = Some(placed);
+        } else {
             self.link = Link::Up;
             self.backoff = Duration::ZERO;
             self.deadline = None;
-            let placed = std::mem::take(&mut self.placed);
             self.push(SourceAction::ResumeLedger(placed));
             self.push(SourceAction::OpenLanes { epoch: self.epoch });
             self.push(SourceAction::StartPush);
