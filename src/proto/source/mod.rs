@@ -35,6 +35,7 @@
 //! `poll_action` is called until it returns `None`, then `timeout` tells when to
 //! call `handle` with [`SourceEvent::Timer`] at the latest.
 
+mod recovery;
 mod terms;
 
 pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
@@ -105,66 +106,6 @@ impl SourceSession {
         };
         machine.timeline.stamp(Stamp::Begin, now);
         machine.push(SourceAction::Connect { epoch: 0, after: Duration::ZERO });
-        machine
-    }
-
-    /// A session that was committed by a process that has died since: it connects in
-    /// a link epoch after `last_epoch` and learns from the destination what is missing.
-    pub fn recover(
-        record: CommitRecord,
-        last_epoch: u32,
-        pages: u64,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self::restarted(record.session, last_epoch, limits, now);
-        machine.state = SourceState::Committed;
-        machine.committed = Some(record);
-        machine.pages = pages;
-        machine.dial_again(now);
-        machine
-    }
-
-    /// A session whose process has died before the commit, once the VMM has taken its
-    /// guest back (the commit word says so): it connects only to tell the destination,
-    /// which may be in doubt, and ends aborted whether or not it gets through.
-    pub fn recover_aborted(
-        session: SessionId,
-        last_epoch: u32,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self::restarted(session, last_epoch, limits, now);
-        machine.retract(now, "the fault-server died before the commit".into());
-        machine
-    }
-
-    /// What a process that has died leaves of its session: no link, and a name.
-    fn restarted(
-        session: SessionId,
-        last_epoch: u32,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self {
-            state: SourceState::Retracting,
-            session,
-            hello: None,
-            committed: None,
-            limits,
-            epoch: last_epoch,
-            link: Link::Dialing,
-            placed: None,
-            pages: 0,
-            backoff: Duration::ZERO,
-            deadline: None,
-            abort_reason: String::new(),
-            lost: None,
-            actions: VecDeque::new(),
-            timeline: Timeline::default(),
-            report: None,
-        };
-        machine.timeline.stamp(Stamp::Begin, now);
         machine
     }
 
@@ -364,38 +305,6 @@ impl SourceSession {
         self.state = SourceState::Negotiating;
     }
 
-    fn reattach(&mut self) {
-        self.link = Link::Reattaching;
-        self.placed = None;
-        self.push(SourceAction::Say(ToDestination::Reattach {
-            session: self.session,
-            epoch: self.epoch,
-            committed: self.committed,
-        }));
-        if self.state == SourceState::Retracting {
-            self.link = Link::Up;
-            self.say_abort();
-        }
-    }
-
-    fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
-        let mut placed = self.placed.take().unwrap_or_else(|| PlacedPages::new(self.pages));
-        let taken = placed.take(part).and_then(|()| if last { placed.complete() } else { Ok(()) });
-        if let Err(error) = taken {
-            return self.violated(now, format!("its set of placed pages: {error}"));
-        }
-        if !last {
-            self.placed = Some(placed);
-        } else {
-            self.link = Link::Up;
-            self.backoff = Duration::ZERO;
-            self.deadline = None;
-            self.push(SourceAction::ResumeLedger(placed));
-            self.push(SourceAction::OpenLanes { epoch: self.epoch });
-            self.push(SourceAction::StartPush);
-        }
-    }
-
     fn committed(&mut self, now: Duration) {
         self.timeline.stamp(Stamp::Committed, now);
         self.enter(SourceState::Committed, None);
@@ -409,27 +318,6 @@ impl SourceSession {
             self.push(SourceAction::StartPush);
         } else {
             self.dial_again(now);
-        }
-    }
-
-    fn link_lost(&mut self, now: Duration, why: String) {
-        use SourceState as S;
-        self.link = Link::Dialing;
-        match self.state {
-            S::Connecting | S::Negotiating => self.abort(now, why),
-            S::Pausing => self.abort(now, format!("the link was lost: {why}")),
-            S::Blackout => {
-                self.push(SourceAction::ResumeGuest);
-                self.retract(now, format!("the link was lost: {why}"));
-            }
-            S::Retracting => self.dial_again(now),
-            // The word decides; the link is looked at after it.
-            S::Committing => {}
-            S::Committed | S::Brownout => self.dial_again(now),
-            // The destination has all pages and has been told so, or will time out
-            // with all of them: nothing is left to do but its report.
-            S::Releasing => self.complete(now),
-            S::Unpausing | S::Over => {}
         }
     }
 
@@ -447,16 +335,6 @@ impl SourceSession {
             SourceState::Unpausing => {}
             _ => self.abort(now, why),
         }
-    }
-
-    fn dial_again(&mut self, now: Duration) {
-        self.link = Link::Dialing;
-        self.deadline.get_or_insert(now + self.limits.recovery);
-        // A stored epoch may be any number; the destination refuses one that is not new.
-        self.epoch = self.epoch.saturating_add(1);
-        let (epoch, after) = (self.epoch, self.backoff);
-        self.backoff = (self.backoff * 2).clamp(BACKOFF_MIN, self.limits.backoff_max);
-        self.push(SourceAction::Connect { epoch, after });
     }
 
     fn timer(&mut self, now: Duration) {
@@ -526,23 +404,6 @@ impl SourceSession {
             return self.enter(SourceState::Unpausing, Some(now + self.limits.restore));
         }
         self.finish_aborted(now);
-    }
-
-    /// The guest stays here, and the destination may be in doubt about that.
-    fn retract(&mut self, now: Duration, why: String) {
-        self.abort_reason = why;
-        self.enter(SourceState::Retracting, Some(now + self.limits.handshake));
-        match self.link {
-            Link::Up => self.say_abort(),
-            Link::Dialing | Link::Reattaching => self.dial_again(now),
-        }
-    }
-
-    fn say_abort(&mut self) {
-        if self.link == Link::Up {
-            let reason = cut(self.abort_reason.clone());
-            self.push(SourceAction::Say(ToDestination::Abort { reason }));
-        }
     }
 
     fn finish_aborted(&mut self, now: Duration) {
