@@ -8,11 +8,11 @@ use super::install::Installer;
 use super::links::{NewLink, accept_links, last_words, spawn_listener};
 use super::push_in::{self, CLOSE_USED, PushGate};
 use super::trap_loop::{FaultCounts, TrapLoop};
-use super::{DestinationConfig, DestinationEnd, Receiver, report};
-use crate::engine::control;
+use super::{DestinationConfig, DestinationEnd, Receiver, report, said};
 use crate::engine::event::{Event, Phase, Progress, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
@@ -315,7 +315,7 @@ impl Driver {
             }
             (Err(mismatch), None) => {
                 // Not one session came of it, but the ticket was shown: it is used up.
-                let _ = control::say(&mut control, &ToSource::Refuse(mismatch.clone())).await;
+                let _ = said::say(&mut control, &ToSource::Refuse(mismatch.clone())).await;
                 last_words(&mut control, &connection).await;
                 self.outcome = Some(Outcome::Aborted(mismatch.to_string()));
                 return;
@@ -391,7 +391,7 @@ impl Driver {
 
     async fn say(&mut self, message: ToSource) {
         let Some(link) = &mut self.link else { return };
-        if let Err(error) = control::say(&mut link.control, &message).await {
+        if let Err(error) = said::say(&mut link.control, &message).await {
             let error = LaneError::Link(error.to_string());
             let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
         }
@@ -545,6 +545,7 @@ impl Driver {
     }
 
     fn unregister(&mut self) {
+        failpoint!("destination::before_unregistered");
         let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
         if let Some(Err(error)) = unregistered {
             warn!(%error, "the guest's memory is still trapped");

@@ -8,12 +8,13 @@ use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
 use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
 use super::zero_scan::scan_zeros;
-use super::{SourceConfig, SourceEnd, report};
+use super::{SourceConfig, SourceEnd, report, said};
 use crate::engine::control::{self, ControlError};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Progress, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::{Captured, SourceVm};
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
@@ -335,6 +336,7 @@ impl Driver {
                 self.guest.tell(GuestCommand::Resume);
             }
             SourceAction::ResumeLedger(placed) => {
+                failpoint!("source::before_ledger_resumed");
                 let epoch = LinkEpoch::new(self.machine.epoch());
                 match self.shared.ledger.resume_from(&placed, epoch) {
                     Ok(again) => {
@@ -402,7 +404,7 @@ impl Driver {
 
     async fn say(&mut self, message: ToDestination) {
         let Some(link) = &mut self.link else { return };
-        if let Err(error) = control::say(&mut link.control, &message).await {
+        if let Err(error) = said::say(&mut link.control, &message).await {
             let (epoch, error) = (link.epoch, LaneError::Link(error.to_string()));
             let _ = self.input.send(Input::LinkEnded { epoch, error });
         }
