@@ -114,8 +114,7 @@ const UNSAFE: &[&str] = &[
 
 const LINES_MAX: usize = 500;
 /// Files that are too large. To be split, not to be added to.
-const TOO_LARGE: &[&str] =
-    &["src/engine/destination/driver.rs", "src/engine/source/driver.rs", "src/proto/source/mod.rs"];
+const TOO_LARGE: &[&str] = &[];
 
 const TOP_LEVEL: &[&str] = &[
     "Cargo.toml",

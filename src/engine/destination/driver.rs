@@ -1,15 +1,18 @@
 //! The destination's driver: what the session machine says is done here: prepare, serve
 //! faults, restore, run, take pages in, report.
 
-use super::demand_in::{DemandLanes, DemandQueues};
+mod linking;
+mod telling;
+
+use super::demand_in::DemandQueues;
 use super::fault_book::FaultBook;
 use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
-use super::links::{NewLink, accept_links, last_words, spawn_listener};
-use super::push_in::{self, CLOSE_USED, PushGate};
+use super::links::{NewLink, accept_links, last_words};
+use super::push_in::{self, PushGate};
 use super::trap_loop::{FaultCounts, TrapLoop};
-use super::{DestinationConfig, DestinationEnd, Receiver, report, said};
-use crate::engine::event::{Event, Phase, Progress, Watch};
+use super::{DestinationConfig, DestinationEnd, Receiver, report};
+use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
 use crate::failpoint::failpoint;
@@ -18,16 +21,13 @@ use crate::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
 };
 use crate::proto::ledger::DestinationLedger;
-use crate::proto::message::{Hello, Mismatch, ToDestination, ToSource};
-use crate::proto::page::PAGE_SIZE;
+use crate::proto::message::{Hello, Mismatch, ToDestination};
 use crate::proto::source::Outcome;
-use crate::proto::timeline::Timeline;
 use crate::report::merge::DestinationPart;
 use crate::transport::{Lane, LaneServer, LaneThread, TransportError};
 use quinn::{Connection, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -36,10 +36,6 @@ use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 /// How often the source is told how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// Runs of placed pages in one message.
-const PLACED_RUNS: usize = 16 << 10;
-/// QUIC error code for a link that comes back too late.
-const CLOSE_STALE: u32 = 3;
 /// QUIC error code of an orderly end.
 const CLOSE_DONE: u32 = 0;
 /// When the ledger is asked again after it said that pages are in hand.
@@ -173,15 +169,6 @@ impl Driver {
         self.end().await
     }
 
-    /// The span of the phase that the session is in.
-    fn phase(&mut self) -> Span {
-        let state = self.state();
-        if self.phase.as_ref().is_none_or(|(of, _)| *of != state) {
-            self.phase = Some((state, info_span!("phase", ?state)));
-        }
-        self.phase.as_ref().map_or_else(Span::none, |(_, span)| span.clone())
-    }
-
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -228,38 +215,6 @@ impl Driver {
         }
     }
 
-    fn tell_watcher(&mut self) {
-        let phase = self.state().map_or(Phase::Waiting, Phase::from);
-        let nothing = Timeline::default();
-        let (timeline, epoch) = match &self.machine {
-            Some(machine) => (machine.timeline(), machine.epoch()),
-            None => (&nothing, 0),
-        };
-        self.watch.observe(phase, timeline, self.link.is_some().then_some(epoch));
-    }
-
-    fn tell_progress(&mut self) {
-        let Some(installer) = &self.installer else { return };
-        let demanded = installer.arrivals.demanded.load(Ordering::Relaxed) * PAGE_SIZE as u64;
-        let progress = Progress {
-            phase: self.state().map_or(Phase::Waiting, Phase::from),
-            settled: installer.ledger.pages() - installer.ledger.missing(),
-            pages: installer.ledger.pages(),
-            network_faults: self.faults.requests.load(Ordering::Relaxed),
-            wire_bytes: self.gate.pushed_bytes.load(Ordering::Relaxed) + demanded,
-            elapsed: self.now(),
-        };
-        self.watch.tell(Event::Progress(progress));
-    }
-
-    async fn say_progress(&mut self) {
-        let Some(installer) = &self.installer else { return };
-        let settled = installer.ledger.pages() - installer.ledger.missing();
-        let network_faults = self.faults.requests.load(Ordering::Relaxed);
-        let pushed_bytes = self.gate.pushed_bytes.load(Ordering::Relaxed);
-        self.say(ToSource::Progress { settled, network_faults, pushed_bytes }).await;
-    }
-
     async fn take(&mut self, input: Input) {
         match input {
             Input::Event(DestinationEvent::Cancel(why)) if self.machine.is_none() => {
@@ -292,75 +247,6 @@ impl Driver {
         }
     }
 
-    /// A peer with the right ticket connected and said its first message.
-    async fn linked(&mut self, link: NewLink) {
-        let NewLink { connection, mut control, control_in, first } = link;
-        match (&first, self.state()) {
-            (Ok(ToDestination::Hello(hello)), None) => {
-                self.gate.session.send_replace(Some(hello.session));
-                self.began = Instant::now();
-                let machine = DestinationSession::new(self.config.limits, Duration::ZERO);
-                self.machine = Some(machine);
-            }
-            (Ok(ToDestination::Reattach { session, epoch, .. }), Some(_)) => {
-                let may = |machine: &DestinationSession| machine.may_reattach(*session, *epoch);
-                if !self.machine.as_ref().is_some_and(may) {
-                    // An attempt that comes late must not cost the link that stands.
-                    connection.close(CLOSE_STALE.into(), b"not a link to come back on");
-                    return;
-                }
-                if self.link.is_some() {
-                    self.link_ended(LaneError::Link("the source made a new link".into()));
-                }
-            }
-            (Err(mismatch), None) => {
-                // Not one session came of it, but the ticket was shown: it is used up.
-                let _ = said::say(&mut control, &ToSource::Refuse(mismatch.clone())).await;
-                last_words(&mut control, &connection).await;
-                self.outcome = Some(Outcome::Aborted(mismatch.to_string()));
-                return;
-            }
-            _ => {
-                connection.close(CLOSE_USED.into(), b"this ticket has been used");
-                return;
-            }
-        }
-        self.generation += 1;
-        let generation = self.generation;
-        // For the VMM that starts its vCPUs, pages come only from now on again.
-        self.start_by = self.now() + self.config.limits.restore;
-        let listener = spawn_listener(control_in, generation, self.input.clone());
-        self.link = Some(CurrentLink { connection, control, tasks: vec![listener] });
-        if let Ok(first) = first {
-            self.handle(DestinationEvent::Message(first));
-        }
-        // What was said on a link that is gone may not have arrived.
-        self.workload_end_told = false;
-    }
-
-    fn link_ended(&mut self, error: LaneError) {
-        if self.outcome.is_some() {
-            return;
-        }
-        if let LaneError::Local(why) = &error {
-            warn!(why, "this side failed");
-        }
-        info!(%error, "the link ended");
-        self.watch.losing(&error);
-        self.drop_link(&error.to_string());
-        self.handle(DestinationEvent::LinkLost(error.to_string()));
-    }
-
-    fn drop_link(&mut self, why: &str) {
-        self.queues.0.borrow_mut().clear();
-        if let Some(link) = self.link.take() {
-            self.facts.unlinked(&link.connection);
-            link.tasks.iter().for_each(AbortHandle::abort);
-            let why = &why.as_bytes()[..why.len().min(256)];
-            link.connection.close(1u32.into(), why);
-        }
-    }
-
     async fn perform(&mut self, action: DestinationAction) {
         match action {
             DestinationAction::Prepare(hello) => {
@@ -386,22 +272,6 @@ impl Driver {
             DestinationAction::MakeReport => self.guest.tell(GuestCommand::Figures),
             DestinationAction::DropGuest => self.unregister(),
             DestinationAction::Finish(outcome) => self.outcome = Some(outcome),
-        }
-    }
-
-    async fn say(&mut self, message: ToSource) {
-        let Some(link) = &mut self.link else { return };
-        if let Err(error) = said::say(&mut link.control, &message).await {
-            let error = LaneError::Link(error.to_string());
-            let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
-        }
-    }
-
-    async fn tell_workload_end(&mut self) {
-        let running = self.state() == Some(DestinationState::Running) && self.link.is_some();
-        if self.workload_ended && running && !self.workload_end_told {
-            self.workload_end_told = true;
-            self.say(ToSource::WorkloadEnded).await;
         }
     }
 
@@ -465,59 +335,6 @@ impl Driver {
         self.traps = Some(traps);
         self.ram = Some(ram);
         self.handle(DestinationEvent::Prepared);
-    }
-
-    /// Takes pages in and sends requests in this epoch from now on.
-    fn open_lanes(&mut self, epoch: u32) {
-        let (Some(installer), Some(traps), Some(link), Some(hello)) =
-            (&self.installer, &self.traps, &mut self.link, &self.hello)
-        else {
-            return;
-        };
-        traps.set_epoch(epoch);
-        self.gate.open.send_replace(Some((installer.clone(), epoch)));
-        let lanes = DemandLanes {
-            connection: link.connection.clone(),
-            installer: installer.clone(),
-            traps: traps.clone(),
-            epoch,
-            generation: self.generation,
-            input: self.input.clone(),
-        };
-        let mut queues = self.queues.0.borrow_mut();
-        queues.clear();
-        let mut outgoing = Vec::new();
-        for _ in 0..=hello.vcpus {
-            let (queue, requests) = unbounded_channel();
-            queues.push(queue);
-            outgoing.push(requests);
-        }
-        link.tasks.push(tokio::task::spawn_local(lanes.open(outgoing)).abort_handle());
-    }
-
-    async fn send_placed(&mut self) {
-        let Some(installer) = self.installer.clone() else { return };
-        let placed = installer.ledger.placed_set();
-        let mut parts: Vec<Vec<u8>> = placed
-            .chunks(PLACED_RUNS)
-            .map(|part| {
-                let mut bytes = Vec::new();
-                part.encode(&mut bytes);
-                bytes
-            })
-            .collect();
-        if parts.is_empty() {
-            let mut nothing = Vec::new();
-            placed.encode(&mut nothing);
-            parts.push(nothing);
-        }
-        let last_index = parts.len() - 1;
-        for (index, part) in parts.into_iter().enumerate() {
-            self.say(ToSource::Placed { part, last: index == last_index }).await;
-        }
-        if let Some(traps) = &self.traps {
-            traps.ask_again();
-        }
     }
 
     fn ledger_full(&mut self) {

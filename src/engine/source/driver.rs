@@ -2,16 +2,18 @@
 //! which a migration goes: connect, propose, pause, send the state, commit, serve and
 //! push, release.
 
+mod linking;
+mod telling;
+
 use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
-use super::serve::{SourceFigures, SourceShared, answer_requests, send_page};
+use super::serve::{SourceFigures, SourceShared, send_page};
 use super::zero_scan::scan_zeros;
-use super::{SourceConfig, SourceEnd, report, said};
-use crate::engine::control::{self, ControlError};
+use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
-use crate::engine::event::{Event, Phase, Progress, Watch};
+use crate::engine::event::{Event, Phase, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
@@ -24,7 +26,7 @@ use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::PolicyConfig;
 use crate::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
 use crate::transport::{LaneThread, TransportError};
-use quinn::{RecvStream, SendStream};
+use quinn::SendStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -204,15 +206,6 @@ impl Driver {
         self.end().await
     }
 
-    /// The span of the phase that the session is in.
-    fn phase(&mut self) -> Span {
-        let state = self.machine.state();
-        if self.phase.as_ref().is_none_or(|(of, _)| *of != state) {
-            self.phase = Some((state, info_span!("phase", ?state)));
-        }
-        self.phase.as_ref().map_or_else(Span::none, |(_, span)| span.clone())
-    }
-
     fn now(&self) -> Duration {
         self.shared.began.elapsed()
     }
@@ -249,7 +242,7 @@ impl Driver {
             Input::Linked(link) if link.epoch != self.machine.epoch() => {}
             Input::Linked(mut link) => {
                 if let Some(control) = link.control_in.take() {
-                    spawn_listener(control, link.epoch, self.input.clone());
+                    linking::spawn_listener(control, link.epoch, self.input.clone());
                 }
                 // The queue that push will build is not there yet.
                 let rtt_initial = Some(link.transport.connection.rtt());
@@ -353,76 +346,12 @@ impl Driver {
         }
     }
 
-    async fn connect(&mut self, epoch: u32, after: Duration) {
-        self.drop_link("a new link is made").await;
-        self.keep(|journal| journal.dials(epoch));
-        let (config, input) = (self.config.clone(), self.input.clone());
-        let session = self.machine.session();
-        let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
-        let dial = tokio::task::spawn_local(async move {
-            tokio::time::sleep(after).await;
-            let input_of = match link::dial(&config, session, epoch, &lanes).await {
-                Ok(link) => Input::Linked(Box::new(link)),
-                Err(error) => Input::LinkEnded { epoch, error },
-            };
-            let _ = input.send(input_of);
-        });
-        if let Some(replaced) = self.dial.replace(dial) {
-            replaced.abort();
-        }
-    }
-
     /// Has the journal keep something, if there is one. The session goes on without.
     fn keep(&mut self, what: impl FnOnce(&mut dyn Journal) -> std::io::Result<()>) {
         if let Some(journal) = &mut self.journal
             && let Err(error) = what(journal.as_mut())
         {
             warn!(%error, "no other process can go on with this session: its record is old");
-        }
-    }
-
-    /// No page leaves any more, and none that is in a send buffer is read again: the
-    /// guest may change its memory from now on. The control stream stays.
-    async fn close_lanes(&mut self) {
-        for task in self.lane_tasks.drain(..) {
-            task.abort();
-            let _ = task.await;
-        }
-        if let Some(link) = &mut self.link {
-            let _ = link.seeds.reset(CLOSE_DONE.into());
-            link.demand.clear();
-        }
-    }
-
-    async fn drop_link(&mut self, why: &str) {
-        self.close_lanes().await;
-        if let Some(link) = self.link.take() {
-            self.figures.unlinked(&link.transport.connection);
-            link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
-        }
-    }
-
-    async fn say(&mut self, message: ToDestination) {
-        let Some(link) = &mut self.link else { return };
-        if let Err(error) = said::say(&mut link.control, &message).await {
-            let (epoch, error) = (link.epoch, LaneError::Link(error.to_string()));
-            let _ = self.input.send(Input::LinkEnded { epoch, error });
-        }
-    }
-
-    /// Answers page requests from now on. Before the guest is paused nobody asks.
-    fn open_lanes(&mut self, epoch: u32) {
-        let Some(link) = &mut self.link else { return };
-        for (pages, mut requests) in link.demand.drain(..) {
-            let (shared, input) = (self.shared.clone(), self.input.clone());
-            let answer = async move {
-                let mut pages = ResetOnDrop(pages);
-                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages.0).await;
-                if let Err(error) = ended {
-                    let _ = input.send(Input::LinkEnded { epoch, error });
-                }
-            };
-            self.lane_tasks.push(tokio::task::spawn_local(answer));
         }
     }
 
@@ -497,27 +426,6 @@ impl Driver {
         }
     }
 
-    fn tell_watcher(&mut self) {
-        let phase = Phase::from(self.machine.state());
-        let epoch = self.link.as_ref().map(|link| link.epoch);
-        self.watch.observe(phase, self.machine.timeline(), epoch);
-        if self.now() >= self.next_watch {
-            self.next_watch = self.now() + WATCH_EVERY;
-            self.tell_progress();
-        }
-    }
-
-    fn tell_progress(&mut self) {
-        self.watch.tell(Event::Progress(Progress {
-            phase: Phase::from(self.machine.state()),
-            settled: self.settled,
-            pages: self.shared.ram.layout().pages(),
-            network_faults: self.network_faults,
-            wire_bytes: self.wire_bytes,
-            elapsed: self.now(),
-        }));
-    }
-
     /// Lets every thread go and puts the report together.
     async fn end(mut self) -> SourceEnd {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
@@ -562,28 +470,4 @@ impl Driver {
         self.watch.tell(Event::Ended(outcome.clone()));
         SourceEnd { outcome, vm, report, stranded }
     }
-}
-
-fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
-    tokio::task::spawn_local(async move {
-        let ear = control::ear();
-        let error = loop {
-            let Ok(_room) = ear.clone().acquire_owned().await else { return };
-            let heard = control::hear(&mut control).await;
-            let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
-            match decoded {
-                Ok(message) => {
-                    if input.send(Input::Heard { epoch, message, _room }).is_err() {
-                        return;
-                    }
-                }
-                Err(error) => break error,
-            }
-        };
-        let error = match error {
-            ControlError::Link(why) => LaneError::Link(why),
-            ControlError::Message(error) => LaneError::Violation(error.to_string()),
-        };
-        let _ = input.send(Input::LinkEnded { epoch, error });
-    });
 }

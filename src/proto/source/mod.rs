@@ -35,6 +35,7 @@
 //! `poll_action` is called until it returns `None`, then `timeout` tells when to
 //! call `handle` with [`SourceEvent::Timer`] at the latest.
 
+mod recovery;
 mod terms;
 
 pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
@@ -48,8 +49,6 @@ use std::time::Duration;
 /// The first pause between two attempts to connect again; it doubles up to
 /// [`SessionLimits::backoff_max`].
 pub const BACKOFF_MIN: Duration = Duration::from_millis(10);
-/// The most runs that the destination's set of placed pages may have.
-const PLACED_RUNS_MAX: usize = 1 << 22;
 
 /// The link, as far as this side knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,66 +105,6 @@ impl SourceSession {
         };
         machine.timeline.stamp(Stamp::Begin, now);
         machine.push(SourceAction::Connect { epoch: 0, after: Duration::ZERO });
-        machine
-    }
-
-    /// A session that was committed by a process that has died since: it connects in
-    /// a link epoch after `last_epoch` and learns from the destination what is missing.
-    pub fn recover(
-        record: CommitRecord,
-        last_epoch: u32,
-        pages: u64,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self::restarted(record.session, last_epoch, limits, now);
-        machine.state = SourceState::Committed;
-        machine.committed = Some(record);
-        machine.pages = pages;
-        machine.dial_again(now);
-        machine
-    }
-
-    /// A session whose process has died before the commit, once the VMM has taken its
-    /// guest back (the commit word says so): it connects only to tell the destination,
-    /// which may be in doubt, and ends aborted whether or not it gets through.
-    pub fn recover_aborted(
-        session: SessionId,
-        last_epoch: u32,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self::restarted(session, last_epoch, limits, now);
-        machine.retract(now, "the fault-server died before the commit".into());
-        machine
-    }
-
-    /// What a process that has died leaves of its session: no link, and a name.
-    fn restarted(
-        session: SessionId,
-        last_epoch: u32,
-        limits: SessionLimits,
-        now: Duration,
-    ) -> Self {
-        let mut machine = Self {
-            state: SourceState::Retracting,
-            session,
-            hello: None,
-            committed: None,
-            limits,
-            epoch: last_epoch,
-            link: Link::Dialing,
-            placed: PageSet::new(),
-            pages: 0,
-            backoff: Duration::ZERO,
-            deadline: None,
-            abort_reason: String::new(),
-            lost: None,
-            actions: VecDeque::new(),
-            timeline: Timeline::default(),
-            report: None,
-        };
-        machine.timeline.stamp(Stamp::Begin, now);
         machine
     }
 
@@ -365,39 +304,6 @@ impl SourceSession {
         self.state = SourceState::Negotiating;
     }
 
-    fn reattach(&mut self) {
-        self.link = Link::Reattaching;
-        self.placed = PageSet::new();
-        self.push(SourceAction::Say(ToDestination::Reattach {
-            session: self.session,
-            epoch: self.epoch,
-            committed: self.committed,
-        }));
-        if self.state == SourceState::Retracting {
-            self.link = Link::Up;
-            self.say_abort();
-        }
-    }
-
-    fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
-        // A part may only hold what its predecessors left of the limit.
-        let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
-        let added =
-            PageSet::decode(part, self.pages, runs_left).and_then(|part| self.placed.append(&part));
-        if let Err(error) = added {
-            return self.violated(now, format!("its set of placed pages: {error}"));
-        }
-        if last {
-            self.link = Link::Up;
-            self.backoff = Duration::ZERO;
-            self.deadline = None;
-            let placed = std::mem::take(&mut self.placed);
-            self.push(SourceAction::ResumeLedger(placed));
-            self.push(SourceAction::OpenLanes { epoch: self.epoch });
-            self.push(SourceAction::StartPush);
-        }
-    }
-
     fn committed(&mut self, now: Duration) {
         self.timeline.stamp(Stamp::Committed, now);
         self.enter(SourceState::Committed, None);
@@ -411,27 +317,6 @@ impl SourceSession {
             self.push(SourceAction::StartPush);
         } else {
             self.dial_again(now);
-        }
-    }
-
-    fn link_lost(&mut self, now: Duration, why: String) {
-        use SourceState as S;
-        self.link = Link::Dialing;
-        match self.state {
-            S::Connecting | S::Negotiating => self.abort(now, why),
-            S::Pausing => self.abort(now, format!("the link was lost: {why}")),
-            S::Blackout => {
-                self.push(SourceAction::ResumeGuest);
-                self.retract(now, format!("the link was lost: {why}"));
-            }
-            S::Retracting => self.dial_again(now),
-            // The word decides; the link is looked at after it.
-            S::Committing => {}
-            S::Committed | S::Brownout => self.dial_again(now),
-            // The destination has all pages and has been told so, or will time out
-            // with all of them: nothing is left to do but its report.
-            S::Releasing => self.complete(now),
-            S::Unpausing | S::Over => {}
         }
     }
 
@@ -449,16 +334,6 @@ impl SourceSession {
             SourceState::Unpausing => {}
             _ => self.abort(now, why),
         }
-    }
-
-    fn dial_again(&mut self, now: Duration) {
-        self.link = Link::Dialing;
-        self.deadline.get_or_insert(now + self.limits.recovery);
-        // A stored epoch may be any number; the destination refuses one that is not new.
-        self.epoch = self.epoch.saturating_add(1);
-        let (epoch, after) = (self.epoch, self.backoff);
-        self.backoff = (self.backoff * 2).clamp(BACKOFF_MIN, self.limits.backoff_max);
-        self.push(SourceAction::Connect { epoch, after });
     }
 
     fn timer(&mut self, now: Duration) {
@@ -528,23 +403,6 @@ impl SourceSession {
             return self.enter(SourceState::Unpausing, Some(now + self.limits.restore));
         }
         self.finish_aborted(now);
-    }
-
-    /// The guest stays here, and the destination may be in doubt about that.
-    fn retract(&mut self, now: Duration, why: String) {
-        self.abort_reason = why;
-        self.enter(SourceState::Retracting, Some(now + self.limits.handshake));
-        match self.link {
-            Link::Up => self.say_abort(),
-            Link::Dialing | Link::Reattaching => self.dial_again(now),
-        }
-    }
-
-    fn say_abort(&mut self) {
-        if self.link == Link::Up {
-            let reason = cut(self.abort_reason.clone());
-            self.push(SourceAction::Say(ToDestination::Abort { reason }));
-        }
     }
 
     fn finish_aborted(&mut self, now: Duration) {

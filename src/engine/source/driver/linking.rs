@@ -1,0 +1,101 @@
+//! The driver's links: made when the session machine says so, listened to, and let go.
+
+use super::{CLOSE_DONE, Driver, Input, ResetOnDrop};
+use crate::engine::control::{self, ControlError};
+use crate::engine::lane::LaneError;
+use crate::engine::source::serve::answer_requests;
+use crate::engine::source::{link, said};
+use crate::proto::message::{ToDestination, ToSource};
+use quinn::RecvStream;
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
+
+impl Driver {
+    pub(super) async fn connect(&mut self, epoch: u32, after: Duration) {
+        self.drop_link("a new link is made").await;
+        self.keep(|journal| journal.dials(epoch));
+        let (config, input) = (self.config.clone(), self.input.clone());
+        let session = self.machine.session();
+        let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
+        let dial = tokio::task::spawn_local(async move {
+            tokio::time::sleep(after).await;
+            let input_of = match link::dial(&config, session, epoch, &lanes).await {
+                Ok(link) => Input::Linked(Box::new(link)),
+                Err(error) => Input::LinkEnded { epoch, error },
+            };
+            let _ = input.send(input_of);
+        });
+        if let Some(replaced) = self.dial.replace(dial) {
+            replaced.abort();
+        }
+    }
+
+    /// No page leaves any more, and none that is in a send buffer is read again: the
+    /// guest may change its memory from now on. The control stream stays.
+    pub(super) async fn close_lanes(&mut self) {
+        for task in self.lane_tasks.drain(..) {
+            task.abort();
+            let _ = task.await;
+        }
+        if let Some(link) = &mut self.link {
+            let _ = link.seeds.reset(CLOSE_DONE.into());
+            link.demand.clear();
+        }
+    }
+
+    pub(super) async fn drop_link(&mut self, why: &str) {
+        self.close_lanes().await;
+        if let Some(link) = self.link.take() {
+            self.figures.unlinked(&link.transport.connection);
+            link.transport.connection.close(CLOSE_DONE.into(), why.as_bytes());
+        }
+    }
+
+    pub(super) async fn say(&mut self, message: ToDestination) {
+        let Some(link) = &mut self.link else { return };
+        if let Err(error) = said::say(&mut link.control, &message).await {
+            let (epoch, error) = (link.epoch, LaneError::Link(error.to_string()));
+            let _ = self.input.send(Input::LinkEnded { epoch, error });
+        }
+    }
+
+    /// Answers page requests from now on. Before the guest is paused nobody asks.
+    pub(super) fn open_lanes(&mut self, epoch: u32) {
+        let Some(link) = &mut self.link else { return };
+        for (pages, mut requests) in link.demand.drain(..) {
+            let (shared, input) = (self.shared.clone(), self.input.clone());
+            let answer = async move {
+                let mut pages = ResetOnDrop(pages);
+                let ended = answer_requests(&shared, epoch, &mut requests, &mut pages.0).await;
+                if let Err(error) = ended {
+                    let _ = input.send(Input::LinkEnded { epoch, error });
+                }
+            };
+            self.lane_tasks.push(tokio::task::spawn_local(answer));
+        }
+    }
+}
+
+pub(super) fn spawn_listener(mut control: RecvStream, epoch: u32, input: UnboundedSender<Input>) {
+    tokio::task::spawn_local(async move {
+        let ear = control::ear();
+        let error = loop {
+            let Ok(_room) = ear.clone().acquire_owned().await else { return };
+            let heard = control::hear(&mut control).await;
+            let decoded = heard.and_then(|body| Ok(ToSource::decode(&body)?));
+            match decoded {
+                Ok(message) => {
+                    if input.send(Input::Heard { epoch, message, _room }).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => break error,
+            }
+        };
+        let error = match error {
+            ControlError::Link(why) => LaneError::Link(why),
+            ControlError::Message(error) => LaneError::Violation(error.to_string()),
+        };
+        let _ = input.send(Input::LinkEnded { epoch, error });
+    });
+}

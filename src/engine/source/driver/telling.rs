@@ -1,0 +1,38 @@
+//! What whoever watches the source is told: phases, links, steps and progress, and the
+//! spans of the log.
+
+use super::{Driver, WATCH_EVERY};
+use crate::engine::event::{Event, Phase, Progress};
+use tracing::{Span, info_span};
+
+impl Driver {
+    /// The span of the phase that the session is in.
+    pub(super) fn phase(&mut self) -> Span {
+        let state = self.machine.state();
+        if self.phase.as_ref().is_none_or(|(of, _)| *of != state) {
+            self.phase = Some((state, info_span!("phase", ?state)));
+        }
+        self.phase.as_ref().map_or_else(Span::none, |(_, span)| span.clone())
+    }
+
+    pub(super) fn tell_watcher(&mut self) {
+        let phase = Phase::from(self.machine.state());
+        let epoch = self.link.as_ref().map(|link| link.epoch);
+        self.watch.observe(phase, self.machine.timeline(), epoch);
+        if self.now() >= self.next_watch {
+            self.next_watch = self.now() + WATCH_EVERY;
+            self.tell_progress();
+        }
+    }
+
+    pub(super) fn tell_progress(&mut self) {
+        self.watch.tell(Event::Progress(Progress {
+            phase: Phase::from(self.machine.state()),
+            settled: self.settled,
+            pages: self.shared.ram.layout().pages(),
+            network_faults: self.network_faults,
+            wire_bytes: self.wire_bytes,
+            elapsed: self.now(),
+        }));
+    }
+}
