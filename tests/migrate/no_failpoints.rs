@@ -13,14 +13,14 @@ fn a_program_built_without_failpoints_has_no_trace_of_them() {
     let marks = ["::before_", "::after_"];
     let marked = |name: &&str| marks.iter().any(|mark| name.contains(mark));
     assert!(names.len() > 100 && names.iter().all(|name| marked(&name)), "{names:?}");
-    let mut seen = Vec::new();
+    let mut seen: Vec<&str> = Vec::new();
     for (at, bytes) in program.windows(9).enumerate() {
         if !marks.iter().any(|mark| bytes.starts_with(mark.as_bytes())) {
             continue;
         }
         let around = &program[at.saturating_sub(16)..program.len().min(at + 64)];
         let around = String::from_utf8_lossy(around);
-        seen.extend(names.iter().filter(|name| around.contains(**name)));
+        seen.extend(names.iter().filter(|name| around.contains(**name)).copied());
     }
     assert!(seen.is_empty(), "in the program: {seen:?}");
     // It is the program, and this is how a text in it is found.
