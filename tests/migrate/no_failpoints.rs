@@ -11,8 +11,8 @@ fn a_program_built_without_failpoints_has_no_trace_of_them() {
         points.split('"').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
     // All of them are found by these, in one pass.
     let marks = ["::before_", "::after_"];
-    let marked = |name: &&str| marks.iter().any(|mark| name.contains(mark));
-    assert!(names.len() > 100 && names.iter().all(|name| marked(&name)), "{names:?}");
+    let marked = |name: &str| marks.iter().any(|mark| name.contains(mark));
+    assert!(names.len() > 100 && names.iter().all(|name| marked(name)), "{names:?}");
     let mut seen: Vec<&str> = Vec::new();
     for (at, bytes) in program.windows(9).enumerate() {
         if !marks.iter().any(|mark| bytes.starts_with(mark.as_bytes())) {
