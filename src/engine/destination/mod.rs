@@ -14,6 +14,7 @@ mod links;
 mod placed_out;
 mod push_in;
 mod report;
+mod said;
 mod trap_loop;
 
 use super::event::{Event, Watch};

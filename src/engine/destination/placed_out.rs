@@ -5,7 +5,8 @@
 //! both go in pieces, and between two of them the thread does what else it has to do:
 //! faults are read, and asked for, meanwhile.
 
-use crate::engine::control::{self, ControlError};
+use super::said;
+use crate::engine::control::ControlError;
 use crate::proto::ledger::DestinationLedger;
 use crate::proto::message::ToSource;
 use crate::proto::page::PageIndex;
@@ -24,7 +25,7 @@ pub async fn tell(
     let placed = |first, bits: &mut [u64]| ledger.fill_placed(first, bits);
     while let Some(part) = messages.next(MESSAGE_PARTS_MAX, placed) {
         let last = messages.is_done();
-        control::say(control, &ToSource::Placed { part, last }).await?;
+        said::say(control, &ToSource::Placed { part, last }).await?;
         tokio::task::yield_now().await;
     }
     Ok(())
