@@ -1,3 +1,5 @@
+//! The bytes of a set of placed pages, hostile ones, and the set against plain numbers.
+
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
