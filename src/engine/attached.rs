@@ -7,6 +7,7 @@ use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed, Decision};
 use crate::attach::message::Status;
 use crate::attach::socket::SocketError;
+use crate::failpoint::failpoint;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -217,7 +218,9 @@ impl SourceVm for AttachedVmm {
     }
 
     fn pause(&mut self) -> Result<Captured, VmError> {
+        failpoint!("source::before_pause", return Err("a failpoint".into()));
         let paused = self.attached()?.pause()?;
+        failpoint!("source::after_pause", return Err("a failpoint".into()));
         Ok(Captured {
             state: paused.state,
             seeds: paused.seeds,
@@ -227,7 +230,10 @@ impl SourceVm for AttachedVmm {
     }
 
     fn commit(&mut self) -> Result<bool, VmError> {
-        Ok(self.word.commit().is_ok())
+        failpoint!("source::before_commit_word", return Err("a failpoint".into()));
+        let written = self.word.commit().is_ok();
+        failpoint!("source::after_commit_word");
+        Ok(written)
     }
 
     /// The VMM must be there and answer: it has the guest. It is not asked, since a VMM that
@@ -247,6 +253,7 @@ impl SourceVm for AttachedVmm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_resume", return Err("a failpoint".into()));
         let vmm = self.vmm.take().ok_or("the VMM was left already")?;
         let told = match vmm.word.decision() {
             // It loses patience with a fault-server that is silent, and has then resumed it.
@@ -264,23 +271,28 @@ impl SourceVm for AttachedVmm {
             Some(Err(error)) => return Err(error.into()),
         }
         self.resumed = true;
+        failpoint!("source::after_resume");
         Ok(())
     }
 
     /// Does not wait for a VMM that hangs: the conversation stays, and it hears it once it
     /// does not any more.
     fn release(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_release", return Err("a failpoint".into()));
         let proof = self.proof()?;
         self.say_committed(&proof)?;
         let Some(vmm) = &mut self.vmm else { return Ok(()) };
         vmm.hear_released(LOOK_MAX)?;
+        failpoint!("source::after_release");
         self.vmm = None;
         Ok(())
     }
 
     fn drained(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_keeper_released", return Err("a failpoint".into()));
         let proof = self.proof()?;
         let kept = self.keeper.take().map_or(Ok(()), |keeper| keeper.drained(&proof));
+        failpoint!("source::after_keeper_released");
         if (self.vmm.is_some() || !self.releasing)
             && let Err(error) = self.release()
         {

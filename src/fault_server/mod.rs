@@ -19,9 +19,9 @@ use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::event::Event;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
+use crate::failpoint::failpoint;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
-use crate::proto::source::SessionLimits;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use keeper::{KeeperCommand, KeeperError, Occupied};
@@ -143,6 +143,7 @@ impl FaultServer {
         let Some(command) = keeper else {
             return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
         };
+        failpoint!("source::after_attached", return Err(RecordError::TooLong(0).into()));
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
         let record = RecordFile::create(SessionRecord {
             session: migration.session(),
@@ -182,6 +183,7 @@ impl FaultServer {
             }
             attached => attached?,
         };
+        failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
         let taken_back = match attached.word.decision() {
@@ -285,7 +287,7 @@ fn config(
     Ok(SourceConfig {
         ticket,
         link,
-        limits: SessionLimits::default(),
+        limits: crate::failpoint::limits(),
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,
