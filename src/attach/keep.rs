@@ -9,6 +9,7 @@ use super::commit_word::CommitWord;
 use super::server::{AttachedVm, ServeEnd, Server, ServerError, one_line};
 use super::session::{Attempt, Ending, Session, SessionError};
 use super::socket::Connection;
+use crate::failpoint::failpoint;
 use std::time::{Duration, Instant};
 
 /// How long a fault-server that was started may take to say Hello, on a busy host.
@@ -71,7 +72,12 @@ impl Server {
                 }
             };
             was_at_work |= attempt.was_taken_over();
-            let gone = Gone { committed: attempt.is_committed(), on_purpose, was_at_work };
+            failpoint!("keeper::before_abort_word");
+            let committed = attempt.is_committed();
+            if !committed {
+                failpoint!("keeper::after_abort_word");
+            }
+            let gone = Gone { committed, on_purpose, was_at_work };
             was_at_work = false;
             let mut next = succession.next(Some(gone));
             (client, hello_max) = loop {

@@ -5,6 +5,7 @@ use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed};
 use crate::attach::message::{Message, Request};
 use crate::engine::attached::Beside;
+use crate::failpoint::failpoint;
 use crate::proto::source::Outcome;
 use nix::sys::socket::{MsgFlags, send};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -116,6 +117,7 @@ impl Holding {
     /// The last word to it, when all that was promised is done; true if it holds on.
     pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> bool {
         let Some(keeper) = self.take() else { return false };
+        failpoint!("source::before_keeper_released", return false);
         let parted = match outcome {
             Outcome::Completed => match word.commit() {
                 Ok(proof) => keeper.drained(&proof),
@@ -125,6 +127,7 @@ impl Holding {
             Outcome::Aborted(_) => keeper.given_back(),
             Outcome::Lost(_) => keeper.attached.leave(),
         };
+        failpoint!("source::after_keeper_released");
         if let Err(error) = parted {
             let error = crate::engine::error_chain(&error);
             tracing::warn!(error, "the keeper was not told; the guest's memory may still be held");

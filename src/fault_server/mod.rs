@@ -21,9 +21,10 @@ use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway};
 use crate::engine::event::Event;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
+use crate::failpoint::failpoint;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
-use crate::proto::source::{Outcome, SessionLimits};
+use crate::proto::source::Outcome;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use holding::Holding;
@@ -133,16 +134,25 @@ impl FaultServer {
             Some(state) => FaultServerError::Kept { path: keeper::socket_path(control), state },
             None => error,
         };
-        let mut attached = match Attached::connect(control) {
+        let attached = match Attached::connect(control) {
             Err(error @ AttachError::Connect { .. }) => return Err(kept(error.into())),
             attached => attached?,
         };
-        if let Decision::Committed | Decision::Damaged(_) = attached.word.decision() {
-            return Err(kept(GivenAway.into()));
-        }
+        let mut attached = match attached.word.decision() {
+            Decision::Undecided | Decision::Aborted => attached,
+            // Whoever took it back did not come to having it resumed.
+            Decision::TakenBack => {
+                attached.resume()?;
+                Attached::connect(control)?
+            }
+            Decision::Committed | Decision::Running | Decision::Damaged(_) => {
+                return Err(kept(GivenAway.into()));
+            }
+        };
         let config =
             config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
+        failpoint!("source::after_attached", return Err(RecordError::TooLong(0).into()));
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
         let report = report.map(absolute);
         let record = RecordFile::create(SessionRecord {
@@ -216,11 +226,13 @@ impl FaultServer {
         keeper: Option<&KeeperCommand>,
         place: Place,
     ) -> Result<Self, FaultServerError> {
+        failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
-        if let Decision::Damaged(found) = attached.word.decision() {
-            return Err(FaultServerError::Word(found));
-        }
+        let taken_back = match attached.word.decision() {
+            Decision::Damaged(found) => return Err(FaultServerError::Word(found)),
+            decision => decision == Decision::TakenBack,
+        };
         let mut record = RecordFile::open(attached.record()?)?;
         if let Some(report) = report.map(absolute) {
             record.change(|record| record.report = Some(report.into()))?;
@@ -233,7 +245,7 @@ impl FaultServer {
             .runs_since_ns
             .map(|since| Duration::from_nanos(crate::attach::monotonic_ns().saturating_sub(since)));
         let ticket: Ticket = ticket.parse()?;
-        let left = Left { session, last_epoch, committed, runs_for, drained };
+        let left = Left { session, last_epoch, committed, taken_back, runs_for, drained };
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
@@ -359,7 +371,9 @@ fn left_with_vmm(control: &Path) -> Result<Attached, &'static str> {
         Err(_) => return Err("there is neither a VMM nor a keeper"),
     };
     match vmm.word.decision() {
-        Decision::Undecided | Decision::Aborted => Err("the guest runs in its VMM"),
+        Decision::Undecided | Decision::Aborted | Decision::TakenBack => {
+            Err("the guest runs in its VMM")
+        }
         _ if vmm.has_record() => Ok(vmm),
         _ => Err("the VMM holds the memory of a guest that was given to a destination, but has \
                   no record of the session"),
@@ -398,7 +412,7 @@ fn config(
     Ok(SourceConfig {
         ticket,
         link,
-        limits: SessionLimits::default(),
+        limits: crate::failpoint::limits(),
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,

@@ -21,6 +21,7 @@ use crate::attach::handover::HandoverError;
 use crate::attach::listener::sweep;
 use crate::attach::server::ServerError;
 use crate::attach::socket::{Connection, SocketError};
+use crate::failpoint::failpoint;
 pub use process::{run, run_if_asked};
 pub(super) use restarts::Restarts;
 use std::ffi::OsString;
@@ -173,11 +174,16 @@ fn take_standard_input() -> io::Result<OwnedFd> {
 /// can go on with.
 pub fn look(path: &Path) -> Option<Occupied> {
     match connect(path) {
-        Ok(keeper) if keeper.word.decision() == Decision::Aborted => None,
+        Ok(keeper) if is_vmms(keeper.word.decision()) => None,
         Ok(_) => Some(Occupied::Committed),
         Err(AttachError::Refused { .. }) => Some(Occupied::Busy),
         Err(_) => None,
     }
+}
+
+/// Whether the guest is its VMM's, so that a keeper is only there for a destination in doubt.
+fn is_vmms(decision: Decision) -> bool {
+    matches!(decision, Decision::Aborted | Decision::TakenBack)
 }
 
 /// Has the keeper at `path` let go of what it holds: an operator's word that the guest is
@@ -205,6 +211,7 @@ pub fn start(
 ) -> Result<Keeper, KeeperError> {
     let path = at_any_directory(socket_path(control));
     make_room(&path)?;
+    failpoint!("source::before_keeper_started", return Err(SocketError::Closed.into()));
     let (ours, theirs) = UnixStream::pair().map_err(system("make a pair of sockets"))?;
     let mut process = Command::new(&command.program)
         .arg0(NAME)
@@ -246,6 +253,7 @@ fn hand_over(
     restart: Option<&RestartCommand>,
 ) -> Result<Attached, KeeperError> {
     let mut connection = Connection::new(socket)?;
+    failpoint!("source::before_hand_over", return Err(SocketError::Closed.into()));
     let path = framed(path.as_os_str().as_bytes());
     connection.send(&path, &[legacy.record().memfd()], HAND_OVER_MAX)?;
     let memory_and_word = [legacy.memory(), vec![legacy.word().memfd()]].concat();
@@ -258,6 +266,7 @@ fn hand_over(
     if answer != OK {
         return Err(KeeperError::Refused(String::from_utf8_lossy(&answer).into_owned()));
     }
+    failpoint!("source::after_hand_over", return Err(SocketError::Closed.into()));
     Ok(Attached::over(connection)?)
 }
 
@@ -278,7 +287,7 @@ fn make_room(path: &Path) -> Result<(), KeeperError> {
         Err(AttachError::Socket { source: SocketError::Closed, .. }) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    if keeper.word.decision() != Decision::Aborted {
+    if !is_vmms(keeper.word.decision()) {
         return Err(KeeperError::Occupied(Occupied::Committed));
     }
     keeper.stop("another migration begins")?;

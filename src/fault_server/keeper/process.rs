@@ -10,6 +10,7 @@ use crate::attach::handover::{MemoryFiles, check_region_files};
 use crate::attach::message::{Paused, Status};
 use crate::attach::server::{AttachedVm, Description, ServeEnd, Server};
 use crate::attach::socket::{Connection, Received, SocketError};
+use crate::failpoint::failpoint;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -38,6 +39,7 @@ pub fn run_if_asked() -> Option<ExitCode> {
 /// If it was started otherwise, or cannot serve.
 pub fn run() -> Result<ServeEnd, KeeperError> {
     let mut connection = Connection::new(leave_home()?)?;
+    failpoint!("keeper::before_hand_over", return Err(SocketError::Closed.into()));
     let mut received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
     let path = PathBuf::from(OsString::from_vec(std::mem::take(&mut received.bytes)));
     let [record] = received.descriptors()?;
@@ -61,7 +63,9 @@ pub fn run() -> Result<ServeEnd, KeeperError> {
             return Err(error);
         }
     };
+    failpoint!("keeper::before_kept_sent", return Err(SocketError::Closed.into()));
     connection.send(&framed(OK), &[], HAND_OVER_MAX)?;
+    failpoint!("keeper::after_kept_sent", return Err(SocketError::Closed.into()));
     Ok(server.keep(connection, &mut kept, word, &mut supervisor)?)
 }
 

@@ -8,7 +8,6 @@ use super::super::record::RecordFile;
 use super::restarts::{Restarts, STARTS_MAX, WINDOW};
 use crate::attach::keep::{Gone, Next, Succession};
 use crate::attach::socket::Connection;
-use crate::proto::source::SessionLimits;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ffi::OsString;
@@ -77,7 +76,7 @@ impl Supervisor {
         let newest = newest.and_then(|fd| RecordFile::open(fd).ok());
         let in_doubt = newest.is_some_and(|newest| newest.record().state_left);
         // After that a destination has given up by itself.
-        if in_doubt { SessionLimits::default().recovery } else { Duration::ZERO }
+        if in_doubt { crate::failpoint::limits().recovery } else { Duration::ZERO }
     }
 
     fn due(&mut self) -> Option<Instant> {
