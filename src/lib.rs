@@ -128,8 +128,6 @@ pub mod checker;
 #[cfg(feature = "io")]
 pub mod engine;
 #[cfg(feature = "io")]
-pub mod failpoint;
-#[cfg(feature = "io")]
 pub mod fault_server;
 #[cfg(feature = "io")]
 pub mod host;

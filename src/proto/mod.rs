@@ -11,7 +11,6 @@ pub mod message;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
-pub mod placed;
 pub mod prepaging;
 pub mod source;
 mod sync;

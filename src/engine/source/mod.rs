@@ -10,7 +10,6 @@ mod journal;
 mod link;
 mod push;
 mod report;
-mod said;
 mod serve;
 mod zero_scan;
 
