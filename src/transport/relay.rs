@@ -6,6 +6,10 @@
 //! vanish, so that MTU discovery finds it. It shapes what passes; it neither reads nor changes
 //! it.
 //!
+//! It fails as links do, too: wholly ([`Relay::blackhole`]), one direction of it, single ports
+//! ([`Relay::cut`], [`Relay::cut_port`]), or by another address at its target's end
+//! ([`Relay::rebind`], [`Relay::retarget`]).
+//!
 //! For tests and measurements where the kernel's own shaping is not at hand. One
 //! thread without a runtime; bandwidth is exact in the long run, because it is kept in
 //! virtual time from the kernel's arrival stamps, and moments of delivery are as exact as the
@@ -13,6 +17,7 @@
 
 mod bottleneck;
 mod forwarder;
+mod switch;
 
 use super::{
     error::TransportError,
@@ -27,12 +32,13 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
+use switch::Switch;
 
 /// The most ports of one relay: an urgent and eight push lanes.
 pub const PORTS_MAX: usize = 9;
@@ -81,6 +87,15 @@ impl Default for RelayConfig {
             listen: None,
         }
     }
+}
+
+/// A direction of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From clients to the destination.
+    ToTarget,
+    /// From the destination to clients.
+    ToClient,
 }
 
 /// What a relay did so far.
@@ -157,7 +172,9 @@ impl Relay {
         let shared = Arc::new(Shared {
             wake,
             stop: AtomicBool::new(false),
-            down: AtomicBool::new(false),
+            switch: Switch::default(),
+            targets: Mutex::new(targets.to_vec()),
+            rebinds: AtomicU64::new(0),
             to_target: Counters::default(),
             to_client: Counters::default(),
         });
@@ -194,7 +211,48 @@ impl Relay {
 
     /// Takes the link down (both directions, what is on its way included) or up again.
     pub fn blackhole(&self, down: bool) {
-        self.shared.down.store(down, Ordering::Relaxed);
+        self.cut(Way::ToTarget, down);
+        self.cut(Way::ToClient, down);
+    }
+
+    /// Takes one direction down, what is on its way included, or up again: half-open, as behind
+    /// a firewall that lost its state.
+    pub fn cut(&self, way: Way, down: bool) {
+        for port in 0..self.local.len() {
+            self.cut_port(port, way, down);
+        }
+    }
+
+    /// Takes one direction of one port (by its place among the targets, from 0) down or up
+    /// again. A port that it does not have is ignored.
+    pub fn cut_port(&self, port: usize, way: Way, down: bool) {
+        self.shared.switch.set(port, way, down);
+    }
+
+    /// Changes the addresses by which the targets see the clients, as a NAT that lost its state
+    /// or a host with a new address does. What comes to the old ones is lost.
+    pub fn rebind(&self) {
+        self.shared.rebinds.fetch_add(1, Ordering::AcqRel);
+        // A full counter is a pending wake-up just as well.
+        let _ = self.shared.wake.write(1);
+    }
+
+    /// Forwards to other addresses from now on; what is on its way to the old ones, and what
+    /// comes from them, is lost.
+    ///
+    /// # Errors
+    /// [`TransportError::Setup`] if they are not as many, or of the other address family.
+    pub fn retarget(&self, targets: &[SocketAddr]) -> Result<(), TransportError> {
+        let as_before = targets.len() == self.local.len()
+            && targets.iter().all(|target| target.is_ipv4() == self.local[0].is_ipv4());
+        let reason = "its targets are as many, and of the same family, as before";
+        as_before.then_some(()).ok_or(reason).map_err(setup("a relay"))?;
+        *self.shared.targets() = targets.to_vec();
+        for port in 0..targets.len() {
+            self.shared.switch.flush(port, Way::ToTarget);
+        }
+        self.rebind();
+        Ok(())
     }
 }
 
@@ -224,9 +282,20 @@ pub fn targets(host: IpAddr, ticket: &Ticket) -> Vec<SocketAddr> {
 struct Shared {
     wake: EventFd,
     stop: AtomicBool,
-    down: AtomicBool,
+    switch: Switch,
+    /// Where each port forwards to.
+    targets: Mutex<Vec<SocketAddr>>,
+    /// Counts the times that the forwarder has to look at them again, from new addresses.
+    rebinds: AtomicU64,
     to_target: Counters,
     to_client: Counters,
+}
+
+impl Shared {
+    fn targets(&self) -> std::sync::MutexGuard<'_, Vec<SocketAddr>> {
+        // It is replaced as a whole, so it is sound whoever panicked.
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug, Default)]

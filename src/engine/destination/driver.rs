@@ -15,6 +15,7 @@ use super::{DestinationConfig, DestinationEnd, Receiver, report};
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
@@ -345,7 +346,7 @@ impl Driver {
         match installer.ledger.finish() {
             Ok(drained) => {
                 let counts = drained.counts();
-                let settled = counts.placed + counts.zero + counts.removed + counts.poisoned;
+                let settled = counts.placed + counts.zero + counts.removed;
                 self.facts.drained(counts);
                 self.handle(DestinationEvent::LedgerFull { settled });
             }
@@ -361,6 +362,7 @@ impl Driver {
     }
 
     fn unregister(&mut self) {
+        failpoint!("destination::before_unregistered");
         let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
         if let Some(Err(error)) = unregistered {
             warn!(%error, "the guest's memory is still trapped");
@@ -410,8 +412,6 @@ impl Driver {
         let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
-        let lost = self.installer.filter(|installer| installer.lost.pages() > 0);
-        let poisoned = lost.map(|of| of.ledger.poisoned_set()).unwrap_or_default();
-        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report })
+        Ok(DestinationEnd { outcome, vm, ram: self.ram, report })
     }
 }

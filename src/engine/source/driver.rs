@@ -15,9 +15,8 @@ use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Watch};
 use crate::engine::lane::LaneError;
-use crate::engine::lost_pages::LostPages;
 use crate::engine::vm::{Captured, SourceVm};
-use crate::memory::guarded::Guarded;
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
@@ -125,17 +124,11 @@ impl Driver {
             }
             Beginning::Left(left) => left.machine(pages, config.limits),
         };
-        let guarded = Guarded::new().map_err(|source| TransportError::Io {
-            what: "prepare to read memory that may fail",
-            source,
-        })?;
         let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
         let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
         let shared = Arc::new(SourceShared {
             ledger: SourceLedger::new(pages),
             ram,
-            guarded,
-            lost: LostPages::default(),
             figures: SourceFigures::default(),
             notes: notes_tx,
             push_wake: tokio::sync::Notify::new(),
@@ -336,8 +329,9 @@ impl Driver {
                 self.guest.tell(GuestCommand::Resume);
             }
             SourceAction::ResumeLedger(placed) => {
+                failpoint!("source::before_ledger_resumed");
                 let epoch = LinkEpoch::new(self.machine.epoch());
-                match self.shared.ledger.resume_from(&placed, epoch) {
+                match self.shared.ledger.resume_from(placed, epoch) {
                     Ok(again) => {
                         self.figures.resent += again;
                         info!(pages = again, "sending again what the lost link did not deliver");
@@ -440,7 +434,6 @@ impl Driver {
         let phase = Phase::from(self.machine.state());
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
-        self.watch.lost(&self.shared.lost);
         if let Some(dial) = self.dial.take() {
             // It holds the push lanes' commands, and they end only without them: joined
             // while it lives, they would never end.

@@ -47,8 +47,7 @@
 //! once the memory is unregistered it reads as zero by itself. So it counts as
 //! settled. A known zero page over stale bytes does not, until it is placed.
 //!
-//! A poisoned page, whose bytes the source could not read, is landed as any other and then
-//! marked so that touching it is an error. It is settled: nothing better will come.
+//! A poisoned page is placed with the kernel's poison mark, as any other page.
 
 use super::landing::{Landing, Landings};
 use super::page_state::{Kind, OnFault, PageState, Refusal};
@@ -123,8 +122,6 @@ pub struct DestinationCounts {
     pub zero: u64,
     /// Given back by the guest.
     pub removed: u64,
-    /// Lost: whoever touches one gets a memory error.
-    pub poisoned: u64,
     /// Being placed; each is in one of the numbers above, too.
     pub in_hand: u64,
     /// Pages that arrived again, ever; 0 unless a link was lost.
@@ -293,31 +290,30 @@ impl DestinationLedger {
         self.states.unsettled()
     }
 
-    /// Whether `page` is placed, removed, poisoned, or zero over clean memory; `false` if
+    /// Whether `page` is placed, removed, or zero over clean memory; `false` if
     /// it is out of range.
     pub fn is_settled(&self, page: PageIndex) -> bool {
         page.get() < self.pages && self.states.get(page).is_settled()
     }
 
-    /// The pages that the source need not send again: placed, known to be zero,
-    /// removed, and poisoned. For a consistent answer nothing may be in hand that will be
-    /// handed back; a page in hand is not in the set and would come twice.
-    pub fn placed_set(&self) -> PageSet {
-        self.pages_where(PageState::is_known)
+    /// Sets the bits of the pages that the source need not send again: placed, known
+    /// to be zero, and removed. `first`, whose bit is the lowest of the first word, is
+    /// a multiple of 64; bits past the last page stay as they are.
+    ///
+    /// For a consistent answer nothing may be in hand that will be handed back; a page
+    /// in hand is not in the set and would come twice.
+    pub fn fill_placed(&self, first: PageIndex, bits: &mut [u64]) {
+        self.states.fill(first.get(), bits, PageState::is_known);
     }
 
-    /// The pages that are lost: whoever touches one gets a memory error.
-    pub fn poisoned_set(&self) -> PageSet {
-        self.pages_where(|state| state.kind == Kind::Poisoned)
-    }
-
-    /// The pages that were asked for and are neither here nor in hand. After a
-    /// lost link nobody is going to answer those requests, so they are to be
-    /// made again. A fault that comes meanwhile requests its page itself.
-    pub fn requested_set(&self) -> PageSet {
-        self.pages_where(|state| {
+    /// As [`fill_placed`](Self::fill_placed), the pages that were asked for and are
+    /// neither here nor in hand. After a lost link nobody is going to answer those
+    /// requests, so they are to be made again. A fault that comes meanwhile requests
+    /// its page itself.
+    pub fn fill_requested(&self, first: PageIndex, bits: &mut [u64]) {
+        self.states.fill(first.get(), bits, |state| {
             matches!(state.kind, Kind::Requested | Kind::StaleRequested) && !state.placing
-        })
+        });
     }
 
     /// How many pages are in which state. It reads the whole ledger (a word for
@@ -340,7 +336,6 @@ impl DestinationLedger {
                 Kind::Zero | Kind::StaleZero => counts.zero += 1,
                 Kind::Placed => counts.placed += 1,
                 Kind::Removed => counts.removed += 1,
-                Kind::Poisoned => counts.poisoned += 1,
             }
         });
         counts
@@ -373,18 +368,10 @@ impl DestinationLedger {
     }
 
     fn check(&self, run: PageRun) -> Result<(), OutOfRange> {
-        let pages = self.pages;
-        if run.end() <= pages { Ok(()) } else { Err(OutOfRange { run, pages }) }
-    }
-
-    fn pages_where(&self, wanted: impl Fn(PageState) -> bool) -> PageSet {
-        let mut set = PageSet::new();
-        self.states.each(|page, state| {
-            if wanted(state) {
-                set.insert(PageRun::single(page));
-            }
-        });
-        set
+        if run.end() <= self.pages {
+            return Ok(());
+        }
+        Err(OutOfRange { run, pages: self.pages })
     }
 
     fn refused(&self, refusal: Refusal) {
@@ -439,13 +426,6 @@ impl DestinationLedger {
                     self.placed_twice.fetch_add(1, Ordering::Relaxed);
                 }
             }
-        });
-    }
-
-    /// The pages of `run` were in hand and are marked as lost.
-    pub(super) fn note_poisoned(&self, run: PageRun) {
-        change_each_word(run, |part| {
-            self.states.change(part, PageState::poisoned);
         });
     }
 

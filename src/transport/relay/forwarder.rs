@@ -1,9 +1,10 @@
 //! The relay's thread: receives, asks the bottleneck, holds, sends.
 
 use super::{
-    Counters, RelayConfig, Shared,
+    Counters, RelayConfig, Shared, Way,
     bottleneck::{Bottleneck, Fate},
     open_socket,
+    switch::Stretch,
 };
 use nix::{
     cmsg_space,
@@ -58,6 +59,8 @@ pub(super) struct Forwarder {
     flows: HashMap<FlowId, Flow>,
     flow_of_client: HashMap<(usize, SocketAddr), FlowId>,
     flows_made: FlowId,
+    /// The last change of addresses that was seen.
+    rebinds: u64,
     to_target: Direction,
     to_client: Direction,
     spare: Vec<Box<[u8]>>,
@@ -88,6 +91,8 @@ struct Direction {
 #[derive(Debug)]
 struct InFlight {
     due_ns: u64,
+    port: usize,
+    stretch: Stretch,
     flow: FlowId,
     datagram: Datagram,
 }
@@ -128,6 +133,7 @@ impl Forwarder {
             flows: HashMap::new(),
             flow_of_client: HashMap::new(),
             flows_made: 0,
+            rebinds: 0,
             to_target: direction(0),
             to_client: direction(1),
             spare: Vec::new(),
@@ -154,6 +160,7 @@ impl Forwarder {
             }
             arrivals.sort_by_key(|arrival| arrival.at_ns);
             let later = arrivals.partition_point(|arrival| arrival.at_ns <= horizon_ns);
+            self.follow_addresses();
             for arrival in arrivals.drain(..later) {
                 self.judge(arrival);
             }
@@ -191,6 +198,9 @@ impl Forwarder {
             return Vec::new();
         }
         let any = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+        if any(&fds[0]) {
+            let _ = self.shared.wake.read();
+        }
         sources.into_iter().zip(&fds[1..]).filter(|(_, fd)| any(fd)).map(|(s, _)| s).collect()
     }
 
@@ -257,22 +267,23 @@ impl Forwarder {
     fn judge(&mut self, arrival: Arrival) {
         let Arrival { from, sender, at_ns, too_large, datagram } = arrival;
         let shared = self.shared.clone();
-        let (flow, counters) = match from {
-            Source::Port(port) => {
-                (sender.and_then(|client| self.flow(port, client)), &shared.to_target)
-            }
-            Source::Upstream(id) => (Some(id), &shared.to_client),
+        let (port, way, flow) = match from {
+            Source::Port(port) => (port, Way::ToTarget, sender.and_then(|c| self.flow(port, c))),
+            Source::Upstream(id) => match self.flows.get(&id) {
+                Some(flow) => (flow.port, Way::ToClient, Some(id)),
+                None => return self.drop_datagram(datagram, &shared.to_client.dropped_host),
+            },
         };
-        let direction = match from {
-            Source::Port(_) => &mut self.to_target,
-            Source::Upstream(_) => &mut self.to_client,
+        let (direction, counters) = match way {
+            Way::ToTarget => (&mut self.to_target, &shared.to_target),
+            Way::ToClient => (&mut self.to_client, &shared.to_client),
         };
         let Some(flow) = flow else {
             return self.drop_datagram(datagram, &counters.dropped_host);
         };
-        if shared.down.load(Ordering::Relaxed) {
+        let Some(stretch) = shared.switch.up(port, way) else {
             return self.drop_datagram(datagram, &counters.dropped_down);
-        }
+        };
         if too_large {
             return self.drop_datagram(datagram, &counters.dropped_mtu);
         }
@@ -282,7 +293,7 @@ impl Forwarder {
         match direction.bottleneck.offer(at_ns, (datagram.length + self.header_bytes) as u64) {
             Fate::Arrives(due_ns) => {
                 direction.in_flight_bytes += datagram.length;
-                direction.in_flight.push_back(InFlight { due_ns, flow, datagram });
+                direction.in_flight.push_back(InFlight { due_ns, port, stretch, flow, datagram });
             }
             Fate::QueueFull => self.drop_datagram(datagram, &counters.dropped_queue),
             Fate::Lost => self.drop_datagram(datagram, &counters.dropped_loss),
@@ -293,18 +304,19 @@ impl Forwarder {
     fn deliver(&mut self) {
         let shared = self.shared.clone();
         let limit_ns = self.now_ns() + EARLY_NS;
-        let down = shared.down.load(Ordering::Relaxed);
         while let Some(next) = self.to_target.pop_due(limit_ns) {
-            let flow = self.flows.get(&next.flow);
-            let sent = flow.filter(|_| !down).map(|flow| flow.upstream.send(next.datagram.bytes()));
-            self.account(next, sent, down, &shared.to_target);
+            let up = shared.switch.up(next.port, Way::ToTarget) == Some(next.stretch);
+            let flow = self.flows.get(&next.flow).filter(|_| up);
+            let sent = flow.map(|flow| flow.upstream.send(next.datagram.bytes()));
+            self.account(next, sent, up, &shared.to_target);
         }
         while let Some(next) = self.to_client.pop_due(limit_ns) {
-            let flow = self.flows.get(&next.flow);
-            let sent = flow.filter(|_| !down).map(|flow| {
+            let up = shared.switch.up(next.port, Way::ToClient) == Some(next.stretch);
+            let flow = self.flows.get(&next.flow).filter(|_| up);
+            let sent = flow.map(|flow| {
                 self.ports[flow.port].socket.send_to(next.datagram.bytes(), flow.client)
             });
-            self.account(next, sent, down, &shared.to_client);
+            self.account(next, sent, up, &shared.to_client);
         }
     }
 
@@ -312,7 +324,7 @@ impl Forwarder {
         &mut self,
         sent: InFlight,
         result: Option<std::io::Result<usize>>,
-        down: bool,
+        up: bool,
         counters: &Counters,
     ) {
         let length = sent.datagram.length as u64;
@@ -321,9 +333,33 @@ impl Forwarder {
                 counters.forwarded_bytes.fetch_add(length, Ordering::Relaxed);
                 self.drop_datagram(sent.datagram, &counters.forwarded);
             }
-            _ if down => self.drop_datagram(sent.datagram, &counters.dropped_down),
-            _ => self.drop_datagram(sent.datagram, &counters.dropped_host),
+            _ if up => self.drop_datagram(sent.datagram, &counters.dropped_host),
+            _ => self.drop_datagram(sent.datagram, &counters.dropped_down),
         }
+    }
+
+    /// Gives every flow a new socket if the addresses have changed.
+    fn follow_addresses(&mut self) {
+        let rebinds = self.shared.rebinds.load(Ordering::Acquire);
+        if rebinds == self.rebinds {
+            return;
+        }
+        self.rebinds = rebinds;
+        for (port, target) in self.ports.iter_mut().zip(self.shared.targets().iter()) {
+            port.target = *target;
+        }
+        // The old sockets live until all new ones exist, so that no address is used again.
+        let mut old = Vec::new();
+        let ports = &self.ports;
+        self.flows.retain(|_, flow| match connect(ports[flow.port].target) {
+            Some(upstream) => {
+                old.push(std::mem::replace(&mut flow.upstream, upstream));
+                true
+            }
+            None => false,
+        });
+        let flows = &self.flows;
+        self.flow_of_client.retain(|_, id| flows.contains_key(id));
     }
 
     /// Counts a datagram that is done with, and keeps its buffer.
@@ -344,17 +380,7 @@ impl Forwarder {
             return Some(*id);
         }
         let target = self.ports[port].target;
-        let upstream = open_socket(any_port(target)).and_then(|socket| {
-            socket.connect(target)?;
-            Ok(socket)
-        });
-        let upstream = match upstream {
-            Ok(upstream) => upstream,
-            Err(error) => {
-                tracing::warn!("the relay cannot reach {target}: {error}");
-                return None;
-            }
-        };
+        let upstream = connect(target)?;
         if self.flows.len() >= FLOWS_MAX {
             self.forget_oldest_flow();
         }
@@ -389,6 +415,15 @@ impl Datagram {
     fn bytes(&self) -> &[u8] {
         &self.buffer[..self.length]
     }
+}
+
+/// A socket of any address to `target`.
+fn connect(target: SocketAddr) -> Option<UdpSocket> {
+    let upstream = open_socket(any_port(target)).and_then(|socket| {
+        socket.connect(target)?;
+        Ok(socket)
+    });
+    upstream.map_err(|error| tracing::warn!("the relay cannot reach {target}: {error}")).ok()
 }
 
 fn any_port(target: SocketAddr) -> SocketAddr {

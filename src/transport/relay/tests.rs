@@ -183,6 +183,103 @@ fn large_datagrams_vanish_and_a_link_that_is_down_takes_all() {
 }
 
 #[test]
+fn each_direction_of_each_port_goes_down_by_itself() {
+    let _watchdog = Watchdog::seconds(30);
+    let (one, other, client) = (socket(), socket(), socket());
+    let targets = [one.local_addr().unwrap(), other.local_addr().unwrap()];
+    let relay = Relay::spawn(RelayConfig::default(), &targets).unwrap();
+    // Which of the four ways a datagram gets through just now: there and back on each port.
+    let mut senders = [None, None];
+    let mut open_ways = |number: u64| {
+        let mut open = Vec::new();
+        for (port, target) in [&one, &other].into_iter().enumerate() {
+            client.send_to(&numbered(number, 64), relay.local()[port]).unwrap();
+            let mut buffer = [0; 64];
+            if let Ok((_, from)) = target.recv_from(&mut buffer) {
+                senders[port] = Some(from);
+                open.push((port, Way::ToTarget));
+            }
+            target.send_to(&numbered(number, 64), senders[port].unwrap()).unwrap();
+            if client.recv(&mut buffer).is_ok() {
+                open.push((port, Way::ToClient));
+            }
+        }
+        open
+    };
+    let all: Vec<_> =
+        [0, 1].into_iter().flat_map(|p| [(p, Way::ToTarget), (p, Way::ToClient)]).collect();
+    assert_eq!(open_ways(0), all);
+    for (number, cut) in all.iter().enumerate() {
+        relay.cut_port(cut.0, cut.1, true);
+        let but_one: Vec<_> = all.iter().copied().filter(|way| way != cut).collect();
+        assert_eq!(open_ways(1 + number as u64), but_one);
+        relay.cut_port(cut.0, cut.1, false);
+    }
+    relay.cut(Way::ToClient, true);
+    assert_eq!(open_ways(5), [(0, Way::ToTarget), (1, Way::ToTarget)]);
+    relay.cut(Way::ToClient, false);
+    relay.cut_port(PORTS_MAX, Way::ToTarget, true);
+    assert_eq!(open_ways(6), all);
+    let stats = relay.stats();
+    assert_eq!((stats.to_target.dropped_down, stats.to_client.dropped_down), (2, 4));
+    assert_eq!((stats.to_target.dropped(), stats.to_client.dropped()), (2, 4));
+}
+
+#[test]
+fn a_cut_loses_what_is_on_its_way_even_if_it_is_over_before_that_would_arrive() {
+    let _watchdog = Watchdog::seconds(30);
+    let rtt = Duration::from_millis(400);
+    let (relay, client, target) = link(RelayConfig { rtt, ..RelayConfig::default() });
+    client.send(&numbered(0, 64)).unwrap();
+    // The relay must have taken it by then; it arrives 150 ms later.
+    std::thread::sleep(Duration::from_millis(50));
+    relay.cut(Way::ToTarget, true);
+    relay.cut(Way::ToTarget, false);
+    client.send(&numbered(1, 64)).unwrap();
+    let arrived: Vec<_> = drain(&target).iter().map(|(number, _, _)| *number).collect();
+    assert_eq!(arrived, [1]);
+    assert_eq!(relay.stats().to_target.dropped_down, 1);
+}
+
+#[test]
+fn both_ends_addresses_can_change() {
+    let _watchdog = Watchdog::seconds(30);
+    let (relay, client, target) = link(RelayConfig::default());
+    let mut buffer = [0; 64];
+    client.send(&numbered(0, 64)).unwrap();
+    let (_, before) = target.recv_from(&mut buffer).unwrap();
+
+    relay.rebind();
+    client.send(&numbered(1, 64)).unwrap();
+    let (_, after) = target.recv_from(&mut buffer).unwrap();
+    assert_ne!(before, after);
+    // The old address is gone, the new one leads to the same client.
+    target.send_to(&numbered(2, 64), before).unwrap();
+    target.send_to(&numbered(3, 64), after).unwrap();
+    let came: Vec<_> = drain(&client).iter().map(|(number, _, _)| *number).collect();
+    assert_eq!(came, [3]);
+
+    let elsewhere = socket();
+    relay.retarget(&[elsewhere.local_addr().unwrap()]).unwrap();
+    client.send(&numbered(4, 64)).unwrap();
+    let (_, from) = elsewhere.recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer.to_vec(), numbered(4, 64));
+    elsewhere.send_to(&numbered(5, 64), from).unwrap();
+    assert_eq!(client.recv(&mut buffer).unwrap(), 64);
+    assert!(drain(&target).is_empty());
+    // A client that comes later is led there as well.
+    let newcomer = socket();
+    newcomer.send_to(&numbered(6, 64), relay.local()[0]).unwrap();
+    assert_eq!(drain(&elsewhere).len(), 1);
+
+    let refused = |targets: &[SocketAddr]| {
+        matches!(relay.retarget(targets), Err(TransportError::Setup { .. }))
+    };
+    assert!(refused(&[]) && refused(&[before, after]));
+    assert!(refused(&["[::1]:9".parse().unwrap()]));
+}
+
+#[test]
 fn each_client_gets_its_own_answers_over_ipv6_too() {
     let _watchdog = Watchdog::seconds(30);
     for host in ["127.0.0.1:0", "[::1]:0"] {
