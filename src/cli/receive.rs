@@ -10,7 +10,7 @@ use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::source::Outcome;
+use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::report::human::render;
 use postcopy::report::merge::Heading;
 use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
@@ -46,6 +46,10 @@ pub struct Receive {
     /// How long the ticket is good.
     #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
     ticket_life: Duration,
+    /// How long to wait for a lost link, or for the source's word whether it committed the
+    /// guest. Then it is given up for lost; until then nothing is. Give the source the same.
+    #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
+    patience: Duration,
     /// Stop the guest so long after all its memory came, and compare every page with
     /// what it must hold; without it the guest runs until it is interrupted.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
@@ -67,6 +71,7 @@ impl Receive {
             .push_lanes(usize::from(self.push_lanes))
             .ticket_life(self.ticket_life)
             .backing(self.backing)
+            .limits(SessionLimits { recovery: self.patience, ..SessionLimits::default() })
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });
@@ -200,6 +205,9 @@ fn whole_report(
     backing: DestinationBacking,
 ) -> Report {
     let (outcome, reason) = match outcome {
+        Outcome::Completed if part.epochs.is_some_and(|epochs| epochs > 1) => {
+            (schema::Outcome::Recovered, None)
+        }
         Outcome::Completed => (schema::Outcome::Completed, None),
         Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
         Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),

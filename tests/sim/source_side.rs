@@ -210,7 +210,7 @@ impl<L: Ledger> World<L> {
         let incarnation = self.source.incarnation;
         let step = |step| Event::Source { incarnation, step };
         match action {
-            SourceAction::Connect { epoch, after } => {
+            SourceAction::Connect { epoch, after, .. } => {
                 self.source.stored_epoch = epoch;
                 self.close_source_link();
                 self.after(after, step(SourceStep::Dial { epoch }));

@@ -8,8 +8,8 @@ use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::uffd::{PlaceError, Placer, Stop};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -63,6 +63,14 @@ pub struct Installer {
     pub arrivals: Arrivals,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
+    current: RwLock<Current>,
+}
+
+/// The link epoch whose pages are welcome.
+#[derive(Debug, Default)]
+struct Current {
+    epoch: u32,
+    first_placed: OnceLock<Instant>,
 }
 
 impl Installer {
@@ -76,7 +84,36 @@ impl Installer {
     ) -> Arc<Self> {
         let full_told = AtomicBool::new(false);
         let arrivals = Arrivals::default();
-        Arc::new(Self { ledger, placer, book, arrivals, full, full_told })
+        let current = RwLock::default();
+        Arc::new(Self { ledger, placer, book, arrivals, full, full_told, current })
+    }
+
+    /// Pages of `epoch` are welcome from now on and no others. When this returns, none of
+    /// another epoch is on its way into memory: what the ledger holds as placed stays
+    /// complete, whatever still lies in the buffers of the link before. `again` is called
+    /// as by [`install`](Self::install), for a page in hand may be waiting for just that.
+    pub fn begin(&self, epoch: u32, again: &mut dyn FnMut()) {
+        loop {
+            let mut current = match self.current.try_write() {
+                Ok(current) => current,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    again();
+                    std::thread::sleep(AGAIN_PAUSE);
+                    continue;
+                }
+            };
+            if current.epoch != epoch {
+                *current = Current { epoch, first_placed: OnceLock::new() };
+            }
+            return;
+        }
+    }
+
+    /// The current link epoch and when its first page was placed.
+    pub fn first_placed(&self) -> (u32, Option<Instant>) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        (current.epoch, current.first_placed.get().copied())
     }
 
     /// Installs a received frame. `again` is called when the kernel takes no page
@@ -87,20 +124,29 @@ impl Installer {
         content: &[u8],
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
+        // Held across the placement by lanes that do not exclude each other; only a new link
+        // epoch waits for them.
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        if frame.epoch != current.epoch {
+            let (of, now) = (frame.epoch, current.epoch);
+            return Err(LaneError::Link(format!("a page of link epoch {of}; this is {now}")));
+        }
+        let demanded = frame.origin == Origin::Demand;
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
         let counter = self.arrivals.of(frame.kind, frame.origin);
         if frame.kind == PageKind::Raw {
             for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
                 counter.fetch_add(landing.run().count(), Ordering::Relaxed);
                 let first = landing.run().first().as_usize() - frame.run.first().as_usize();
-                self.place(landing, Some(&content[first * PAGE_SIZE..]), again)?;
+                self.place(landing, Some(&content[first * PAGE_SIZE..]), demanded, again)?;
             }
         } else {
             counter.fetch_add(frame.run.count(), Ordering::Relaxed);
             for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
-                self.place(landing, None, again)?;
+                self.place(landing, None, demanded, again)?;
             }
         }
+        current.first_placed.get_or_init(Instant::now);
         self.tell_if_full();
         Ok(())
     }
@@ -111,7 +157,7 @@ impl Installer {
         landing: Landing<'_>,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
-        self.place(landing, None, again)?;
+        self.place(landing, None, true, again)?;
         self.tell_if_full();
         Ok(())
     }
@@ -132,6 +178,7 @@ impl Installer {
         &self,
         landing: Landing<'_>,
         content: Option<&[u8]>,
+        demanded: bool,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         let whole = landing.run();
@@ -171,7 +218,7 @@ impl Installer {
             }
             landing = part.placed_some(pages);
         }
-        self.book.placed(whole, Instant::now());
+        self.book.placed(whole, demanded, Instant::now());
         Ok(())
     }
 }
