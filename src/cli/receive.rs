@@ -10,7 +10,7 @@ use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::source::{Outcome, SessionLimits};
+use postcopy::proto::source::Outcome;
 use postcopy::report::human::render;
 use postcopy::report::merge::Heading;
 use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
@@ -48,8 +48,9 @@ pub struct Receive {
     ticket_life: Duration,
     /// How long to wait for a lost link, or for the source's word whether it committed the
     /// guest. Then it is given up for lost; until then nothing is. Give the source the same.
-    #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
-    patience: Duration,
+    /// [default: 10m]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    patience: Option<Duration>,
     /// Stop the guest so long after all its memory came, and compare every page with
     /// what it must hold; without it the guest runs until it is interrupted.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
@@ -71,10 +72,12 @@ impl Receive {
             .push_lanes(usize::from(self.push_lanes))
             .ticket_life(self.ticket_life)
             .backing(self.backing)
-            .limits(SessionLimits { recovery: self.patience, ..SessionLimits::default() })
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });
+        if let Some(patience) = self.patience {
+            destination = destination.patience(patience);
+        }
         if let Some(host) = &self.public_host {
             destination = destination.public_host(host.to_string());
         }

@@ -47,8 +47,9 @@ pub struct ServeArgs {
     no_keeper: bool,
     /// How long to try to connect again if the link is lost after the guest was committed.
     /// Then it is given up for lost; until then nothing is. Give the destination the same.
-    #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
-    patience: Duration,
+    /// [default: 10m]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    patience: Option<Duration>,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Write the report as JSON.
@@ -158,7 +159,7 @@ impl ServeArgs {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
-            patience: Some(self.patience),
+            patience: self.patience,
         };
         let keeper = (!self.no_keeper).then(KeeperCommand::default);
         FaultServer::attach(&self.control, ticket, plan, keeper.as_ref())

@@ -40,7 +40,7 @@ impl DestinationBuilder {
             public_host: None,
             push_lanes: 1,
             link: LinkOptions::default(),
-            limits: SessionLimits::default(),
+            limits: crate::failpoint::limits(),
             ticket_life: Duration::from_secs(600),
             backing: DestinationBacking::MemfdContinue,
             is_kvm: |_| true,
@@ -89,6 +89,13 @@ impl DestinationBuilder {
     /// Time limits of the session.
     pub fn limits(mut self, limits: SessionLimits) -> Self {
         self.config.limits = limits;
+        self
+    }
+
+    /// How long a guest whose link is lost after the commit, or that is in doubt, is waited
+    /// for: [`SessionLimits::recovery`].
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.config.limits.recovery = patience;
         self
     }
 

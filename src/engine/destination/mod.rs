@@ -11,8 +11,10 @@ mod fault_book;
 mod guest;
 mod install;
 mod links;
+mod placed_out;
 mod push_in;
 mod report;
+mod said;
 mod trap_loop;
 
 use super::event::{Event, Watch};

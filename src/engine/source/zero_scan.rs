@@ -3,6 +3,7 @@
 //! Each run is pushed when it is found. What was found is remembered, too: pages of it that a
 //! lost link swallowed are announced again, and not sent with their zeros.
 
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::memory::scan::{self, ScanError, ZeroScan};
 use crate::proto::bitmap::AtomicBitmap;
@@ -18,6 +19,8 @@ pub fn scan_zeros(
     ram: Arc<GuestRam>,
     mut found: impl FnMut(PageRun, PageKind) -> bool,
 ) -> Result<(), ScanError> {
+    // As if no hole and no zero page had been found: they are sent as they are.
+    failpoint!("source::before_zero_scan", return Ok(()));
     let mut scan = ZeroScan::new(ram)?;
     while let Some(runs) = scan.next(SCAN_PAGES)? {
         for (run, kind) in runs {
