@@ -31,11 +31,12 @@ pub struct ServeArgs {
     ticket: Option<String>,
     /// Go on with the session of a fault server that has died: all that it knew is in its
     /// keeper; or, if that died, too, in a VMM that still holds the guest. If the guest was
-    /// committed, the destination gets the memory that it misses, and must hear of it within a
-    /// minute of the death; if not, it is told that the guest stayed in its VMM. Needed only
-    /// if the keeper does not do it: after --no-supervise, after a session that was lost, or
-    /// if fault servers have died 10 times within a minute.
-    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper"])]
+    /// committed, the destination gets the memory that it misses, and must hear of it before
+    /// its own patience is over; if not, it is told that the guest stayed in its VMM. Needed
+    /// only if the keeper does not do it: after --no-supervise, after a session that was lost,
+    /// or if fault servers have died 10 times within a minute.
+    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
+                                      "patience"])]
     resume: bool,
     /// The keeper that has started this process is at the other end of standard input.
     #[arg(long, hide = true, requires = "resume", conflicts_with = "report")]
@@ -43,7 +44,7 @@ pub struct ServeArgs {
     /// Have the keeper of a guest that is lost end, and free the memory that it holds:
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
-                                      "no_keeper", "no_supervise", "report"])]
+                                      "no_keeper", "no_supervise", "report", "patience"])]
     discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
@@ -55,6 +56,11 @@ pub struct ServeArgs {
     /// standard output and error.
     #[arg(long)]
     no_supervise: bool,
+    /// How long to try to connect again if the link is lost after the guest was committed.
+    /// Then it is given up for lost; until then nothing is. Give the destination the same.
+    /// [default: 10m]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    patience: Option<Duration>,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Write the report as JSON. A fault server that goes on with the session does it, too.
@@ -176,6 +182,7 @@ impl ServeArgs {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
+            patience: self.patience,
         };
         FaultServer::attach(&self.control, ticket, plan, report, keeper)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))

@@ -277,7 +277,7 @@ const MEMORY: &[u8] = b"memory";
 const OK: &[u8] = b"kept";
 
 /// Ends a keeper that only stayed for the sake of a destination in doubt: that one waits
-/// for a minute at most, and the guest is to be moved now.
+/// for as long as its patience lasts, and the guest is to be moved now.
 fn make_room(path: &Path) -> Result<(), KeeperError> {
     let keeper = match connect(path) {
         Ok(keeper) => keeper,

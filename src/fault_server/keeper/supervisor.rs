@@ -74,9 +74,9 @@ impl Supervisor {
     fn linger(&self) -> Duration {
         let newest = self.record.memfd().try_clone_to_owned().ok();
         let newest = newest.and_then(|fd| RecordFile::open(fd).ok());
-        let in_doubt = newest.is_some_and(|newest| newest.record().state_left);
-        // After that a destination has given up by itself.
-        if in_doubt { crate::failpoint::limits().recovery } else { Duration::ZERO }
+        let in_doubt = newest.filter(|newest| newest.record().state_left);
+        // After that a destination as patient as this side has given up by itself.
+        in_doubt.map_or(Duration::ZERO, |newest| newest.record().plan.patience())
     }
 
     fn due(&mut self) -> Option<Instant> {
