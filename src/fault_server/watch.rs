@@ -102,7 +102,9 @@ impl KeeperWatch {
         self.restarts.started(Instant::now());
         let (tell, answer) = channel();
         let making = self.making.clone();
-        let make = move || tell.send(making.start());
+        let make = move || {
+            let _ = tell.send(making.start());
+        };
         let thread = std::thread::Builder::new().name("keeper's start".into()).spawn(make);
         match thread {
             Ok(_) => self.state = State::Coming(answer),

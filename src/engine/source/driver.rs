@@ -304,11 +304,12 @@ impl Driver {
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
-            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
-                if !std::mem::replace(&mut self.ran, true) {
-                    self.drain_at = self.config.drain_after.map(|after| now + after);
-                    self.keep(|journal| journal.guest_runs());
-                }
+            ToSource::Running { .. }
+                if self.machine.state() == SourceState::Committed && !self.ran =>
+            {
+                self.ran = true;
+                self.drain_at = self.config.drain_after.map(|after| now + after);
+                self.keep(|journal| journal.guest_runs());
             }
             _ => {}
         }
