@@ -31,6 +31,8 @@ mod bad_ticket;
 mod keeper;
 // A fault server that dies, and the one that is started in its place.
 mod supervise;
+// The same under a service manager with a descriptor store.
+mod descriptor_store;
 // The commit word of another process.
 #[allow(dead_code)] // Its other test uses the rest.
 #[path = "../torture/commit_word.rs"]
