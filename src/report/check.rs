@@ -110,12 +110,20 @@ impl Report {
 
     fn check_origins(&self, wrong: &mut Vec<String>) {
         let pages = &self.pages;
-        let origins =
-            [pages.seeded, pages.demanded, pages.pushed, pages.drained, pages.zero, pages.hole];
+        let origins = [
+            pages.seeded,
+            pages.demanded,
+            pages.pushed,
+            pages.drained,
+            pages.zero,
+            pages.hole,
+            // Not in reports that are older than it.
+            Some(pages.poisoned.unwrap_or(0)),
+        ];
         match (sum(&origins), pages.total) {
             (Some(sum), Some(total)) if sum == u128::from(total) => {}
             (Some(sum), Some(total)) => wrong.push(format!(
-                "seeded + demanded + pushed + drained + zero + hole is {sum}, not {total}"
+                "seeded + demanded + pushed + drained + zero + hole + poisoned is {sum}, not {total}"
             )),
             _ => wrong.push("a count of pages is absent".to_owned()),
         }

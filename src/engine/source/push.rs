@@ -95,11 +95,7 @@ impl PushShared {
         failpoint!("source::before_push_claimed", return Err(broken()));
         let Some(claim) = self.source.ledger.claim_within(run) else { return Ok(()) };
         failpoint!("source::after_push_claimed", return Err(broken()));
-        let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
-        stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-        failpoint!("source::after_push_sent", return Err(broken()));
-        self.source.sent(claim, PageKind::Raw, origin);
-        Ok(())
+        self.source.send(stream, claim, origin, epoch).await
     }
 
     async fn push_zeros(
@@ -112,10 +108,7 @@ impl PushShared {
         failpoint!("source::before_zeros_claimed", return Err(broken()));
         while let Some(claim) = self.source.ledger.claim_within(run) {
             failpoint!("source::after_zeros_claimed", return Err(broken()));
-            let mut frame = self.source.frame(&claim, kind, Origin::Push, epoch);
-            stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-            failpoint!("source::after_zeros_sent", return Err(broken()));
-            self.source.sent(claim, kind, Origin::Push);
+            self.source.send_as(stream, claim, kind, Origin::Push, epoch).await?;
         }
         Ok(())
     }
