@@ -1,5 +1,6 @@
 //! The source's urgent lane: page requests in, pages out, answered inline.
 
+use super::zero_scan::KnownZeros;
 use crate::engine::lane::LaneError;
 use crate::engine::lost_pages::LostPages;
 use crate::failpoint::failpoint;
@@ -41,10 +42,6 @@ pub struct SourceFigures {
     pub hole: AtomicU64,
     /// Announced as lost.
     pub poisoned: AtomicU64,
-    /// Requests for a page that was on its way.
-    pub late_hits: AtomicU64,
-    /// Of those, by no vCPU.
-    pub late_hits_unattributed: AtomicU64,
 }
 
 /// What all threads of the source share.
@@ -58,6 +55,8 @@ pub struct SourceShared {
     pub guarded: Guarded,
     /// Those that did.
     pub lost: LostPages,
+    /// Pages that are zero, as far as the scan has come.
+    pub known: KnownZeros,
     /// Counters.
     pub figures: SourceFigures,
     /// Notes to the policy.
@@ -214,12 +213,6 @@ fn broken() -> LaneError {
 fn note(shared: &SourceShared, request: &PageRequest, page: PageIndex, sent: bool) {
     let vcpu = request.vcpu.map(u32::from);
     let fault = Fault { page, vcpu, at: shared.began.elapsed() };
-    if !sent {
-        shared.figures.late_hits.fetch_add(1, Ordering::Relaxed);
-        if vcpu.is_none() {
-            shared.figures.late_hits_unattributed.fetch_add(1, Ordering::Relaxed);
-        }
-    }
     // The channel is bounded: a policy that does not keep up misses hints, not pages.
     let note = if sent { FaultNote::Network(fault) } else { FaultNote::Late(fault) };
     let _ = shared.notes.try_send(note);
