@@ -128,6 +128,8 @@ pub mod checker;
 #[cfg(feature = "io")]
 pub mod engine;
 #[cfg(feature = "io")]
+pub mod failpoint;
+#[cfg(feature = "io")]
 pub mod fault_server;
 #[cfg(feature = "io")]
 pub mod host;

@@ -13,6 +13,7 @@ use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
 use super::session::{Attempt, Ending, Session, SessionError};
 use super::socket::{Connection, SocketError, poll_timeout};
+use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
@@ -210,7 +211,9 @@ impl Server {
                 Err(SessionError::Server(error)) => return Err(error),
                 Err(error) => tracing::info!("the fault-server is gone: {}", one_line(&error)),
             }
+            failpoint!("keeper::before_abort_word");
             if !attempt.is_committed() {
+                failpoint!("keeper::after_abort_word");
                 until.get_or_insert_with(|| Instant::now() + linger());
             }
             client = self.next_client(until)?;

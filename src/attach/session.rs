@@ -14,6 +14,7 @@ use super::message::{
 use super::monotonic_ns;
 use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
 use super::socket::{Connection, SocketError};
+use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -95,14 +96,21 @@ impl Attempt {
         }
     }
 
-    /// Turns the word to aborted and, only then, lets a paused guest run.
+    /// Turns the word to aborted, unless an operator has turned it to taken back, and, only
+    /// then, lets a paused guest run.
     fn take_back(
         &mut self,
         vm: &mut dyn AttachedVm,
     ) -> Result<Result<(), AlreadyCommitted>, ServerError> {
+        if !self.kept {
+            failpoint!("vmm::before_abort_word");
+        }
         match self.word.abort() {
             Err(committed) => Ok(Err(committed)),
             Ok(_aborted) => {
+                if !self.kept {
+                    failpoint!("vmm::after_abort_word");
+                }
                 // Before the guest runs, so that it does so at its full speed.
                 self.forget_writes(vm);
                 if self.paused.take().is_some() {
@@ -197,7 +205,18 @@ impl<'a> Session<'a> {
             capabilities: self.capabilities(),
         }));
         let descriptors = [memory.files(), &[self.attempt.word.memfd()]].concat();
-        send(&mut self.connection, &welcome, &descriptors, self.server.patience.message)
+        failpoint!(
+            self.attempt.kept => "keeper::before_welcome_sent",
+            "vmm::before_welcome_sent",
+            return Err(broken())
+        );
+        send(&mut self.connection, &welcome, &descriptors, self.server.patience.message)?;
+        failpoint!(
+            self.attempt.kept => "keeper::after_welcome_sent",
+            "vmm::after_welcome_sent",
+            return Err(broken())
+        );
+        Ok(())
     }
 
     fn capabilities(&self) -> Vec<String> {
@@ -210,8 +229,10 @@ impl<'a> Session<'a> {
     /// paused and undecided, only for so long.
     fn wait_for_request(&mut self) -> Result<(), SessionError> {
         loop {
-            let ours =
-                matches!(self.attempt.word.decision(), Decision::Undecided | Decision::Aborted);
+            let ours = matches!(
+                self.attempt.word.decision(),
+                Decision::Undecided | Decision::Aborted | Decision::TakenBack
+            );
             let limit =
                 (self.attempt.paused.is_some() && ours).then_some(self.server.patience.paused);
             match self.server.wait(&self.connection, limit)? {
@@ -234,12 +255,19 @@ impl<'a> Session<'a> {
             },
         };
         let reply = Reply::Paused(paused);
-        let sent = self.reply(&reply);
+        let sent = self.reply_paused(&reply);
         // Before any error is passed on, the attempt must know that the guest is paused.
         if let Reply::Paused(paused) = reply {
             self.attempt.paused = Some(paused);
         }
         sent
+    }
+
+    fn reply_paused(&mut self, reply: &Reply) -> Result<Option<Ending>, SessionError> {
+        failpoint!("vmm::before_paused_sent", return Err(broken()));
+        self.reply(reply)?;
+        failpoint!("vmm::after_paused_sent", return Err(broken()));
+        Ok(None)
     }
 
     /// The guest, paused, or why it runs on.
@@ -261,6 +289,11 @@ impl<'a> Session<'a> {
     fn resume(&mut self) -> Result<Option<Ending>, SessionError> {
         match self.attempt.take_back(self.vm)? {
             Ok(()) => {
+                failpoint!(
+                    self.attempt.kept => "keeper::before_resumed_sent",
+                    "vmm::before_resumed_sent",
+                    return Err(broken())
+                );
                 self.reply(&Reply::Resumed)?;
                 Ok(Some(Ending::GivenBack))
             }
@@ -272,12 +305,18 @@ impl<'a> Session<'a> {
         if self.attempt.paused.is_none() && !self.attempt.kept {
             return self.reply(&Reply::failed("the guest was not paused"));
         }
-        if self.attempt.word.decision() != Decision::Committed {
+        if !matches!(self.attempt.word.decision(), Decision::Committed | Decision::Running) {
             return self.reply(&Reply::failed("the commit word does not say committed"));
         }
         // First the answer: if this client is gone as well, the memory must wait here for
         // the next one.
+        failpoint!(
+            self.attempt.kept => "keeper::before_released_sent",
+            "vmm::before_released_sent",
+            return Err(broken())
+        );
         self.reply(&Reply::Released)?;
+        failpoint!(self.attempt.kept => "keeper::after_released_sent", "vmm::after_released_sent");
         self.vm.released();
         Ok(Some(Ending::Released))
     }
@@ -390,6 +429,11 @@ impl<'a> Session<'a> {
         send(&mut self.connection, reply, &[], self.server.patience.message)?;
         Ok(None)
     }
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> SessionError {
+    SocketError::Closed.into()
 }
 
 pub(super) fn send(

@@ -7,6 +7,7 @@ use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed, Decision};
 use crate::attach::message::Status;
 use crate::attach::socket::SocketError;
+use crate::failpoint::failpoint;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -113,7 +114,10 @@ impl AttachedVmm {
                 let vmm = Self::nobody(&attached, attached.path().map(Path::to_owned));
                 Ok(Self { vmm: Some(attached), ..vmm })
             }
-            Decision::Committed | Decision::Damaged(_) => Err(GivenAway),
+            Decision::Committed
+            | Decision::Running
+            | Decision::TakenBack
+            | Decision::Damaged(_) => Err(GivenAway),
         }
     }
 
@@ -161,16 +165,24 @@ impl AttachedVmm {
         }
     }
 
-    /// Finds the VMM of a session that is gone on with, if it has not left, and tells it.
+    /// Finds the VMM of a session that is gone on with, if it has not left.
+    fn find_vmm(&mut self) -> Result<(), VmError> {
+        let (None, Some(control)) = (&self.vmm, &self.control) else { return Ok(()) };
+        match Attached::connect_within(control, LOOK_MAX) {
+            // Another guest may be there by now.
+            Ok(vmm) => self.vmm = Some(vmm).filter(|vmm| vmm.word.is(&self.word)),
+            Err(AttachError::Connect { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Tells the VMM that its guest has left, if it is there.
     fn say_committed(&mut self, proof: &Committed) -> Result<(), VmError> {
-        if self.vmm.is_none() && !self.releasing {
-            let Some(control) = &self.control else { return Ok(()) };
-            match Attached::connect_within(control, LOOK_MAX) {
-                // Another guest may be there by now.
-                Ok(vmm) => self.vmm = Some(vmm).filter(|vmm| vmm.word.is(&self.word)),
-                Err(AttachError::Connect { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
+        // Before the VMM lets go: it can be taken back until here.
+        self.word.running()?;
+        if !self.releasing {
+            self.find_vmm()?;
         }
         if let Some(vmm) = self.vmm.as_mut().filter(|_| !self.releasing) {
             vmm.say_committed(proof)?;
@@ -191,7 +203,7 @@ impl AttachedVmm {
     /// What lets go, lets go on the strength of this.
     fn proof(&self) -> Result<Committed, VmError> {
         match self.word.decision() {
-            Decision::Committed => Ok(self.word.commit()?),
+            Decision::Committed | Decision::Running => Ok(self.word.commit()?),
             _ => Err("there was no commit".into()),
         }
     }
@@ -206,7 +218,9 @@ impl SourceVm for AttachedVmm {
     }
 
     fn pause(&mut self) -> Result<Captured, VmError> {
+        failpoint!("source::before_pause", return Err("a failpoint".into()));
         let paused = self.attached()?.pause()?;
+        failpoint!("source::after_pause", return Err("a failpoint".into()));
         Ok(Captured {
             state: paused.state,
             seeds: paused.seeds,
@@ -216,10 +230,30 @@ impl SourceVm for AttachedVmm {
     }
 
     fn commit(&mut self) -> Result<bool, VmError> {
-        Ok(self.word.commit().is_ok())
+        failpoint!("source::before_commit_word", return Err("a failpoint".into()));
+        let written = self.word.commit().is_ok();
+        failpoint!("source::after_commit_word");
+        Ok(written)
+    }
+
+    /// The VMM must be there and answer: it has the guest. It is not asked, since a VMM that
+    /// hangs could otherwise do it long after the session has gone on; it lets the guest run
+    /// on when it reads the word, at the latest when this process has gone.
+    fn take_back(&mut self) -> Result<(), VmError> {
+        if self.releasing {
+            return Err("its VMM was told already that it may go".into());
+        }
+        self.find_vmm()?;
+        let Some(vmm) = &mut self.vmm else { return Err(VmmGone.into()) };
+        if let Some(why) = vmm.status()?.failure {
+            return Err(format!("its VMM says: {why}").into());
+        }
+        let _theirs = self.word.take_back()?;
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_resume", return Err("a failpoint".into()));
         let vmm = self.vmm.take().ok_or("the VMM was left already")?;
         let told = match vmm.word.decision() {
             // It loses patience with a fault-server that is silent, and has then resumed it.
@@ -237,23 +271,28 @@ impl SourceVm for AttachedVmm {
             Some(Err(error)) => return Err(error.into()),
         }
         self.resumed = true;
+        failpoint!("source::after_resume");
         Ok(())
     }
 
     /// Does not wait for a VMM that hangs: the conversation stays, and it hears it once it
     /// does not any more.
     fn release(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_release", return Err("a failpoint".into()));
         let proof = self.proof()?;
         self.say_committed(&proof)?;
         let Some(vmm) = &mut self.vmm else { return Ok(()) };
         vmm.hear_released(LOOK_MAX)?;
+        failpoint!("source::after_release");
         self.vmm = None;
         Ok(())
     }
 
     fn drained(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_keeper_released", return Err("a failpoint".into()));
         let proof = self.proof()?;
         let kept = self.keeper.take().map_or(Ok(()), |keeper| keeper.drained(&proof));
+        failpoint!("source::after_keeper_released");
         if (self.vmm.is_some() || !self.releasing)
             && let Err(error) = self.release()
         {
@@ -267,6 +306,13 @@ impl SourceVm for AttachedVmm {
         self.leave_keeper();
         if self.resumed {
             return Ok(());
+        }
+        if self.word.decision() == Decision::TakenBack {
+            // Whoever took it back may not have come to having it resumed.
+            self.find_vmm()?;
+            if self.vmm.is_some() {
+                return self.resume();
+            }
         }
         match self.vmm.as_mut().map(Attached::status) {
             Some(Ok(status)) => runs(status),

@@ -16,7 +16,7 @@ use crate::attach::message::{Paused, Status};
 use crate::attach::server::{AttachedVm, Description, ServeEnd, Server, ServerError};
 use crate::attach::socket::{Connection, Received, SocketError};
 use crate::engine::attached::Keeper;
-use crate::proto::source::SessionLimits;
+use crate::failpoint::failpoint;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -141,11 +141,16 @@ pub fn connect(path: &Path) -> Result<Attached, AttachError> {
 /// can go on with.
 pub fn look(path: &Path) -> Option<Occupied> {
     match connect(path) {
-        Ok(keeper) if keeper.word.decision() == Decision::Aborted => None,
+        Ok(keeper) if is_vmms(keeper.word.decision()) => None,
         Ok(_) => Some(Occupied::Committed),
         Err(AttachError::Refused { .. }) => Some(Occupied::Busy),
         Err(_) => None,
     }
+}
+
+/// Whether the guest is its VMM's, so that a keeper is only there for a destination in doubt.
+fn is_vmms(decision: Decision) -> bool {
+    matches!(decision, Decision::Aborted | Decision::TakenBack)
 }
 
 /// Has the keeper at `path` let go of what it holds: an operator's word that the guest is
@@ -174,6 +179,7 @@ pub fn start(
 ) -> Result<Keeper, KeeperError> {
     let path = at_any_directory(socket_path(control));
     make_room(&path)?;
+    failpoint!("source::before_keeper_started", return Err(SocketError::Closed.into()));
     let (ours, theirs) = UnixStream::pair().map_err(system("make a pair of sockets"))?;
     let mut process = Command::new(&command.program)
         .arg0(NAME)
@@ -215,6 +221,7 @@ fn hand_over(
     record: &RecordFile,
 ) -> Result<Attached, KeeperError> {
     let mut connection = Connection::new(socket)?;
+    failpoint!("source::before_hand_over", return Err(SocketError::Closed.into()));
     let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
     let path = framed(path.as_os_str().as_bytes());
     connection.send(&path, &[record.memfd()], HAND_OVER_MAX)?;
@@ -224,6 +231,7 @@ fn hand_over(
     if answer != OK {
         return Err(KeeperError::Refused(String::from_utf8_lossy(&answer).into_owned()));
     }
+    failpoint!("source::after_hand_over", return Err(SocketError::Closed.into()));
     Ok(Attached::over(connection)?)
 }
 
@@ -244,7 +252,7 @@ fn make_room(path: &Path) -> Result<(), KeeperError> {
         Err(AttachError::Socket { source: SocketError::Closed, .. }) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    if keeper.word.decision() != Decision::Aborted {
+    if !is_vmms(keeper.word.decision()) {
         return Err(KeeperError::Occupied(Occupied::Committed));
     }
     keeper.stop("another migration begins")?;
@@ -275,6 +283,7 @@ pub fn run_if_asked() -> Option<ExitCode> {
 /// If it was started otherwise, or cannot serve.
 pub fn run() -> Result<ServeEnd, KeeperError> {
     let mut connection = Connection::new(leave_home()?)?;
+    failpoint!("keeper::before_hand_over", return Err(SocketError::Closed.into()));
     let mut received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
     let path = PathBuf::from(OsString::from_vec(std::mem::take(&mut received.bytes)));
     let [record] = received.descriptors()?;
@@ -292,7 +301,9 @@ pub fn run() -> Result<ServeEnd, KeeperError> {
             return Err(error);
         }
     };
+    failpoint!("keeper::before_kept_sent", return Err(SocketError::Closed.into()));
     connection.send(&framed(OK), &[], HAND_OVER_MAX)?;
+    failpoint!("keeper::after_kept_sent", return Err(SocketError::Closed.into()));
     let record = kept.record.share()?;
     let linger = || linger(&record);
     Ok(server.keep(connection, &mut kept, word, linger)?)
@@ -345,7 +356,7 @@ fn linger(record: &RecordFile) -> Duration {
     let newest = record.memfd().try_clone_to_owned().ok().and_then(|fd| RecordFile::open(fd).ok());
     let in_doubt = newest.is_some_and(|newest| newest.record().state_left);
     // After that a destination has given up by itself.
-    if in_doubt { SessionLimits::default().recovery } else { Duration::ZERO }
+    if in_doubt { crate::failpoint::limits().recovery } else { Duration::ZERO }
 }
 
 /// A message of the hand-over with its length.

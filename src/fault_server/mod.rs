@@ -19,9 +19,9 @@ use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::event::Event;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
+use crate::failpoint::failpoint;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
-use crate::proto::source::SessionLimits;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use keeper::{KeeperCommand, KeeperError, Occupied};
@@ -126,15 +126,24 @@ impl FaultServer {
             Err(error @ AttachError::Connect { .. }) => return Err(kept(error.into())),
             attached => attached?,
         };
-        if let Decision::Committed | Decision::Damaged(_) = attached.word.decision() {
-            return Err(kept(GivenAway.into()));
-        }
+        let attached = match attached.word.decision() {
+            Decision::Undecided | Decision::Aborted => attached,
+            // Whoever took it back did not come to having it resumed.
+            Decision::TakenBack => {
+                attached.resume()?;
+                Attached::connect(control)?
+            }
+            Decision::Committed | Decision::Running | Decision::Damaged(_) => {
+                return Err(kept(GivenAway.into()));
+            }
+        };
         let config =
             config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
         let Some(command) = keeper else {
             return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
         };
+        failpoint!("source::after_attached", return Err(RecordError::TooLong(0).into()));
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
         let record = RecordFile::create(SessionRecord {
             session: migration.session(),
@@ -174,16 +183,18 @@ impl FaultServer {
             }
             attached => attached?,
         };
+        failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
-        if let Decision::Damaged(found) = attached.word.decision() {
-            return Err(FaultServerError::Word(found));
-        }
+        let taken_back = match attached.word.decision() {
+            Decision::Damaged(found) => return Err(FaultServerError::Word(found)),
+            decision => decision == Decision::TakenBack,
+        };
         let record = RecordFile::open(attached.record()?)?;
         let SessionRecord { session, last_epoch, ticket, plan, machine, guest, .. } =
             record.record().clone();
         let ticket: Ticket = ticket.parse()?;
-        let left = Left { session, last_epoch, committed };
+        let left = Left { session, last_epoch, committed, taken_back };
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
         let keeper = Keeper::new(attached, None);
@@ -232,7 +243,9 @@ impl FaultServer {
 /// What there is at `control` if there is no keeper.
 fn without_keeper(control: &Path) -> &'static str {
     match Attached::connect(control).map(|vmm| vmm.word.decision()) {
-        Ok(Decision::Undecided | Decision::Aborted) => "the guest runs in its VMM",
+        Ok(Decision::Undecided | Decision::Aborted | Decision::TakenBack) => {
+            "the guest runs in its VMM"
+        }
         Ok(_) => {
             "the VMM holds the memory of a guest that was given to a destination, but the \
              session's record went with its fault server and keeper"
@@ -274,7 +287,7 @@ fn config(
     Ok(SourceConfig {
         ticket,
         link,
-        limits: SessionLimits::default(),
+        limits: crate::failpoint::limits(),
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,

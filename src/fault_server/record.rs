@@ -10,6 +10,7 @@ use super::PushPlan;
 use crate::attach::handover::RegionFile;
 use crate::attach::message::GuestInfo;
 use crate::engine::source::Journal;
+use crate::failpoint::failpoint;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::message::SessionId;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -148,11 +149,17 @@ impl RecordFile {
 
 impl Journal for RecordFile {
     fn dials(&mut self, epoch: u32) -> io::Result<()> {
-        self.change(|record| record.last_epoch = epoch).map_err(io::Error::other)
+        failpoint!("source::before_epoch_kept", return Err(io::ErrorKind::StorageFull.into()));
+        self.change(|record| record.last_epoch = epoch).map_err(io::Error::other)?;
+        failpoint!("source::after_epoch_kept");
+        Ok(())
     }
 
     fn guest_pauses(&mut self) -> io::Result<()> {
-        self.change(|record| record.state_left = true).map_err(io::Error::other)
+        failpoint!("source::before_pause_kept", return Err(io::ErrorKind::StorageFull.into()));
+        self.change(|record| record.state_left = true).map_err(io::Error::other)?;
+        failpoint!("source::after_pause_kept");
+        Ok(())
     }
 }
 

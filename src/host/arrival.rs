@@ -3,6 +3,7 @@
 use super::{GuestDescription, prepare_guest};
 use crate::engine::error_chain;
 use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
 use crate::report::schema::Distribution;
@@ -63,6 +64,7 @@ impl DestinationVm for Arrival {
         }
         // Measured before the blackout, not in it.
         tsc_hz();
+        failpoint!("vmm::before_prepare", return Err(refuse("a failpoint".into())));
         let guest = prepare_guest(description, ram).map_err(|error| {
             match error.source.downcast_ref::<KvmError>() {
                 // It names what differs better than any text around it.
@@ -70,6 +72,7 @@ impl DestinationVm for Arrival {
                 _ => refuse(error_chain(&error)),
             }
         })?;
+        failpoint!("vmm::after_prepare", return Err(refuse("a failpoint".into())));
         let machine = guest.machine();
         *self.lock() = Some(guest);
         Ok(machine)
@@ -82,13 +85,18 @@ impl DestinationVm for Arrival {
     fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
         let mut guest = self.lock();
         let guest = guest.as_mut().ok_or("there is no guest to restore")?;
-        Ok(guest.restore(state)?)
+        failpoint!("vmm::before_restore", return Err("a failpoint".into()));
+        guest.restore(state)?;
+        failpoint!("vmm::after_restore", return Err("a failpoint".into()));
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<Instant, VmError> {
         let mut guest = self.lock();
         let guest = guest.as_mut().ok_or("there is no guest to resume")?;
+        failpoint!("vmm::before_enter", return Err("a failpoint".into()));
         guest.resume()?;
+        failpoint!("vmm::after_enter", return Err("a failpoint".into()));
         let asked = Instant::now();
         loop {
             if let Some(entered) = guest.first_entry() {

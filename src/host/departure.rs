@@ -6,6 +6,7 @@ use crate::attach::message::{GuestInfo, Paused, Status};
 use crate::attach::monotonic_ns;
 use crate::attach::server::{AttachedVm, Description};
 use crate::engine::error_chain;
+use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::page::PageIndex;
 use crate::vmm::content::Instruments;
@@ -50,12 +51,15 @@ impl Departure {
     }
 
     fn try_pause(&mut self) -> Result<Paused, GuestError> {
+        failpoint!("vmm::before_pause", return Err(self.broken("pause it")));
         let asked = Instant::now();
         self.guest.pause()?;
+        failpoint!("vmm::after_pause", return Err(self.broken("pause it")));
         let pause = asked.elapsed();
         let paused_at_ns = monotonic_ns();
         let capturing = Instant::now();
         let state = self.guest.capture()?;
+        failpoint!("vmm::after_capture", return Err(self.broken("take its state out")));
         Ok(Paused {
             state,
             seeds: self.guest.seeds(),
@@ -66,6 +70,12 @@ impl Departure {
             capture_us: capturing.elapsed().as_micros() as u64,
             steps: self.steps(),
         })
+    }
+
+    #[cfg(feature = "failpoints")]
+    fn broken(&self, action: &str) -> GuestError {
+        let kind = self.guest.kind();
+        GuestError { kind, action: action.into(), source: "a failpoint".into() }
     }
 }
 
@@ -113,7 +123,9 @@ impl AttachedVm for Departure {
     }
 
     fn resume(&mut self) -> Result<(), String> {
+        failpoint!("vmm::before_resume", return Err("a failpoint".into()));
         self.guest.resume().map_err(|error| error_chain(&error))?;
+        failpoint!("vmm::after_resume");
         self.running = true;
         Ok(())
     }

@@ -10,6 +10,8 @@
 //! quinn-udp then drops it, and the loss is noticed a retransmission timer later. Here its
 //! datagrams are sent one by one instead.
 
+#[cfg(feature = "failpoints")]
+use crate::failpoint;
 use quinn::{
     AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -80,6 +82,10 @@ impl AsyncUdpSocket for CappedSocket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         debug_assert!(transmit.contents.len() <= SEND_BYTES_MAX, "this batch would be lost");
+        #[cfg(feature = "failpoints")]
+        if failpoint::drops(failpoint::Direction::Out) {
+            return Ok(());
+        }
         let splits = || self.inner.max_transmit_segments() > 1;
         let batch = transmit.segment_size.filter(|&size| transmit.contents.len() > size);
         let Some(size) = batch else { return self.inner.try_send(transmit) };
@@ -107,6 +113,10 @@ impl AsyncUdpSocket for CappedSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        #[cfg(feature = "failpoints")]
+        while failpoint::drops(failpoint::Direction::In) {
+            std::task::ready!(self.inner.poll_recv(cx, bufs, meta))?;
+        }
         self.inner.poll_recv(cx, bufs, meta)
     }
 

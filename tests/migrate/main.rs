@@ -41,3 +41,6 @@ mod broken_guest;
 mod missing_devices;
 // Memory that is not what it should be.
 mod wrong_memory;
+// Nothing of the tests' failpoints in a program built without them.
+#[cfg(not(feature = "failpoints"))]
+mod no_failpoints;

@@ -32,28 +32,30 @@ const LAYERS: &[Layer] = &[
         modules: &[],
         crates: Some(&["std", "serde", "serde_json", "thiserror", "hdrhistogram", "indicatif"]),
     },
+    // Nothing, unless a test asks for it.
+    Layer { name: "failpoint", modules: &["proto"], crates: Some(&["std", "fail", "nix"]) },
     // Siblings: they meet in the engine only.
     Layer { name: "memory", modules: &["proto"], crates: None },
-    Layer { name: "transport", modules: &["proto"], crates: None },
+    Layer { name: "transport", modules: &["failpoint", "proto"], crates: None },
     Layer { name: "uffd", modules: &["memory", "proto"], crates: None },
     Layer { name: "vmm", modules: &["memory", "proto"], crates: None },
-    Layer { name: "attach", modules: &["memory", "proto"], crates: None },
+    Layer { name: "attach", modules: &["failpoint", "memory", "proto"], crates: None },
     Layer {
         name: "engine",
-        modules: &["attach", "memory", "proto", "report", "transport", "uffd"],
+        modules: &["attach", "failpoint", "memory", "proto", "report", "transport", "uffd"],
         crates: None,
     },
     // The reference VMM's process.
     Layer {
         name: "host",
-        modules: &["attach", "engine", "memory", "proto", "report", "vmm"],
+        modules: &["attach", "engine", "failpoint", "memory", "proto", "report", "vmm"],
         crates: None,
     },
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
         name: "fault_server",
-        modules: &["attach", "engine", "program", "proto", "report", "transport"],
+        modules: &["attach", "engine", "failpoint", "program", "proto", "report", "transport"],
         crates: None,
     },
 ];
@@ -493,7 +495,7 @@ fn the_attach_protocols_page_has_every_message_under_its_number_and_every_limit(
     }
     let sources = [messages, read("src/attach/handover.rs"), read("src/attach/socket.rs")].concat();
     for (constant, row) in [
-        ("VERSION: u16 = 2;", "This is version 2."),
+        ("VERSION: u16 = 3;", "This is version 3."),
         ("REQUEST_BYTES_MAX: usize = 4096;", "| a request | 4 KiB |"),
         ("REPLY_BYTES_MAX: usize = 17 << 20;", "| a reply | 17 MiB |"),
         ("STATE_BYTES_MAX: usize = 16 << 20;", "| machine state | 16 MiB |"),
@@ -540,4 +542,47 @@ fn every_failure_of_the_table_is_proven_by_a_test_that_exists() {
     }
     assert!(seen >= 15, "the table of failures was not found: {seen} rows");
     fail_on(wrong);
+}
+
+/// The failpoints in the library's code, by name, and whether each one's step can fail.
+fn failpoints_in_code() -> Vec<(String, bool)> {
+    let mut found = Vec::new();
+    for file in rust_files() {
+        if !file.path.starts_with("src/") || file.path.starts_with("src/failpoint/") {
+            continue;
+        }
+        for call in file.text.split("failpoint!(").skip(1) {
+            let mut literals = call.split('"').skip(1).step_by(2);
+            let two = call.find("=>").is_some_and(|arrow| arrow < call.find('"').unwrap());
+            let names: Vec<_> = literals.by_ref().take(1 + usize::from(two)).collect();
+            let last = call.find(names[names.len() - 1]).unwrap() + names[names.len() - 1].len();
+            let fails = call[last + 1..].starts_with(',');
+            found.extend(names.into_iter().map(|name| (name.to_owned(), fails)));
+        }
+    }
+    found
+}
+
+#[test]
+fn every_failpoint_stands_once_in_the_code_and_once_in_the_list() {
+    let list = fs::read_to_string(root().join("src/failpoint/points.rs")).unwrap();
+    let table = &list[list.find("POINTS: &[Point]").unwrap()..];
+    let rows = table.lines().map(str::trim).filter(|row| row.contains("(Process::"));
+    let mut listed: Vec<_> = rows
+        .map(|row| (row.split('"').nth(1).unwrap().to_owned(), row.starts_with("fails")))
+        .collect();
+    let mut in_code = failpoints_in_code();
+    assert!(listed.len() > 100, "{} points in the list", listed.len());
+    listed.sort();
+    in_code.sort();
+    let wrong = |these: &[(String, bool)], those: &[(String, bool)], where_: &str| {
+        let odd = these.iter().filter(|point| {
+            let count = |of: &[(String, bool)]| of.iter().filter(|one| one == point).count();
+            count(those) != 1 || count(these) != 1
+        });
+        odd.map(|point| format!("{point:?} {where_}")).collect::<Vec<_>>()
+    };
+    let mut all = wrong(&in_code, &listed, "is in the code, and not once in the list");
+    all.extend(wrong(&listed, &in_code, "is in the list, and not once in the code"));
+    fail_on(all);
 }

@@ -40,7 +40,7 @@ impl DestinationBuilder {
             public_host: None,
             push_lanes: 1,
             link: LinkOptions::default(),
-            limits: SessionLimits::default(),
+            limits: crate::failpoint::limits(),
             ticket_life: Duration::from_secs(600),
             backing: DestinationBacking::MemfdContinue,
             is_kvm: |_| true,

@@ -5,6 +5,7 @@ use super::install::Installer;
 use super::push_in;
 use super::trap_loop::{Requests, TrapLoop};
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::frame::{FrameLimits, HEADER_LEN, PageRequest};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
@@ -113,9 +114,16 @@ async fn send_requests(
     mut stream: SendStream,
 ) -> Result<(), LaneError> {
     while let Some(request) = queue.recv().await {
+        failpoint!("destination::before_request_sent", return Err(broken()));
         stream.write_all(&request.encode()).await.map_err(LaneError::lost)?;
+        failpoint!("destination::after_request_sent", return Err(broken()));
     }
     Ok(())
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> LaneError {
+    LaneError::Link("a failpoint".into())
 }
 
 /// Reads the index that a stream begins with.

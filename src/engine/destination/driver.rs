@@ -15,6 +15,7 @@ use super::{DestinationConfig, DestinationEnd, Receiver, report};
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::DestinationVm;
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
@@ -361,6 +362,7 @@ impl Driver {
     }
 
     fn unregister(&mut self) {
+        failpoint!("destination::before_unregistered");
         let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
         if let Some(Err(error)) = unregistered {
             warn!(%error, "the guest's memory is still trapped");

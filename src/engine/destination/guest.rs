@@ -3,6 +3,7 @@
 
 use crate::engine::error_chain;
 use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
+use crate::failpoint::failpoint;
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::{self, MemoryUser};
@@ -248,12 +249,17 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         // After the VMM's own is emptied: it would count twice.
         check_can_hold(bytes).map_err(|error| unfit(&error))?;
         let ram = Arc::new(ram);
+        failpoint!(
+            "destination::before_registered",
+            return Err(cannot("memory traps", "a failpoint".into()))
+        );
         let options = if kvm { UffdOptions::for_kvm() } else { UffdOptions::for_process() };
         // SAFETY: nothing has a reference into this new memory; the VMM reaches it through
         // raw pointers only, as `DestinationVm::prepare` demands, and no engine thread
         // touches the mapping.
         let (trap, placer) = unsafe { register(ram.clone(), backing, options) }
             .map_err(|error| cannot("memory traps", error_chain(&error)))?;
+        failpoint!("destination::after_registered");
         let prepared = guarded(|| {
             let machine = self.vm.prepare(hello, ram.guest_memory())?;
             Ok((machine, self.vm.vcpu_threads()))

@@ -4,6 +4,7 @@
 
 use super::fault_book::FaultBook;
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
@@ -88,9 +89,19 @@ impl Installer {
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
+        failpoint!(
+            frame.origin == Origin::Seed => "destination::before_seed_landed",
+            "destination::before_page_landed",
+            return Err(broken())
+        );
         let counter = self.arrivals.of(frame.kind, frame.origin);
         if frame.kind == PageKind::Raw {
             for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
+                failpoint!(
+                    frame.origin == Origin::Seed => "destination::after_seed_landed",
+                    "destination::after_page_landed",
+                    return Err(broken())
+                );
                 counter.fetch_add(landing.run().count(), Ordering::Relaxed);
                 let first = landing.run().first().as_usize() - frame.run.first().as_usize();
                 self.place(landing, Some(&content[first * PAGE_SIZE..]), again)?;
@@ -98,9 +109,15 @@ impl Installer {
         } else {
             counter.fetch_add(frame.run.count(), Ordering::Relaxed);
             for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
+                failpoint!("destination::after_zeros_landed", return Err(broken()));
                 self.place(landing, None, again)?;
             }
         }
+        failpoint!(
+            frame.origin == Origin::Seed => "destination::after_seed_installed",
+            "destination::after_page_installed",
+            return Err(broken())
+        );
         self.tell_if_full();
         Ok(())
     }
@@ -148,6 +165,7 @@ impl Installer {
                 None => self.placer.place_zero(run),
             };
             let placed = placed.map_err(local)?;
+            failpoint!("destination::after_placed");
             let mut pages = placed.pages;
             match placed.stop {
                 None => {}
@@ -174,6 +192,11 @@ impl Installer {
         self.book.placed(whole, Instant::now());
         Ok(())
     }
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> LaneError {
+    LaneError::Local("a failpoint".into())
 }
 
 fn local(error: PlaceError) -> LaneError {

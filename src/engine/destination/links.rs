@@ -3,6 +3,7 @@
 use super::driver::Input;
 use crate::engine::control::{self, ControlError};
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::message::{Mismatch, ToDestination};
 use crate::transport::LaneServer;
 use quinn::{Connection, RecvStream, SendStream};
@@ -53,12 +54,19 @@ pub async fn accept_links(mut server: LaneServer, input: UnboundedSender<Input>)
 async fn first_message(
     connection: &Connection,
 ) -> Result<(SendStream, RecvStream, Result<ToDestination, Mismatch>), ControlError> {
+    failpoint!("destination::after_urgent_accepted", return Err(broken()));
     let opened = connection.accept_bi().await;
     let (control, mut control_in) =
         opened.map_err(|error| ControlError::Link(crate::engine::link_words(error)))?;
     let body = control::hear(&mut control_in).await?;
     let first = ToDestination::decode_first(&body)?;
+    failpoint!("destination::after_first_message", return Err(broken()));
     Ok((control, control_in, first))
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> ControlError {
+    ControlError::Link("a failpoint".into())
 }
 
 /// Gives what was said last the time to arrive.

@@ -13,6 +13,7 @@ mod install;
 mod links;
 mod push_in;
 mod report;
+mod said;
 mod trap_loop;
 
 use super::event::{Event, Watch};

@@ -2,6 +2,7 @@
 
 use super::install::Installer;
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
 use crate::proto::message::SessionId;
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
@@ -133,6 +134,7 @@ pub async fn receive_lane(
 
 /// Hears whose a connection is. One of another session is closed, and only it.
 async fn greeted(link: Link, gate: Arc<PushGate>) -> Option<Greeted> {
+    failpoint!("destination::after_push_accepted", return None);
     let hear = async {
         let mut stream = link.connection.accept_uni().await.ok()?;
         let mut greeting = [0; 22];

@@ -5,6 +5,7 @@
 
 use super::install::Installer;
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::frame::PageRequest;
 use crate::proto::ledger::FaultAnswer;
 use crate::proto::page::{PageIndex, PageRun};
@@ -104,6 +105,10 @@ impl<R: Requests> TrapLoop<R> {
     /// Reads one batch of events and acts on each; returns how many there were.
     pub fn drain(&self) -> Result<usize, LaneError> {
         // `again` below may come back here while a batch is being worked on.
+        failpoint!(
+            "destination::before_fault_read",
+            return Err(LaneError::Local("a failpoint".into()))
+        );
         let mut events = std::mem::take(&mut *self.events.borrow_mut());
         events.clear();
         let read = self
@@ -147,6 +152,7 @@ impl<R: Requests> TrapLoop<R> {
         };
         // First the book, then the ledger: see `FaultBook::enter`.
         self.installer.book.enter(page, vcpu, now);
+        failpoint!("destination::before_fault_answered");
         match self.installer.ledger.fault(page).map_err(violation)? {
             FaultAnswer::Request => {
                 waits(&self.counts.requests);

@@ -16,6 +16,7 @@ use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::{Captured, SourceVm};
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
@@ -328,6 +329,7 @@ impl Driver {
                 self.guest.tell(GuestCommand::Resume);
             }
             SourceAction::ResumeLedger(placed) => {
+                failpoint!("source::before_ledger_resumed");
                 let epoch = LinkEpoch::new(self.machine.epoch());
                 match self.shared.ledger.resume_from(&placed, epoch) {
                     Ok(again) => {

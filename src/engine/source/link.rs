@@ -4,6 +4,7 @@
 use super::SourceConfig;
 use super::push::PushShared;
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
 use crate::transport::{self, Lane};
 use quinn::{RecvStream, SendStream};
@@ -61,6 +62,7 @@ pub async fn dial(
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
 ) -> Result<Link, LaneError> {
+    failpoint!("source::before_dial", return Err(broken()));
     let streams = u32::from(config.vcpus) + 2;
     if streams > config.link.streams_max {
         let max = config.link.streams_max.saturating_sub(2);
@@ -69,6 +71,7 @@ pub async fn dial(
     }
     let lost = LaneError::lost::<quinn::ConnectionError>;
     let transport = connect(config, Lane::Urgent).await?;
+    failpoint!("source::after_urgent_connected", return Err(broken()));
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
     // Without a right to it there is no stream's priority; the order is only a wish.
@@ -151,6 +154,7 @@ async fn connect_push(
     epoch: u32,
     session: SessionId,
 ) -> Result<(transport::Link, SendStream), LaneError> {
+    failpoint!("source::before_push_connected", return Err(broken()));
     let link = connect(config, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
@@ -159,5 +163,11 @@ async fn connect_push(
     // itself, so that an old one's or a stranger's is never taken for the new one's.
     stream.write_all(&epoch.to_le_bytes()).await.map_err(LaneError::lost)?;
     stream.write_all(&session.0).await.map_err(LaneError::lost)?;
+    failpoint!("source::after_push_connected", return Err(broken()));
     Ok((link, stream))
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> LaneError {
+    LaneError::Link("a failpoint".into())
 }

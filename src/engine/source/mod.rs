@@ -10,6 +10,7 @@ mod journal;
 mod link;
 mod push;
 mod report;
+mod said;
 mod serve;
 mod zero_scan;
 

@@ -3,6 +3,7 @@
 
 use super::serve::{FaultNote, SourceShared};
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PageRun;
@@ -91,9 +92,12 @@ impl PushShared {
         // Pages are sent from where they lie, so a frame's must lie in one piece.
         let (_, run) = self.source.ram.first_part(suggestion.run);
         // Another lane or a request may have been faster; then the policy is asked anew.
+        failpoint!("source::before_push_claimed", return Err(broken()));
         let Some(claim) = self.source.ledger.claim_within(run) else { return Ok(()) };
+        failpoint!("source::after_push_claimed", return Err(broken()));
         let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
         stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+        failpoint!("source::after_push_sent", return Err(broken()));
         self.source.sent(claim, PageKind::Raw, origin);
         Ok(())
     }
@@ -105,11 +109,19 @@ impl PushShared {
         kind: PageKind,
         epoch: u32,
     ) -> Result<(), LaneError> {
+        failpoint!("source::before_zeros_claimed", return Err(broken()));
         while let Some(claim) = self.source.ledger.claim_within(run) {
+            failpoint!("source::after_zeros_claimed", return Err(broken()));
             let mut frame = self.source.frame(&claim, kind, Origin::Push, epoch);
             stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+            failpoint!("source::after_zeros_sent", return Err(broken()));
             self.source.sent(claim, kind, Origin::Push);
         }
         Ok(())
     }
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> LaneError {
+    LaneError::Link("a failpoint".into())
 }

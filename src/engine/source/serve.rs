@@ -1,6 +1,7 @@
 //! The source's urgent lane: page requests in, pages out, answered inline.
 
 use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
 use crate::memory::ram::{FrozenRun, GuestRam};
 use crate::memory::scan::is_zero;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN, Origin, PageKind, PageRequest};
@@ -125,7 +126,17 @@ pub async fn send_page(
     page: PageIndex,
     origin: Origin,
 ) -> Result<bool, LaneError> {
+    failpoint!(
+        origin == Origin::Seed => "source::before_seed_claimed",
+        "source::before_demand_claimed",
+        return Err(broken())
+    );
     let Some(claim) = shared.ledger.claim(page) else { return Ok(false) };
+    failpoint!(
+        origin == Origin::Seed => "source::after_seed_claimed",
+        "source::after_demand_claimed",
+        return Err(broken())
+    );
     let mut frame = shared.frame(&claim, PageKind::Raw, origin, epoch);
     let mut kind = PageKind::Raw;
     if is_zero(&frame[1]) {
@@ -133,8 +144,18 @@ pub async fn send_page(
         frame = shared.frame(&claim, kind, origin, epoch);
     }
     stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+    failpoint!(
+        origin == Origin::Seed => "source::after_seed_sent",
+        "source::after_demand_sent",
+        return Err(broken())
+    );
     shared.sent(claim, kind, origin);
     Ok(true)
+}
+
+#[cfg(feature = "failpoints")]
+fn broken() -> LaneError {
+    LaneError::Link("a failpoint".into())
 }
 
 fn note(shared: &SourceShared, request: &PageRequest, page: PageIndex, sent: bool) {

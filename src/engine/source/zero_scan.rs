@@ -1,5 +1,6 @@
 //! Holes and zero pages of a paused guest, for the push lanes.
 
+use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::memory::scan::{self, ScanError, ZeroScan};
 use crate::proto::frame::PageKind;
@@ -14,6 +15,8 @@ pub fn scan_zeros(
     ram: Arc<GuestRam>,
     mut found: impl FnMut(PageRun, PageKind) -> bool,
 ) -> Result<(), ScanError> {
+    // As if no hole and no zero page had been found: they are sent as they are.
+    failpoint!("source::before_zero_scan", return Ok(()));
     let mut scan = ZeroScan::new(ram)?;
     while let Some(runs) = scan.next(SCAN_PAGES)? {
         for (run, kind) in runs {

@@ -11,6 +11,10 @@ use std::time::Duration;
 /// The most runs that the destination's set of placed pages may have.
 const PLACED_RUNS_MAX: usize = 1 << 22;
 
+/// Why a destination is told that the guest is not its own after a commit.
+pub(super) const TAKEN_BACK: &str =
+    "the source's operator took the guest back, which was not heard to run at the destination";
+
 impl SourceSession {
     /// A session that was committed by a process that has died since: it connects in
     /// a link epoch after `last_epoch` and learns from the destination what is missing.
@@ -40,6 +44,18 @@ impl SourceSession {
     ) -> Self {
         let mut machine = Self::restarted(session, last_epoch, limits, now);
         machine.retract(now, "the fault-server died before the commit".into());
+        machine
+    }
+
+    /// The same, of a session that was committed before an operator took the guest back.
+    pub fn recover_taken_back(
+        session: SessionId,
+        last_epoch: u32,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
+        let mut machine = Self::restarted(session, last_epoch, limits, now);
+        machine.retract(now, TAKEN_BACK.into());
         machine
     }
 

@@ -2,10 +2,10 @@
 //! says so, and let go.
 
 use super::{CurrentLink, Driver, Input};
-use crate::engine::control;
 use crate::engine::destination::demand_in::DemandLanes;
 use crate::engine::destination::links::{NewLink, last_words, spawn_listener};
 use crate::engine::destination::push_in::CLOSE_USED;
+use crate::engine::destination::said;
 use crate::engine::lane::LaneError;
 use crate::proto::destination::{DestinationEvent, DestinationSession};
 use crate::proto::message::{ToDestination, ToSource};
@@ -44,7 +44,7 @@ impl Driver {
             }
             (Err(mismatch), None) => {
                 // Not one session came of it, but the ticket was shown: it is used up.
-                let _ = control::say(&mut control, &ToSource::Refuse(mismatch.clone())).await;
+                let _ = said::say(&mut control, &ToSource::Refuse(mismatch.clone())).await;
                 last_words(&mut control, &connection).await;
                 self.outcome = Some(Outcome::Aborted(mismatch.to_string()));
                 return;
@@ -92,7 +92,7 @@ impl Driver {
 
     pub(super) async fn say(&mut self, message: ToSource) {
         let Some(link) = &mut self.link else { return };
-        if let Err(error) = control::say(&mut link.control, &message).await {
+        if let Err(error) = said::say(&mut link.control, &message).await {
             let error = LaneError::Link(error.to_string());
             let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
         }

@@ -3,8 +3,8 @@
 use super::{CLOSE_DONE, Driver, Input, ResetOnDrop};
 use crate::engine::control::{self, ControlError};
 use crate::engine::lane::LaneError;
-use crate::engine::source::link;
 use crate::engine::source::serve::answer_requests;
+use crate::engine::source::{link, said};
 use crate::proto::message::{ToDestination, ToSource};
 use quinn::RecvStream;
 use std::time::Duration;
@@ -53,7 +53,7 @@ impl Driver {
 
     pub(super) async fn say(&mut self, message: ToDestination) {
         let Some(link) = &mut self.link else { return };
-        if let Err(error) = control::say(&mut link.control, &message).await {
+        if let Err(error) = said::say(&mut link.control, &message).await {
             let (epoch, error) = (link.epoch, LaneError::Link(error.to_string()));
             let _ = self.input.send(Input::LinkEnded { epoch, error });
         }
