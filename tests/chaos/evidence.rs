@@ -31,10 +31,13 @@ const TAKEN_BACK: [&str; 5] = [
 /// The guest is started at the destination.
 pub const ENTERS: &str = "vmm::before_enter";
 
+/// The destination has heard a proposal.
+pub const PREPARES: &str = "vmm::before_prepare";
+
 /// All points that are to be passed with a note and nothing else.
 pub fn stamps() -> impl Iterator<Item = &'static str> {
     let begin = BEGIN.iter().flat_map(|(_, points)| points.iter().copied());
-    begin.chain([COMMITTING, ENTERS]).chain(TAKEN_BACK)
+    begin.chain([COMMITTING, ENTERS, PREPARES]).chain(TAKEN_BACK)
 }
 
 /// A time on the host's monotonic clock, in nanoseconds.

@@ -74,12 +74,13 @@ fn migration(plan: &Plan, attempt: u64) -> (Vec<HitSeen>, Outcome) {
     let mut pending = Pending::default();
     let mut struck = Vec::new();
     for hit in &plan.hits {
-        struck.push(strike(&mut scene, hit, &mut pending));
-        let died = !scene.server().runs();
-        if hit.failure == Failure::Kill(Who::FaultServer) && died {
+        let how = strike(&mut scene, hit, &mut pending);
+        if hit.failure == Failure::Kill(Who::FaultServer) && how.did() {
+            scene.server().wait_code();
             std::thread::sleep(plan.restart_after);
             scene.resume();
         }
+        struck.push(how);
     }
     let planned = plan.hits.iter().filter_map(|hit| Some(hit.moment.failpoint()?.0)).collect();
     let _go_on = GoOn::everybody(&log, planned);
@@ -157,7 +158,8 @@ fn no_failure_loses_a_guest() {
     let at_a_time = number("POSTCOPY_CHAOS_AT_A_TIME").unwrap_or(AT_A_TIME);
     let first = number("POSTCOPY_CHAOS_SEED").unwrap_or_else(|| rand::random_range(0..1 << 40));
     println!("chaos: {count} migrations from seed {first}");
-    let (next, tally, began) = (AtomicU64::new(first), Mutex::new(Tally::default()), Instant::now());
+    let (next, tally, began) =
+        (AtomicU64::new(first), Mutex::new(Tally::default()), Instant::now());
     std::thread::scope(|scope| {
         for _ in 0..at_a_time {
             scope.spawn(|| {

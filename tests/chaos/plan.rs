@@ -228,9 +228,8 @@ fn draw_hit(random: &mut StdRng, phase: Phase, push_lanes: usize) -> Hit {
 }
 
 fn draw_failure(random: &mut StdRng, push_lanes: usize) -> Failure {
-    let who = *[Who::FaultServer, Who::Vmm, Who::Keeper, Who::Destination]
-        .choose(random)
-        .expect("some");
+    let who =
+        *[Who::FaultServer, Who::Vmm, Who::Keeper, Who::Destination].choose(random).expect("some");
     // Too short to be noticed, or long enough for the link to be given up.
     let milliseconds = match random.random_bool(0.5) {
         true => random.random_range(2..=600),
@@ -251,7 +250,8 @@ fn draw_failure(random: &mut StdRng, push_lanes: usize) -> Failure {
 /// Whether a guest outlives both. What two failures may cost is said in `docs/failures.md`;
 /// what they must not cost is tested here.
 fn goes_with(one: &Hit, other: &Hit) -> bool {
-    let kills = |who| [one, other].into_iter().filter(|hit| hit.failure == Failure::Kill(who)).count();
+    let kills =
+        |who| [one, other].into_iter().filter(|hit| hit.failure == Failure::Kill(who)).count();
     let source = kills(Who::FaultServer).min(1) + kills(Who::Keeper).min(1);
     // One who waits at a point is not to be held there by a failure that comes before it.
     let same_phase = one.phase == other.phase;

@@ -25,7 +25,8 @@ const MIGRATION_MAX: Duration = Duration::from_secs(150);
 const MARK: &str = "POSTCOPY_CHAOS_MIGRATION";
 /// Nobody wants to wait for a minute for a destination whose source is gone for good.
 const LIMITS: &str = "recovery=20000";
-const LOG: [&str; 2] = ["--log", "postcopy=debug"];
+/// So that a side says when it has lost its link.
+const LOG: [&str; 2] = ["--log", "postcopy=info"];
 
 /// Kills what is left of a migration after its limit.
 struct Limit {

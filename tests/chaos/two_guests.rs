@@ -34,7 +34,7 @@ impl SourceGuest {
         let (of, until) = (memory.clone(), over.clone());
         let watch = std::thread::spawn(move || {
             while !until.load(Ordering::Relaxed) {
-                if word.decision() == Decision::Committed {
+                if matches!(word.decision(), Decision::Committed | Decision::Running) {
                     return Some(steps(&of));
                 }
                 std::thread::sleep(Duration::from_millis(1));

@@ -2,7 +2,7 @@
 //! one of the two hosts, and every page of it is right.
 
 use super::commit_word::Decision;
-use super::evidence::ENTERS;
+use super::evidence::{ENTERS, PREPARES};
 use super::harness::{Ended, MIGRATION, Receiver, SOON, check_report, poll, read_report};
 use super::plan::{Failure, Who};
 use super::scene::{Scene, left_nothing_behind};
@@ -48,8 +48,9 @@ pub fn verdict(mut scene: Scene) -> Outcome {
         decision => decision,
     };
     let outcome = match decision {
-        Decision::Committed => is_there(scene),
-        Decision::Aborted | Decision::Undecided => is_here(scene),
+        Decision::Committed | Decision::Running => is_there(scene),
+        Decision::Aborted => is_here(scene),
+        Decision::Undecided | Decision::TakenBack => panic!("nobody asked for {decision:?}"),
     };
     left_nothing_behind(&mark);
     outcome
@@ -61,20 +62,24 @@ fn is_there(mut scene: Scene) -> Outcome {
     let (killed_vmm, killed_server) = (killed(Who::Vmm), killed(Who::FaultServer));
     let (servers, report) = (scene.servers.len(), scene.report());
     let server = scene.servers.pop().expect("a migration was started").wait(2 * MIGRATION);
+    match server.code {
+        Some(0) => {}
+        // There was nothing left to be gone on with, or it was killed at the very end.
+        _ if killed_server && nothing_was_left(&server) => {}
+        _ => panic!("the guest was committed, and the fault server did not end well: {server:#?}"),
+    }
     let vmm = scene.guest.process.wait_code();
-    assert!(vmm == Some(0) || killed_vmm, "the VMM did not end well: {vmm:?}; {server:?}");
+    assert!(vmm == Some(0) || killed_vmm, "the VMM did not end well: {vmm:?}; {server:#?}");
+    let code = scene.receiver.process.wait_within(MIGRATION);
+    assert_eq!(code, Some(0), "the guest was lost; {server:#?}");
     let there = scene.receiver.report();
-    assert_eq!(there["verified"], true, "{there:#}\n{server:?}");
+    assert_eq!(there["verified"], true, "{there:#}\n{server:#?}");
     assert_eq!(there["pages"]["placed_twice"], 0, "{there:#}");
-    assert!(
-        scene.source_guest.made_no_step_since_the_commit(),
-        "the commit was not seen while it was watched for"
-    );
+    let committed = scene.source_guest.made_no_step_since_the_commit();
+    assert!(committed, "the commit was not seen while it was watched for");
     match server.code {
         Some(0) => check_source(&read_report(report), servers),
-        // There was nothing left to be gone on with, or it was killed at the very end.
-        _ if killed_server && nothing_was_left(&server) => Outcome::Recovered,
-        _ => panic!("the guest is there, and the fault server ended otherwise: {server:?}"),
+        _ => Outcome::Recovered,
     }
 }
 
@@ -133,7 +138,11 @@ fn is_here(mut scene: Scene) -> Outcome {
         _ if killed(Who::FaultServer) && nothing_was_left(&server) => {}
         _ => panic!("the guest is here, and the fault server ended otherwise: {server:?}"),
     }
-    let code = scene.receiver.process.wait_within(2 * MIGRATION);
+    if scene.log.of(PREPARES).is_none() {
+        // It never heard a proposal, and waits for one as long as its ticket is good.
+        scene.receiver.process.signal(Signal::SIGINT);
+    }
+    let code = scene.receiver.process.wait_within(MIGRATION);
     let by_kill = code.is_none() && killed(Who::Destination);
     assert!(by_kill || matches!(code, Some(1 | 3 | 4)), "the destination ended with {code:?}");
     assert_eq!(scene.log.of(ENTERS), None, "the guest was started at the destination, too");
