@@ -3,7 +3,7 @@
 use crate::proto::source::SessionLimits;
 use fail::{FailScenario, fail_point};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use std::fs::{File, OpenOptions};
@@ -62,9 +62,7 @@ fn act(point: &str, fails: bool, action: &str) -> bool {
         }
         "delay" => std::thread::sleep(time),
         "crash" => signal_self(Signal::SIGKILL),
-        // To this very thread: it stops here. One for the process may be taken by another
-        // thread, some time later.
-        "stall" => raise(Signal::SIGSTOP).expect("a thread may signal itself"),
+        "stall" => signal_self(Signal::SIGSTOP),
         "cut" => {
             cut(Direction::Out, time);
             cut(Direction::In, time);

@@ -16,7 +16,6 @@
 //!
 //! Not among the failures is what a guest does not outlive by design: the death of its VMM
 //! before the commit, of its destination after it, of keeper and fault server after it.
-#![cfg(all(feature = "io", feature = "failpoints"))]
 
 // Child processes: limits, captured output.
 #[allow(dead_code)] // The other tests use the rest.

@@ -77,8 +77,7 @@ impl Scene {
         let log = PointLog::at(folder.path().join("points"));
         let marked = |process| command(&plan, &limit.mark, &log, process);
         let arguments: Vec<&str> = plan.guest.iter().map(String::as_str).collect();
-        let guest =
-            Guest::start_unpermitted(marked(Process::Vmm), &[&LOG, &arguments[..]].concat());
+        let guest = Guest::start_unlimited(marked(Process::Vmm), &[&LOG, &arguments[..]].concat());
         let lanes = plan.push_lanes.to_string();
         let arguments = ["--push-lanes", &lanes, "--backing", plan.backing];
         let receiver =

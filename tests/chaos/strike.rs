@@ -254,30 +254,27 @@ fn cut_lane(relay: &Arc<Relay>, lane: usize, down: bool) {
     relay.cut_port(lane, Way::ToClient, down);
 }
 
-/// The state of a process, as its parent would be told.
-fn state(pid: i32) -> Option<char> {
-    state_in(&format!("/proc/{pid}/stat"))
-}
-
-fn state_in(path: &str) -> Option<char> {
-    let stat = std::fs::read_to_string(path).ok()?;
+/// The state of a process or thread, by its path in `/proc`.
+fn state(path: &str) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{path}/stat")).ok()?;
     // The name in front is in parentheses, and may hold anything.
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
-/// Whether all of a process stands still. A thread that waits in the kernel for a page, or
-/// for a disk, stops when it has it.
+/// Whether a process stops, or has stopped: one of its threads has. That is the one at the
+/// point, or one that it has stopped: it signals itself, and goes no further. (Others may still
+/// wait in the kernel, for a page or a disk.)
 fn is_stopped(pid: i32) -> Option<bool> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
     let mut states = threads.filter_map(|thread| {
         let name = thread.file_name();
-        state_in(&format!("/proc/{pid}/task/{}/stat", name.to_str()?))
+        state(&format!("{pid}/task/{}", name.to_str()?))
     });
-    Some(state(pid)? == 'T' && states.all(|state| matches!(state, 'T' | 'D')))
+    Some(states.any(|state| state == 'T'))
 }
 
 fn is_running(pid: i32) -> bool {
-    !matches!(state(pid), None | Some('Z' | 'X'))
+    !matches!(state(&pid.to_string()), None | Some('Z' | 'X'))
 }
 
 /// Lets whoever stopped at a point that nobody looks at any more go on, until it is dropped.

@@ -4,9 +4,12 @@
 //! word says who the guest's is, and a step after that was made by a second one.
 
 use super::commit_word::{CommitWord, Decision};
+use super::harness::{Guest, POSTCOPY};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -81,4 +84,20 @@ fn steps(memory: &File) -> Vec<u64> {
         u64::from_le_bytes(word)
     };
     (0..VCPUS_MAX).map(read).collect()
+}
+
+#[test]
+fn a_guest_that_runs_on_after_the_commit_is_noticed() {
+    let arguments = ["--guest", "process", "--memory", "16M"];
+    let guest = Guest::start_unlimited(Command::new(POSTCOPY), &arguments);
+    let pid = guest.process.pid();
+    let watched = SourceGuest::of(pid, CommitWord::of(pid));
+    // A VMM does not take a word for the commit of a guest that it has not paused.
+    let attached = guest.attach();
+    let _proof = attached.word.commit().expect("an undecided word");
+    std::thread::sleep(Duration::from_millis(300));
+    let asked = AssertUnwindSafe(|| watched.made_no_step_since_the_commit());
+    let panicked = std::panic::catch_unwind(asked).expect_err("two guests");
+    let said = panicked.downcast_ref::<String>().expect("a text");
+    assert!(said.contains("the guest runs twice"), "{said}");
 }

@@ -70,7 +70,7 @@ fn is_there(mut scene: Scene) -> Outcome {
     }
     let vmm = scene.guest.process.wait_code();
     assert!(vmm == Some(0) || killed_vmm, "the VMM did not end well: {vmm:?}; {server:#?}");
-    let code = scene.receiver.process.wait_within(MIGRATION);
+    let code = scene.receiver.process.wait_code_within(MIGRATION);
     assert_eq!(code, Some(0), "the guest was lost; {server:#?}");
     let there = scene.receiver.report();
     assert_eq!(there["verified"], true, "{there:#}\n{server:#?}");
@@ -140,7 +140,7 @@ fn is_here(mut scene: Scene) -> Outcome {
         // It never heard a proposal, and waits for one as long as its ticket is good.
         scene.receiver.process.signal(Signal::SIGINT);
     }
-    let code = scene.receiver.process.wait_within(MIGRATION);
+    let code = scene.receiver.process.wait_code_within(MIGRATION);
     let by_kill = code.is_none() && killed_destination;
     assert!(by_kill || matches!(code, Some(1 | 3 | 4)), "the destination ended with {code:?}");
     assert_eq!(scene.log.of(ENTERS), None, "the guest was started at the destination, too");

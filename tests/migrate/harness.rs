@@ -212,11 +212,11 @@ impl Running {
 
     /// Waits until it is gone, and leaves it where it is; its exit code, if it has one.
     pub fn wait_code(&mut self) -> Option<i32> {
-        self.wait_within(SOON)
+        self.wait_code_within(SOON)
     }
 
     /// As [`wait_code`](Self::wait_code), for one that has a reason to stay for a while.
-    pub fn wait_within(&mut self, within: Duration) -> Option<i32> {
+    pub fn wait_code_within(&mut self, within: Duration) -> Option<i32> {
         poll("the end of a process", within, || {
             Some(self.child.try_wait().expect("a child can be waited for")?.code())
         })
@@ -359,7 +359,7 @@ impl Guest {
     }
 
     /// The same, for a test that itself limits how many guests run.
-    pub fn start_unpermitted(command: Command, arguments: &[&str]) -> Self {
+    pub fn start_unlimited(command: Command, arguments: &[&str]) -> Self {
         Self::start_permitted(None, command, arguments)
     }
 
