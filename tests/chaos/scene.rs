@@ -23,8 +23,8 @@ use tempfile::TempDir;
 const MIGRATION_MAX: Duration = Duration::from_secs(150);
 /// By this variable a migration's processes are known, whoever their parent is.
 const MARK: &str = "POSTCOPY_CHAOS_MIGRATION";
-/// Nobody wants to wait for a minute for a destination whose source is gone for good.
-const LIMITS: &str = "recovery=20000";
+/// Nobody wants to wait for ten minutes for a destination whose source is gone for good.
+const PATIENCE: [&str; 2] = ["--patience", "25s"];
 /// So that a side says when it has lost its link.
 const LOG: [&str; 2] = ["--log", "postcopy=info"];
 
@@ -80,8 +80,8 @@ impl Scene {
         let guest = Guest::start_unlimited(marked(Process::Vmm), &[&LOG, &arguments[..]].concat());
         let lanes = plan.push_lanes.to_string();
         let arguments = ["--push-lanes", &lanes, "--backing", plan.backing];
-        let receiver =
-            Receiver::start_as(marked(Process::Destination), &[&LOG, &arguments[..]].concat());
+        let arguments = [&LOG, &PATIENCE, &arguments[..]].concat();
+        let receiver = Receiver::start_as(marked(Process::Destination), &arguments);
         let (relay, ticket) = link(&plan, &receiver.ticket);
         let pid = guest.process.pid();
         let word = CommitWord::of(pid);
@@ -106,7 +106,7 @@ impl Scene {
     pub fn migrate(&mut self) {
         let report = self.report();
         let policy = ["--policy", self.plan.policy, "--drain-after", "700ms"];
-        let arguments = [&LOG, &["--report", &report][..], &policy[..]].concat();
+        let arguments = [&LOG, &PATIENCE, &["--report", &report][..], &policy[..]].concat();
         let migration = self.guest.migrate_as(self.source(), &self.ticket, &arguments);
         self.began = Instant::now();
         self.servers.push(migration);
@@ -212,8 +212,10 @@ fn command(plan: &Plan, mark: &str, log: &PointLog, process: Process) -> Command
         .map(|(point, action)| format!("{point}=return({action})"))
         .collect();
     let mut command = Command::new(POSTCOPY);
-    command.env(MARK, mark).env("POSTCOPY_TEST_LIMITS", LIMITS);
-    command.env("POSTCOPY_FAILPOINT_LOG", log.path()).env("FAILPOINTS", actions.join(";"));
+    command
+        .env(MARK, mark)
+        .env("POSTCOPY_FAILPOINT_LOG", log.path())
+        .env("FAILPOINTS", actions.join(";"));
     command
 }
 

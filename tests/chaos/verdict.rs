@@ -66,7 +66,10 @@ fn is_there(mut scene: Scene) -> Outcome {
         Some(0) => {}
         // There was nothing left to be gone on with, or it was killed at the very end.
         _ if killed_server && nothing_was_left(&server) => {}
-        _ => panic!("the guest was committed, and the fault server did not end well: {server:#?}"),
+        code => {
+            let report = code.filter(|code| *code == 5).map(|_| read_report(&report));
+            panic!("the guest was committed, and its fault server: {server:#?}\n{report:#?}")
+        }
     }
     let vmm = scene.guest.process.wait_code();
     assert!(vmm == Some(0) || killed_vmm, "the VMM did not end well: {vmm:?}; {server:#?}");
