@@ -320,23 +320,44 @@ pub struct Guest {
 }
 
 /// Kills the keeper of a guest at the end: one that holds a guest's memory for a fault
-/// server to come outlives all other processes.
-struct KeeperSweep(String);
+/// server to come outlives all other processes. So does the fault server that it has started.
+struct KeeperSweep {
+    control: String,
+    keeper: String,
+}
 
 impl Drop for KeeperSweep {
     fn drop(&mut self) {
-        for pid in processes_with(&self.0) {
-            let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        // Each starts the other one.
+        for _ in 0..20 {
+            let left = [processes_with(&self.keeper), restarted(&self.control)].concat();
+            if left.is_empty() {
+                return;
+            }
+            for pid in left {
+                let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            std::thread::sleep(POLL);
         }
     }
 }
 
 /// The processes that run and have `argument` among their arguments.
 pub fn processes_with(argument: &str) -> Vec<i32> {
+    processes_with_all(&[argument])
+}
+
+/// The fault servers that the keeper of the guest at `control` has started.
+pub fn restarted(control: &str) -> Vec<i32> {
+    processes_with_all(&[control, "--restarted"])
+}
+
+fn processes_with_all(arguments: &[&str]) -> Vec<i32> {
     let has = |pid: &i32| {
         // That of a process that has ended and was not waited for is empty.
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|part| part == argument.as_bytes())
+        let parts: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        arguments.iter().all(|argument| parts.contains(&argument.as_bytes()))
     };
     let folders = std::fs::read_dir("/proc").expect("a /proc").flatten();
     folders.filter_map(|folder| folder.file_name().to_str()?.parse().ok()).filter(has).collect()
@@ -378,7 +399,7 @@ impl Guest {
             Running::start_as(command, &[&["run", "--control", &control], arguments].concat());
         let line = process.line();
         assert!(line.contains("runs as process"), "{line}");
-        let _keeper = KeeperSweep(format!("{control}.keeper"));
+        let _keeper = KeeperSweep { keeper: format!("{control}.keeper"), control };
         Self { folder, process, _keeper, _permit: permit }
     }
 
