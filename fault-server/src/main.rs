@@ -5,7 +5,6 @@
 mod status;
 
 use clap::Parser;
-use postcopy::Event;
 use postcopy::fault_server::arguments::ServeArgs;
 use postcopy::fault_server::keeper;
 use postcopy::program::{exit, signals};
@@ -53,11 +52,7 @@ fn main() -> ExitCode {
     }
     let format = arguments.status;
     let mut status = Status::new(format);
-    let watch = move |event| {
-        if let Event::Progress(now) = event {
-            status.update(now);
-        }
-    };
+    let watch = move |event| status.update(event);
     match arguments.serve.run("fault-server", watch, |report| status::end(format, report)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report("fault-server", &error),
