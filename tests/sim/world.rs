@@ -260,7 +260,8 @@ impl<L: Ledger> World<L> {
 
     /// Once the guest is the destination's and nothing is in the way, its pages come.
     fn look_for_progress(&mut self, quiet_since: Duration) {
-        let from = quiet_since.max(self.guest.workload_max).max(self.committed_at);
+        // A policy may wait for the workload, which goes on only where the guest runs.
+        let from = quiet_since.max(self.committed_at) + self.guest.workload_max;
         let due = self.vmm.committed() && self.now > from + WHOLE_WITHIN;
         if due && !self.patience_may_be_over() && self.destination.missing() > 0 {
             let missing = self.destination.missing();
