@@ -227,7 +227,7 @@ impl<L: Ledger> World<L> {
         let incarnation = self.source.incarnation;
         let step = |step| Event::Source { incarnation, step };
         match action {
-            SourceAction::Connect { epoch, after } => {
+            SourceAction::Connect { epoch, after, .. } => {
                 self.source.stored_epoch = epoch;
                 if epoch > 0 {
                     self.mark("dials again".into());
