@@ -2,10 +2,9 @@
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use postcopy::DestinationBuilder;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
-use postcopy::program::exit::{Failure, Side, write_report};
+use postcopy::program::exit::{Failure, Side, both, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
@@ -17,6 +16,7 @@ use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
 use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::{DestinationBuilder, Event};
 use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -81,16 +81,27 @@ impl Receive {
         if let Some(host) = &self.public_host {
             destination = destination.public_host(host.to_string());
         }
+        if !self.quiet {
+            destination = destination.on_event(|event| match event {
+                Event::Paused { why } => {
+                    eprintln!("the link is lost: {why}; waiting for the source to come back");
+                }
+                Event::LinkUp { epoch: 1.. } => eprintln!("the link is back"),
+                _ => {}
+            });
+        }
         let receiver = destination.build()?;
         println!("{}", receiver.ticket());
         std::io::stdout().flush()?;
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
-        on_interrupt("postcopy", move || {
+        let stop = move || {
             seen.store(true, Ordering::SeqCst);
             canceller.cancel("interrupted by the user");
-        });
+        };
+        // What it has of a guest goes with it.
+        on_interrupt("postcopy", stop, || {});
         let arrival = Arrival::default();
         let end = receiver.run(Box::new(arrival.clone()))?;
         let guest = arrival.take();
@@ -175,7 +186,7 @@ impl Receive {
     }
 
     fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
-        write_report("postcopy", report, self.report.as_deref(), session)
+        both("postcopy", session, write_report(report, self.report.as_deref()))
     }
 }
 
