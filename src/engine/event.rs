@@ -3,6 +3,7 @@
 //! Nothing here decides anything: the events are read off the session machine after
 //! each of its steps.
 
+use super::lost_pages::LostPages;
 use crate::proto::destination::DestinationState;
 use crate::proto::source::{Outcome, SourceState};
 use crate::proto::timeline::{Stamp, Timeline};
@@ -20,6 +21,10 @@ pub enum Phase {
     Blackout,
     /// The guest runs at the destination, and pages are missing.
     TargetBrownout,
+    /// The guest is committed and no link stands: both sides keep all that they have, and the
+    /// source tries to connect again. At the destination the guest runs, as far as it has its
+    /// pages, unless the commit is in doubt there.
+    Paused,
     /// All pages are there, or the migration has failed: the two sides let go.
     Release,
 }
@@ -32,6 +37,7 @@ impl Phase {
             Self::Handshake => "handshake",
             Self::Blackout => "blackout",
             Self::TargetBrownout => "target brownout",
+            Self::Paused => "paused",
             Self::Release => "release",
         }
     }
@@ -89,6 +95,17 @@ pub struct Progress {
     pub wire_bytes: u64,
     /// Since the session began.
     pub elapsed: Duration,
+    /// Set while it is paused.
+    pub paused: Option<Pause>,
+}
+
+/// A committed guest without a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// For how long there has been none.
+    pub lasts: Duration,
+    /// How often this side has tried to connect again; the destination does not.
+    pub attempts: u32,
 }
 
 /// Something happened. More kinds may come.
@@ -111,6 +128,12 @@ pub enum Event {
         /// What ended it.
         why: String,
     },
+    /// The link of a committed guest is lost: the migration is paused, and goes on by itself
+    /// with the next [`Event::LinkUp`]. It ends when the patience of this side is over.
+    Paused {
+        /// What ended the link.
+        why: String,
+    },
     /// A step was made: [`Stamp::Captured`] when the guest is paused at the source,
     /// [`Stamp::Committed`] when it must never run there again, [`Stamp::Running`] when its
     /// first vCPU runs at the destination, and others.
@@ -119,6 +142,14 @@ pub enum Event {
         step: Stamp,
         /// When, since the session began on this side.
         at: Duration,
+    },
+    /// Pages of guest memory that the source could not read: at the destination, touching one
+    /// is a memory error. Told of the first 64 runs of such pages; the report counts all.
+    MemoryLost {
+        /// The guest physical address of the first one.
+        address: u64,
+        /// How many there are from there on.
+        pages: u64,
     },
     /// How far it is; some times a second.
     Progress(Progress),
@@ -137,6 +168,7 @@ pub(super) struct Watch {
     epoch: Option<u32>,
     told: Timeline,
     why_lost: String,
+    why_paused: String,
 }
 
 impl fmt::Debug for Watch {
@@ -155,6 +187,13 @@ impl Watch {
     pub(super) fn tell(&mut self, event: Event) {
         if let Some(on_event) = &mut self.on_event {
             on_event(event);
+        }
+    }
+
+    /// Tells which pages were found to be lost since this was called last.
+    pub(super) fn lost(&mut self, lost: &LostPages) {
+        for (address, pages) in lost.take_untold() {
+            self.tell(Event::MemoryLost { address, pages });
         }
     }
 
@@ -177,6 +216,7 @@ impl Watch {
         if self.epoch != epoch {
             if let Some(epoch) = self.epoch {
                 let why = std::mem::take(&mut self.why_lost);
+                self.why_paused.clone_from(&why);
                 self.tell(Event::LinkLost { epoch, why });
             }
             if let Some(epoch) = epoch {
@@ -195,6 +235,10 @@ impl Watch {
         if self.phase != Some(phase) {
             self.phase = Some(phase);
             self.tell(Event::Phase(phase));
+            if phase == Phase::Paused {
+                let why = std::mem::take(&mut self.why_paused);
+                self.tell(Event::Paused { why });
+            }
         }
     }
 }

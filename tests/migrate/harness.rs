@@ -189,6 +189,13 @@ impl Running {
         }
     }
 
+    /// Waits for its end, and until `others`, who may write to its outputs, have ended, too.
+    pub fn wait_with_others(mut self, within: Duration, others: impl Fn() -> bool) -> Ended {
+        self.wait_code_within(within);
+        poll("the end of those who follow a process", within, || others().then_some(()));
+        self.wait(SOON)
+    }
+
     /// Waits for its end.
     pub fn wait(mut self, within: Duration) -> Ended {
         self.child.stdin.take();
@@ -212,9 +219,24 @@ impl Running {
 
     /// Waits until it is gone, and leaves it where it is; its exit code, if it has one.
     pub fn wait_code(&mut self) -> Option<i32> {
-        poll("the end of a process", SOON, || {
+        self.wait_code_within(SOON)
+    }
+
+    /// As [`wait_code`](Self::wait_code), for one that has a reason to stay for a while.
+    pub fn wait_code_within(&mut self, within: Duration) -> Option<i32> {
+        poll("the end of a process", within, || {
             Some(self.child.try_wait().expect("a child can be waited for")?.code())
         })
+    }
+
+    /// How many lines with `text` in them it has said.
+    pub fn said_count(&self, text: &str) -> usize {
+        lock(&self.stderr.0.0).lines.iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// All that it has said so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.so_far()
     }
 
     /// Whether it has said something with `text` in it.
@@ -367,6 +389,11 @@ impl Guest {
     /// The same, as `command` says.
     pub fn start_as(command: Command, arguments: &[&str]) -> Self {
         Self::start_permitted(Some(permit()), command, arguments)
+    }
+
+    /// The same, for a test that itself limits how many guests run.
+    pub fn start_unlimited(command: Command, arguments: &[&str]) -> Self {
+        Self::start_permitted(None, command, arguments)
     }
 
     /// A second small guest, under the first one's permit: a test that waited for another

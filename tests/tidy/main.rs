@@ -105,6 +105,7 @@ const UNSAFE: &[&str] = &[
     // Descriptors that the service manager has opened for this process.
     "src/fault_server/service.rs",
     "src/memory/dirty_bitmap.rs",
+    "src/memory/guarded.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
     "src/memory/segment.rs",
