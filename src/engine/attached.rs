@@ -208,8 +208,17 @@ impl SourceVm for AttachedVmm {
 
     fn pause(&mut self) -> Result<Captured, VmError> {
         failpoint!("source::before_pause", return Err("a failpoint".into()));
-        let paused = self.attached()?.pause()?;
-        failpoint!("source::after_pause", return Err("a failpoint".into()));
+        let paused = match self.attached()?.pause() {
+            Ok(paused) => paused,
+            // It says itself that its guest runs on.
+            Err(error @ AttachError::Failed { .. }) => return Err(error.into()),
+            Err(error) => {
+                // The guest may be paused all the same. A VMM takes it back when the
+                // conversation ends, and before it lets anybody else in.
+                self.vmm = None;
+                return Err(error.into());
+            }
+        };
         Ok(Captured {
             state: paused.state,
             seeds: paused.seeds,
@@ -226,7 +235,7 @@ impl SourceVm for AttachedVmm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        failpoint!("source::before_resume", return Err("a failpoint".into()));
+        failpoint!("source::before_resume");
         let vmm = self.vmm.take().ok_or("the VMM was left already")?;
         let told = match vmm.word.decision() {
             // It loses patience with a fault-server that is silent, and has then resumed it.
@@ -262,7 +271,7 @@ impl SourceVm for AttachedVmm {
     }
 
     fn drained(&mut self) -> Result<(), VmError> {
-        failpoint!("source::before_keeper_released", return Err("a failpoint".into()));
+        failpoint!("source::before_keeper_released");
         let proof = self.proof()?;
         let kept = self.keeper.take().map_or(Ok(()), |keeper| keeper.drained(&proof));
         failpoint!("source::after_keeper_released");

@@ -217,6 +217,21 @@ impl Running {
         })
     }
 
+    /// The same, within a time of the caller's.
+    pub fn wait_code_within(&mut self, within: Duration) -> Option<i32> {
+        poll("the end of a process", within, || self.code_so_far())
+    }
+
+    /// Its exit code, if it has ended, and if it has one.
+    pub fn code_so_far(&mut self) -> Option<Option<i32>> {
+        Some(self.child.try_wait().expect("a child can be waited for")?.code())
+    }
+
+    /// All that it has said so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.so_far()
+    }
+
     /// Whether it has said something with `text` in it.
     pub fn said_so_far(&self, text: &str) -> bool {
         self.stderr.so_far().contains(text)
@@ -348,6 +363,11 @@ impl Guest {
         Self::start_permitted(Some(permit()), command, arguments)
     }
 
+    /// The same without a permit, for a test that has its own limit on guests.
+    pub fn start_unlimited(command: Command, arguments: &[&str]) -> Self {
+        Self::start_permitted(None, command, arguments)
+    }
+
     /// A second small guest, under the first one's permit: a test that waited for another
     /// one while it holds one could wait for ever.
     pub fn start_another(&self) -> Self {
@@ -476,6 +496,11 @@ impl Receiver {
     /// Waits for its end, which must be a good one, and reads its report.
     pub fn report(self) -> Value {
         self.process.succeed(MIGRATION);
+        read_report(self.folder.path().join("report.json"))
+    }
+
+    /// Its report, once it has ended.
+    pub fn report_so_far(&self) -> Value {
         read_report(self.folder.path().join("report.json"))
     }
 
