@@ -5,6 +5,20 @@
 //! lets a paused guest run again. Both are one atomic compare-and-exchange, so
 //! exactly one of them happens, whichever process dies and whatever a socket
 //! says. It is not a lock: nobody waits on it.
+//!
+//! A commit may be in doubt: the word says committed, and nobody has heard that the guest
+//! runs at the destination. From there it goes one step further, again by one
+//! compare-and-exchange, of which only one can succeed: to *running*, once the destination
+//! has said so, or to *taken back*, on an operator's word that it does not run there and
+//! will not.
+//!
+//! ```mermaid
+//! stateDiagram-v2
+//!   undecided --> committed: the fault-server
+//!   undecided --> aborted: the VMM, or a keeper
+//!   committed --> running: the fault-server has heard Running
+//!   committed --> taken_back: an operator asserts that it does not run there
+//! ```
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -17,11 +31,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const UNDECIDED: u64 = 0;
 const COMMITTED: u64 = 1;
 const ABORTED: u64 = 2;
+const TAKEN_BACK: u64 = 3;
+const RUNNING: u64 = 4;
 
 /// Bytes of the shared file: one page. The word is its first eight bytes.
 const FILE_BYTES: usize = 4096;
 
-/// A word in shared memory that goes once from undecided to committed or aborted.
+/// A word in shared memory that goes once from undecided to committed or aborted, and from
+/// committed once to running or taken back.
 #[derive(Debug)]
 pub struct CommitWord {
     word: NonNull<AtomicU64>,
@@ -37,6 +54,11 @@ pub enum Decision {
     Committed,
     /// The guest stays here, and no Commit leaves.
     Aborted,
+    /// It was committed, and an operator took it back, on his word that it does not run at
+    /// the destination and never will: it is the VMM's again.
+    TakenBack,
+    /// It was committed, and was heard to run at the destination: nobody takes it back.
+    Running,
     /// A value that neither side writes. Nobody may run the guest on its account.
     Damaged(u64),
 }
@@ -46,7 +68,7 @@ pub enum Decision {
 #[must_use = "Commit leaves only on the strength of this"]
 pub struct Committed(());
 
-/// Proof that the word says aborted. The guest may run on here.
+/// Proof that the word says aborted, or taken back. The guest may run on here.
 #[derive(Debug)]
 #[must_use = "the guest is resumed only on the strength of this"]
 pub struct Aborted(());
@@ -63,6 +85,20 @@ pub struct AlreadyAborted {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the guest has already been given to the destination (commit word {found})")]
 pub struct AlreadyCommitted {
+    /// The word's value.
+    pub found: u64,
+}
+
+/// The guest is not in doubt, so nobody can take it back, or be told that it runs there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", match *.found {
+    UNDECIDED => "the guest was not committed".to_owned(),
+    ABORTED => "the guest was not committed, and is its VMM's".to_owned(),
+    TAKEN_BACK => "an operator has taken the guest back".to_owned(),
+    RUNNING => "the guest was heard to run at the destination".to_owned(),
+    found => format!("the commit word is damaged ({found})"),
+})]
+pub struct NotInDoubt {
     /// The word's value.
     pub found: u64,
 }
@@ -127,28 +163,48 @@ impl CommitWord {
     /// The fault-server's step: from here on the guest may run on the destination.
     /// Commit leaves only after this has succeeded. Doing it twice is doing it once.
     pub fn commit(&self) -> Result<Committed, AlreadyAborted> {
-        match self.decide(COMMITTED) {
-            Ok(()) => Ok(Committed(())),
+        match self.step(UNDECIDED, COMMITTED) {
+            Ok(()) | Err(RUNNING) => Ok(Committed(())),
             Err(found) => Err(AlreadyAborted { found }),
         }
     }
 
     /// The VMM's step: from here on no Commit leaves. A paused guest is resumed only
-    /// after this has succeeded. Doing it twice is doing it once.
+    /// after this has succeeded. Doing it twice is doing it once, and it succeeds, with
+    /// nothing done, where an operator has taken the guest back.
     pub fn abort(&self) -> Result<Aborted, AlreadyCommitted> {
-        match self.decide(ABORTED) {
-            Ok(()) => Ok(Aborted(())),
+        match self.step(UNDECIDED, ABORTED) {
+            Ok(()) | Err(TAKEN_BACK) => Ok(Aborted(())),
             Err(found) => Err(AlreadyCommitted { found }),
         }
     }
 
-    /// What the word says now. While it says [`Decision::Undecided`] it may say
-    /// something else a moment later.
+    /// The operator's step: a committed guest that was not heard to run at the destination
+    /// is its VMM's again. If it does run there, or does so later, there are two of it: only
+    /// an operator who knows that it cannot may have this done. Doing it twice is doing it
+    /// once.
+    pub fn take_back(&self) -> Result<Aborted, NotInDoubt> {
+        match self.step(COMMITTED, TAKEN_BACK) {
+            Ok(()) => Ok(Aborted(())),
+            Err(found) => Err(NotInDoubt { found }),
+        }
+    }
+
+    /// The fault-server has heard that the guest runs at the destination: from here on it
+    /// cannot be taken back. Doing it twice is doing it once.
+    pub fn running(&self) -> Result<(), NotInDoubt> {
+        self.step(COMMITTED, RUNNING).map_err(|found| NotInDoubt { found })
+    }
+
+    /// What the word says now. While it says [`Decision::Undecided`] or
+    /// [`Decision::Committed`] it may say something else a moment later.
     pub fn decision(&self) -> Decision {
         match self.word().load(Ordering::SeqCst) {
             UNDECIDED => Decision::Undecided,
             COMMITTED => Decision::Committed,
             ABORTED => Decision::Aborted,
+            TAKEN_BACK => Decision::TakenBack,
+            RUNNING => Decision::Running,
             damaged => Decision::Damaged(damaged),
         }
     }
@@ -167,12 +223,12 @@ impl CommitWord {
         self.memfd.as_fd()
     }
 
-    fn decide(&self, wanted: u64) -> Result<(), u64> {
-        let exchanged =
-            self.word().compare_exchange(UNDECIDED, wanted, Ordering::SeqCst, Ordering::SeqCst);
-        match exchanged {
+    /// From one value to another, if that was not done before; the value found if it is
+    /// neither.
+    fn step(&self, from: u64, to: u64) -> Result<(), u64> {
+        match self.word().compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => Ok(()),
-            Err(found) if found == wanted => Ok(()),
+            Err(found) if found == to => Ok(()),
             Err(found) => Err(found),
         }
     }
@@ -224,12 +280,47 @@ mod tests {
     }
 
     #[test]
+    fn a_commit_in_doubt_is_settled_once_by_what_was_heard_or_by_an_operator() {
+        let vmm = CommitWord::create().unwrap();
+        let server = other_side(&vmm);
+        assert_eq!(server.take_back().unwrap_err(), NotInDoubt { found: UNDECIDED });
+        assert_eq!(server.running().unwrap_err(), NotInDoubt { found: UNDECIDED });
+        assert_eq!(vmm.decision(), Decision::Undecided);
+        let _proof = server.commit().unwrap();
+        let _proof = server.take_back().unwrap();
+        assert_eq!(vmm.decision(), Decision::TakenBack);
+        let _proof = vmm.abort().expect("the guest may run here");
+        let _proof = server.take_back().unwrap();
+        assert_eq!(server.running().unwrap_err(), NotInDoubt { found: TAKEN_BACK });
+        assert_eq!(server.commit().unwrap_err(), AlreadyAborted { found: TAKEN_BACK });
+        assert_eq!(vmm.decision(), Decision::TakenBack, "for ever");
+
+        let vmm = CommitWord::create().unwrap();
+        let server = other_side(&vmm);
+        let _proof = server.commit().unwrap();
+        server.running().unwrap();
+        assert_eq!(vmm.decision(), Decision::Running);
+        server.running().unwrap();
+        let _proof = server.commit().expect("still committed");
+        assert_eq!(vmm.take_back().unwrap_err(), NotInDoubt { found: RUNNING });
+        assert_eq!(vmm.abort().unwrap_err(), AlreadyCommitted { found: RUNNING });
+        assert_eq!(vmm.decision(), Decision::Running, "for ever");
+
+        let vmm = CommitWord::create().unwrap();
+        let _proof = vmm.abort().unwrap();
+        assert_eq!(vmm.take_back().unwrap_err(), NotInDoubt { found: ABORTED });
+        assert_eq!(vmm.running().unwrap_err(), NotInDoubt { found: ABORTED });
+    }
+
+    #[test]
     fn a_damaged_word_lets_nobody_run_the_guest() {
         let word = CommitWord::create().unwrap();
         word.word().store(77, Ordering::SeqCst);
         assert_eq!(word.decision(), Decision::Damaged(77));
         assert!(word.commit().is_err());
         assert!(word.abort().is_err());
+        assert!(word.take_back().is_err());
+        assert!(word.running().is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that this crate speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// First bytes of every conversation.
 pub const MAGIC: [u8; 8] = *b"pc-attch";
 /// The most bytes of a [`Reply`], its length prefix apart.

@@ -96,7 +96,8 @@ impl Attempt {
         }
     }
 
-    /// Turns the word to aborted and, only then, lets a paused guest run.
+    /// Turns the word to aborted, unless an operator has turned it to taken back, and, only
+    /// then, lets a paused guest run.
     fn take_back(
         &mut self,
         vm: &mut dyn AttachedVm,
@@ -228,8 +229,10 @@ impl<'a> Session<'a> {
     /// paused and undecided, only for so long.
     fn wait_for_request(&mut self) -> Result<(), SessionError> {
         loop {
-            let ours =
-                matches!(self.attempt.word.decision(), Decision::Undecided | Decision::Aborted);
+            let ours = matches!(
+                self.attempt.word.decision(),
+                Decision::Undecided | Decision::Aborted | Decision::TakenBack
+            );
             let limit =
                 (self.attempt.paused.is_some() && ours).then_some(self.server.patience.paused);
             match self.server.wait(&self.connection, limit)? {
@@ -302,7 +305,7 @@ impl<'a> Session<'a> {
         if self.attempt.paused.is_none() && !self.attempt.kept {
             return self.reply(&Reply::failed("the guest was not paused"));
         }
-        if self.attempt.word.decision() != Decision::Committed {
+        if !matches!(self.attempt.word.decision(), Decision::Committed | Decision::Running) {
             return self.reply(&Reply::failed("the commit word does not say committed"));
         }
         // First the answer: if this client is gone as well, the memory must wait here for

@@ -114,7 +114,10 @@ impl AttachedVmm {
                 let vmm = Self::nobody(&attached, attached.path().map(Path::to_owned));
                 Ok(Self { vmm: Some(attached), ..vmm })
             }
-            Decision::Committed | Decision::Damaged(_) => Err(GivenAway),
+            Decision::Committed
+            | Decision::Running
+            | Decision::TakenBack
+            | Decision::Damaged(_) => Err(GivenAway),
         }
     }
 
@@ -162,16 +165,24 @@ impl AttachedVmm {
         }
     }
 
-    /// Finds the VMM of a session that is gone on with, if it has not left, and tells it.
+    /// Finds the VMM of a session that is gone on with, if it has not left.
+    fn find_vmm(&mut self) -> Result<(), VmError> {
+        let (None, Some(control)) = (&self.vmm, &self.control) else { return Ok(()) };
+        match Attached::connect_within(control, LOOK_MAX) {
+            // Another guest may be there by now.
+            Ok(vmm) => self.vmm = Some(vmm).filter(|vmm| vmm.word.is(&self.word)),
+            Err(AttachError::Connect { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Tells the VMM that its guest has left, if it is there.
     fn say_committed(&mut self, proof: &Committed) -> Result<(), VmError> {
-        if self.vmm.is_none() && !self.releasing {
-            let Some(control) = &self.control else { return Ok(()) };
-            match Attached::connect_within(control, LOOK_MAX) {
-                // Another guest may be there by now.
-                Ok(vmm) => self.vmm = Some(vmm).filter(|vmm| vmm.word.is(&self.word)),
-                Err(AttachError::Connect { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
+        // Before the VMM lets go: it can be taken back until here.
+        self.word.running()?;
+        if !self.releasing {
+            self.find_vmm()?;
         }
         if let Some(vmm) = self.vmm.as_mut().filter(|_| !self.releasing) {
             vmm.say_committed(proof)?;
@@ -192,7 +203,7 @@ impl AttachedVmm {
     /// What lets go, lets go on the strength of this.
     fn proof(&self) -> Result<Committed, VmError> {
         match self.word.decision() {
-            Decision::Committed => Ok(self.word.commit()?),
+            Decision::Committed | Decision::Running => Ok(self.word.commit()?),
             _ => Err("there was no commit".into()),
         }
     }
@@ -232,6 +243,22 @@ impl SourceVm for AttachedVmm {
         let written = self.word.commit().is_ok();
         failpoint!("source::after_commit_word");
         Ok(written)
+    }
+
+    /// The VMM must be there and answer: it has the guest. It is not asked, since a VMM that
+    /// hangs could otherwise do it long after the session has gone on; it lets the guest run
+    /// on when it reads the word, at the latest when this process has gone.
+    fn take_back(&mut self) -> Result<(), VmError> {
+        if self.releasing {
+            return Err("its VMM was told already that it may go".into());
+        }
+        self.find_vmm()?;
+        let Some(vmm) = &mut self.vmm else { return Err(VmmGone.into()) };
+        if let Some(why) = vmm.status()?.failure {
+            return Err(format!("its VMM says: {why}").into());
+        }
+        let _theirs = self.word.take_back()?;
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -288,6 +315,13 @@ impl SourceVm for AttachedVmm {
         self.leave_keeper();
         if self.resumed {
             return Ok(());
+        }
+        if self.word.decision() == Decision::TakenBack {
+            // Whoever took it back may not have come to having it resumed.
+            self.find_vmm()?;
+            if self.vmm.is_some() {
+                return self.resume();
+            }
         }
         match self.vmm.as_mut().map(Attached::status) {
             Some(Ok(status)) => runs(status),

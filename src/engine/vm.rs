@@ -40,7 +40,15 @@ pub trait SourceVm: Any + Send {
     fn commit(&mut self) -> Result<bool, VmError> {
         Ok(true)
     }
-    /// Lets the guest run on here: the migration was aborted before the commit.
+    /// Undoes the commit, on an operator's word that the guest does not run at the
+    /// destination and never will: after `Ok` it is this side's again, for ever, and is
+    /// resumed. After an error it is the destination's, as before. Only asked for while
+    /// nobody has heard from there that it runs.
+    fn take_back(&mut self) -> Result<(), VmError> {
+        Err("this VMM cannot take a guest back that it has given away".into())
+    }
+    /// Lets the guest run on here: the migration was aborted before the commit, or the
+    /// commit was undone.
     fn resume(&mut self) -> Result<(), VmError>;
     /// The guest runs elsewhere: vCPUs and devices may go. Its memory is still read here
     /// and must stay as it is until [`drained`](SourceVm::drained).

@@ -141,11 +141,16 @@ pub fn connect(path: &Path) -> Result<Attached, AttachError> {
 /// can go on with.
 pub fn look(path: &Path) -> Option<Occupied> {
     match connect(path) {
-        Ok(keeper) if keeper.word.decision() == Decision::Aborted => None,
+        Ok(keeper) if is_vmms(keeper.word.decision()) => None,
         Ok(_) => Some(Occupied::Committed),
         Err(AttachError::Refused { .. }) => Some(Occupied::Busy),
         Err(_) => None,
     }
+}
+
+/// Whether the guest is its VMM's, so that a keeper is only there for a destination in doubt.
+fn is_vmms(decision: Decision) -> bool {
+    matches!(decision, Decision::Aborted | Decision::TakenBack)
 }
 
 /// Has the keeper at `path` let go of what it holds: an operator's word that the guest is
@@ -247,7 +252,7 @@ fn make_room(path: &Path) -> Result<(), KeeperError> {
         Err(AttachError::Socket { source: SocketError::Closed, .. }) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    if keeper.word.decision() != Decision::Aborted {
+    if !is_vmms(keeper.word.decision()) {
         return Err(KeeperError::Occupied(Occupied::Committed));
     }
     keeper.stop("another migration begins")?;

@@ -126,9 +126,17 @@ impl FaultServer {
             Err(error @ AttachError::Connect { .. }) => return Err(kept(error.into())),
             attached => attached?,
         };
-        if let Decision::Committed | Decision::Damaged(_) = attached.word.decision() {
-            return Err(kept(GivenAway.into()));
-        }
+        let attached = match attached.word.decision() {
+            Decision::Undecided | Decision::Aborted => attached,
+            // Whoever took it back did not come to having it resumed.
+            Decision::TakenBack => {
+                attached.resume()?;
+                Attached::connect(control)?
+            }
+            Decision::Committed | Decision::Running | Decision::Damaged(_) => {
+                return Err(kept(GivenAway.into()));
+            }
+        };
         let config =
             config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
@@ -178,14 +186,15 @@ impl FaultServer {
         failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
-        if let Decision::Damaged(found) = attached.word.decision() {
-            return Err(FaultServerError::Word(found));
-        }
+        let taken_back = match attached.word.decision() {
+            Decision::Damaged(found) => return Err(FaultServerError::Word(found)),
+            decision => decision == Decision::TakenBack,
+        };
         let record = RecordFile::open(attached.record()?)?;
         let SessionRecord { session, last_epoch, ticket, plan, machine, guest, .. } =
             record.record().clone();
         let ticket: Ticket = ticket.parse()?;
-        let left = Left { session, last_epoch, committed };
+        let left = Left { session, last_epoch, committed, taken_back };
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
         let keeper = Keeper::new(attached, None);
@@ -234,7 +243,9 @@ impl FaultServer {
 /// What there is at `control` if there is no keeper.
 fn without_keeper(control: &Path) -> &'static str {
     match Attached::connect(control).map(|vmm| vmm.word.decision()) {
-        Ok(Decision::Undecided | Decision::Aborted) => "the guest runs in its VMM",
+        Ok(Decision::Undecided | Decision::Aborted | Decision::TakenBack) => {
+            "the guest runs in its VMM"
+        }
         Ok(_) => {
             "the VMM holds the memory of a guest that was given to a destination, but the \
              session's record went with its fault server and keeper"

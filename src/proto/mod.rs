@@ -11,6 +11,7 @@ pub mod message;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod placed;
 pub mod prepaging;
 pub mod source;
 mod sync;

@@ -100,8 +100,8 @@ fn kill(round: &mut Round, victim: Victim) -> (Found, bool) {
     let killed = process.wait_killed();
     let blackout = migration.said_so_far("SendState");
     let found = match (at_kill, settled(&word, &mut migration)) {
-        (Decision::Committed, _) => Found::AfterTheCommit,
-        (_, Decision::Committed) => Found::InDoubt,
+        (Decision::Committed | Decision::Running, _) => Found::AfterTheCommit,
+        (_, Decision::Committed | Decision::Running) => Found::InDoubt,
         _ => Found::BeforeTheCommit,
     };
     println!(

@@ -12,6 +12,10 @@ pub enum Decision {
     Undecided,
     Committed,
     Aborted,
+    /// Committed before.
+    TakenBack,
+    /// Committed before, and heard to run at the destination.
+    Running,
 }
 
 /// The commit word that a VMM keeps for its next, or present, fault server. It stays
@@ -44,6 +48,8 @@ impl CommitWord {
             0 => Decision::Undecided,
             1 => Decision::Committed,
             2 => Decision::Aborted,
+            3 => Decision::TakenBack,
+            4 => Decision::Running,
             other => panic!("the commit word says {other}"),
         }
     }
@@ -51,7 +57,7 @@ impl CommitWord {
     /// Waits for the commit, and returns as soon as it can be seen.
     pub fn committed(&self) {
         let deadline = Instant::now() + SOON;
-        while self.decision() != Decision::Committed {
+        while !matches!(self.decision(), Decision::Committed | Decision::Running) {
             assert!(Instant::now() < deadline, "no commit within {SOON:?}");
             std::thread::sleep(Duration::from_micros(10));
         }

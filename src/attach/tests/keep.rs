@@ -116,6 +116,21 @@ fn a_destination_in_doubt_may_still_be_told() {
 }
 
 #[test]
+fn a_guest_that_was_taken_back_is_kept_only_for_who_tells_its_destination() {
+    let _watchdog = Watchdog::new();
+    let (path, first, keeper, _directory) = keeper(LONG);
+    let _proof = first.word.commit().unwrap();
+    drop(first);
+    let next = Attached::connect(&path).unwrap();
+    let _proof = next.word.take_back().unwrap();
+    drop(next);
+    let last = Attached::connect(&path).unwrap();
+    assert_eq!(last.word.decision(), Decision::TakenBack);
+    last.resume().unwrap();
+    assert_eq!(keeper.join().unwrap(), ServeEnd::GivenBack);
+}
+
+#[test]
 fn an_operator_may_end_a_keeper() {
     let _watchdog = Watchdog::new();
     let (path, first, keeper, _directory) = keeper(Duration::ZERO);

@@ -6,6 +6,7 @@ mod golden;
 mod hostile;
 mod keep;
 mod killed;
+mod taken_back;
 
 use super::client::{AttachError, Attached};
 use super::commit_word::Decision;

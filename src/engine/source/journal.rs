@@ -35,14 +35,19 @@ pub struct Left {
     pub session: SessionId,
     /// The last link epoch in which it tried to connect.
     pub last_epoch: u32,
-    /// Whether the commit word says committed; if not, it says aborted.
+    /// Whether the guest is the destination's, by the commit word; if not, it is its VMM's.
     pub committed: bool,
+    /// Whether it is its VMM's because an operator took it back after the commit.
+    pub taken_back: bool,
 }
 
 impl Left {
     /// The machine that goes on with it.
     pub(super) fn machine(&self, pages: u64, limits: SessionLimits) -> SourceSession {
-        let Self { session, last_epoch, committed } = *self;
+        let Self { session, last_epoch, committed, taken_back } = *self;
+        if taken_back {
+            return SourceSession::recover_taken_back(session, last_epoch, limits, Duration::ZERO);
+        }
         if !committed {
             return SourceSession::recover_aborted(session, last_epoch, limits, Duration::ZERO);
         }
