@@ -37,14 +37,16 @@ pub struct VmmGone;
 #[derive(Debug)]
 pub struct Keeper {
     attached: Attached,
+    /// Where it listens.
+    path: PathBuf,
     /// Says when its process has ended, if it is a child of this one.
     ended: Option<Receiver<()>>,
 }
 
 impl Keeper {
-    /// The keeper behind `attached`; `process`, if it is a child of this one, which may live
+    /// The keeper behind `attached`, which listens at `path`; `process`, if it is a child of this one, which may live
     /// on for long: nothing of it stays in the list of processes whenever it ends.
-    pub fn new(attached: Attached, process: Option<Child>) -> Self {
+    pub fn new(attached: Attached, path: PathBuf, process: Option<Child>) -> Self {
         let (tell, ended) = channel();
         let reap = |mut process: Child| {
             let reaper = std::thread::Builder::new().name("keeper's end".into());
@@ -54,7 +56,7 @@ impl Keeper {
             };
             reaper.spawn(wait).ok().map(|_thread| ended)
         };
-        Self { attached, ended: process.and_then(reap) }
+        Self { attached, path, ended: process.and_then(reap) }
     }
 
     /// Its socket, on which nothing but its end comes unasked.
@@ -64,8 +66,14 @@ impl Keeper {
 
     /// Nobody needs the memory any more.
     fn drained(mut self, proof: &Committed) -> Result<(), AttachError> {
-        let told = self.attached.committed(proof);
+        let mut told = self.attached.committed(proof);
         drop(self.attached);
+        if let Err(AttachError::Socket { .. }) = told
+            && let Ok(mut again) = Attached::connect_within(&self.path, LOOK_MAX)
+        {
+            // Only the conversation had broken: it would hold the memory for ever.
+            told = again.committed(proof);
+        }
         wait_for(self.ended);
         told
     }
@@ -242,6 +250,11 @@ impl SourceVm for AttachedVmm {
         failpoint!("source::before_commit_word", return Err("a failpoint".into()));
         let written = self.word.commit().is_ok();
         failpoint!("source::after_commit_word");
+        if !written {
+            // The VMM has its guest already, or a keeper took this process for dead: then the
+            // VMM takes it back when the conversation ends, which is not to be waited for.
+            self.vmm = None;
+        }
         Ok(written)
     }
 
@@ -291,7 +304,15 @@ impl SourceVm for AttachedVmm {
         let proof = self.proof()?;
         self.say_committed(&proof)?;
         let Some(vmm) = &mut self.vmm else { return Ok(()) };
-        vmm.hear_released(LOOK_MAX)?;
+        let heard = vmm.hear_released(LOOK_MAX);
+        if let Err(AttachError::Socket { source, .. }) = &heard
+            && !matches!(source, SocketError::Timeout)
+        {
+            // The conversation has broken, and the VMM waits for another one.
+            self.vmm = None;
+            self.releasing = false;
+        }
+        heard?;
         failpoint!("source::after_release");
         self.vmm = None;
         Ok(())

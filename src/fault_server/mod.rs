@@ -197,7 +197,7 @@ impl FaultServer {
         let left = Left { session, last_epoch, committed, taken_back };
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
-        let keeper = Keeper::new(attached, None);
+        let keeper = Keeper::new(attached, path.clone(), None);
         let watch = KeeperWatch::new(&keeper, path);
         Ok(Self {
             vmm: AttachedVmm::left(keeper, control.to_owned()),

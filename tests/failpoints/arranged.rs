@@ -15,6 +15,8 @@ const SERVER_DIES: Arranged = (Process::Source, "source::after_push_sent=return(
 const SERVER_DIES_EARLY: Arranged = (Process::Source, "source::after_state_sent=return(crash)");
 /// Restoring takes a while: seeds come before Ready, and Ready half a second behind the state.
 const SLOW_RESTORE: Arranged = (Process::Destination, "vmm::before_restore=return(delay 500)");
+/// Pausing takes a while: what follows Accept is not there at once.
+const SLOW_PAUSE: Arranged = (Process::Vmm, "vmm::before_pause=return(delay 500)");
 const REFUSED: Arranged = (Process::Destination, "vmm::before_prepare=return(error)");
 const NOT_RESTORED: Arranged = (Process::Destination, "vmm::before_restore=return(error)");
 const NOT_STARTED: Arranged = (Process::Destination, "vmm::before_enter=return(error)");
@@ -26,6 +28,7 @@ pub fn before(point: &Point) -> Option<Arranged> {
         (Process::Source, "after_state_sent") => SLOW_RESTORE,
         (Process::Source | Process::Destination, step) if step.contains("_seed_") => SLOW_RESTORE,
         (Process::Destination, "after_placed") => SLOW_RESTORE,
+        (Process::Destination, "after_accept_sent") => SLOW_PAUSE,
         (Process::Source, "before_resume" | "after_resume") => RETREAT,
         (Process::Source, "before_abort_sent" | "after_abort_sent") => RETREAT,
         (Process::Vmm, step) if step.contains("abort_word") || step.contains("resume") => RETREAT,

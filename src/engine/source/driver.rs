@@ -341,7 +341,7 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.guest.tell(GuestCommand::Release),
-            SourceAction::ReleaseMemory => self.guest.tell(GuestCommand::Drained),
+            SourceAction::ReleaseMemory => self.guest.drained().await,
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
