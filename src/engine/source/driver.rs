@@ -10,7 +10,7 @@ use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
 use super::serve::{SourceFigures, SourceShared, send_page};
-use super::zero_scan::scan_zeros;
+use super::zero_scan::{KnownZeros, scan_zeros};
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Watch};
@@ -84,6 +84,8 @@ pub struct Driver {
     guest: GuestThread,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    /// As the last link's handshake measured it.
+    rtt: Option<Duration>,
     lane_tasks: Vec<JoinHandle<()>>,
     dial: Option<JoinHandle<()>>,
     captured: Option<Captured>,
@@ -91,6 +93,8 @@ pub struct Driver {
     settled: u64,
     network_faults: u64,
     wire_bytes: u64,
+    /// To connect again, while the link is lost.
+    attempts: u32,
     pinging: bool,
     next_ping: Duration,
     drain_at: Option<Duration>,
@@ -129,6 +133,7 @@ impl Driver {
         let shared = Arc::new(SourceShared {
             ledger: SourceLedger::new(pages),
             ram,
+            known: KnownZeros::new(pages),
             figures: SourceFigures::default(),
             notes: notes_tx,
             push_wake: tokio::sync::Notify::new(),
@@ -161,6 +166,7 @@ impl Driver {
             guest,
             push_lanes: Vec::new(),
             link: None,
+            rtt: None,
             lane_tasks: Vec::new(),
             dial: None,
             captured: None,
@@ -168,6 +174,7 @@ impl Driver {
             settled: 0,
             network_faults: 0,
             wire_bytes: 0,
+            attempts: 0,
             pinging: false,
             next_ping: Duration::ZERO,
             drain_at: None,
@@ -191,6 +198,7 @@ impl Driver {
                 let phase = self.phase();
                 self.perform(action).instrument(phase).await;
             }
+            self.note_pause();
             if self.outcome.is_some() {
                 break;
             }
@@ -248,6 +256,7 @@ impl Driver {
                 let rtt_initial = Some(link.transport.connection.rtt());
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
+                self.rtt = rtt_initial;
                 self.link = Some(*link);
                 if self.machine.state() == SourceState::Connecting {
                     // While the two sides agree, and not when the pause is asked for: it
@@ -307,7 +316,9 @@ impl Driver {
 
     async fn perform(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Connect { epoch, after } => self.connect(epoch, after).await,
+            SourceAction::Connect { epoch, after, answer_within } => {
+                self.connect(epoch, after, answer_within).await;
+            }
             SourceAction::DropLink(why) => {
                 self.watch.losing(&why);
                 self.drop_link(&why).await;
@@ -334,6 +345,7 @@ impl Driver {
                 match self.shared.ledger.resume_from(placed, epoch) {
                     Ok(again) => {
                         self.figures.resent += again;
+                        self.figures.outages.resent(again);
                         info!(pages = again, "sending again what the lost link did not deliver");
                     }
                     Err(error) => warn!(%error, "the ledger was not resumed"),
@@ -381,6 +393,7 @@ impl Driver {
         let (ram, shared) = (self.shared.ram.clone(), self.shared.clone());
         let scan = move || {
             let scanned = scan_zeros(ram, |run, kind| {
+                shared.known.add(run, kind);
                 let sent = zeros.send((run, kind)).is_ok();
                 shared.push_wake.notify_one();
                 sent

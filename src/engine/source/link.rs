@@ -6,8 +6,9 @@ use super::push::PushShared;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
-use crate::transport::{self, Lane};
+use crate::transport::{self, Lane, LinkOptions};
 use quinn::{RecvStream, SendStream};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::sync::oneshot;
@@ -45,6 +46,8 @@ pub enum PushCommand {
         epoch: u32,
         /// The session.
         session: SessionId,
+        /// How.
+        options: LinkOptions,
         /// Told when the connection stands, or why not.
         done: oneshot::Sender<Result<(), LaneError>>,
     },
@@ -55,9 +58,10 @@ pub enum PushCommand {
     },
 }
 
-/// Connects the urgent lane, opens its streams and has all push lanes connect.
+/// Has all push lanes connect, and meanwhile connects the urgent lane and opens its streams.
 pub async fn dial(
     config: &SourceConfig,
+    options: &LinkOptions,
     session: SessionId,
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
@@ -69,8 +73,17 @@ pub async fn dial(
         let why = format!("the guest has {} vCPUs; a link has streams for {max}", config.vcpus);
         return Err(LaneError::Local(why));
     }
+    let pushing: Vec<_> = push_lanes
+        .iter()
+        .map(|lane| {
+            let (done, connected) = oneshot::channel();
+            let _ =
+                lane.send(PushCommand::Connect { epoch, session, options: options.clone(), done });
+            connected
+        })
+        .collect();
     let lost = LaneError::lost::<quinn::ConnectionError>;
-    let transport = connect(config, Lane::Urgent).await?;
+    let transport = connect(config, options, Lane::Urgent).await?;
     failpoint!("source::after_urgent_connected", return Err(broken()));
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
@@ -84,9 +97,7 @@ pub async fn dial(
         greet(&mut pages, index).await?;
         demand.push((pages, requests));
     }
-    for lane in push_lanes {
-        let (done, connected) = oneshot::channel();
-        let _ = lane.send(PushCommand::Connect { epoch, session, done });
+    for connected in pushing {
         connected.await.map_err(|_| LaneError::Local("a push lane has ended".into()))??;
     }
     let control_in = Some(control_in);
@@ -105,10 +116,17 @@ pub async fn push_lane(
     mut commands: UnboundedReceiver<PushCommand>,
     ended: impl Fn(u32, LaneError),
 ) {
-    let mut link: Option<(transport::Link, SendStream)> = None;
+    let mut link: Option<Pushing> = None;
+    let mut connecting: Option<Connecting<'_>> = None;
     let mut linked_epoch = 0;
     let mut pushing = false;
     loop {
+        let connected = async {
+            match &mut connecting {
+                Some(connecting) => connecting.made.as_mut().await,
+                None => std::future::pending().await,
+            }
+        };
         let push = async {
             match &mut link {
                 Some((link, stream)) if pushing => {
@@ -120,15 +138,24 @@ pub async fn push_lane(
         tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(PushCommand::Connect { epoch, session, done }) => {
-                    pushing = false;
-                    linked_epoch = epoch;
-                    let connected = connect_push(&config, index, epoch, session).await;
-                    let _ = done.send(connected.map(|made| link = Some(made)));
+                Some(PushCommand::Connect { epoch, session, options, done }) => {
+                    // An attempt that is still under way, and the link before, end here: what
+                    // follows is not to wait for them.
+                    (pushing, link, linked_epoch) = (false, None, epoch);
+                    let made = Box::pin(connect_push(&config, options, index, epoch, session));
+                    connecting = Some(Connecting { made, done });
                 }
                 Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
                 None => break,
             },
+            made = connected => {
+                // Nobody waits for one whose urgent lane could not be made: it is dropped.
+                if let Some(Connecting { done, .. }) = connecting.take()
+                    && !done.is_closed()
+                {
+                    let _ = done.send(made.map(|made| link = Some(made)));
+                }
+            }
             result = push => {
                 pushing = false;
                 if let Err(error) = result {
@@ -142,20 +169,34 @@ pub async fn push_lane(
     }
 }
 
-async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, LaneError> {
-    transport::connect(&config.ticket, lane, &config.link)
+/// A push lane's connection and its stream.
+type Pushing = (transport::Link, SendStream);
+
+/// A push connection that is being made, and who waits for it.
+struct Connecting<'a> {
+    made: Pin<Box<dyn Future<Output = Result<Pushing, LaneError>> + 'a>>,
+    done: oneshot::Sender<Result<(), LaneError>>,
+}
+
+async fn connect(
+    config: &SourceConfig,
+    options: &LinkOptions,
+    lane: Lane,
+) -> Result<transport::Link, LaneError> {
+    transport::connect(&config.ticket, lane, options)
         .await
         .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
 }
 
 async fn connect_push(
     config: &SourceConfig,
+    options: LinkOptions,
     index: u8,
     epoch: u32,
     session: SessionId,
-) -> Result<(transport::Link, SendStream), LaneError> {
+) -> Result<Pushing, LaneError> {
     failpoint!("source::before_push_connected", return Err(broken()));
-    let link = connect(config, Lane::Push(index)).await?;
+    let link = connect(config, &options, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;
