@@ -290,7 +290,7 @@ impl Shared {
         };
         let mut running = lock(&self.running);
         let failed = lock(&self.failure).is_some();
-        *running = !failed && !(stopped && self.stop.load(Ordering::SeqCst));
+        *running = !(failed || stopped && self.stop.load(Ordering::SeqCst));
         !*running
     }
 
