@@ -18,8 +18,8 @@ pub struct Migrate {
 }
 
 impl Migrate {
-    /// Migrates.
-    pub fn run(self) -> anyhow::Result<()> {
+    /// Migrates, and logs what `log` lets through.
+    pub fn run(self, log: String) -> anyhow::Result<()> {
         let mode = if self.quiet { ProgressMode::Quiet } else { ProgressMode::Auto };
         let mut display = Progress::new(mode);
         let watch = move |event: Event| {
@@ -33,7 +33,9 @@ impl Migrate {
                 elapsed: now.elapsed,
             });
         };
-        self.serve.run("postcopy", watch, |report| {
+        // Nobody looks at the display of a process that was started in this one's place.
+        let again = ["--log", &log, "migrate", "--quiet"].map(Into::into).to_vec();
+        self.serve.run("postcopy", again, watch, |report| {
             if !self.quiet {
                 println!("{}", render(report));
             }

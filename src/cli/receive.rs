@@ -5,7 +5,7 @@ use clap::Args;
 use postcopy::DestinationBuilder;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
-use postcopy::program::exit::{Failure, Side, write_report};
+use postcopy::program::exit::{Failure, Side, both, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
@@ -87,10 +87,12 @@ impl Receive {
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
-        on_interrupt("postcopy", move || {
+        let stop = move || {
             seen.store(true, Ordering::SeqCst);
             canceller.cancel("interrupted by the user");
-        });
+        };
+        // What it has of a guest goes with it.
+        on_interrupt("postcopy", stop, || {});
         let arrival = Arrival::default();
         let end = receiver.run(Box::new(arrival.clone()))?;
         let guest = arrival.take();
@@ -175,7 +177,7 @@ impl Receive {
     }
 
     fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
-        write_report("postcopy", report, self.report.as_deref(), session)
+        both("postcopy", session, write_report(report, self.report.as_deref()))
     }
 }
 

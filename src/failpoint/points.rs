@@ -72,7 +72,7 @@ pub const POINTS: &[Point] = &[
     fails(Process::Source, "source::after_demand_sent"),
     fails(Process::Source, "source::before_release"),
     plain(Process::Source, "source::after_release"),
-    plain(Process::Source, "source::before_keeper_released"),
+    fails(Process::Source, "source::before_keeper_released"),
     plain(Process::Source, "source::after_keeper_released"),
     fails(Process::Source, "source::before_released_sent"),
     fails(Process::Source, "source::after_released_sent"),

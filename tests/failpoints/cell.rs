@@ -72,13 +72,14 @@ impl Cell {
         let debug = ["--log", "warn,postcopy::engine=debug"];
         let mut receiver = Receiver::start_as(stage.command(Process::Destination), &debug);
         let report = guest.path("report.json");
-        let arguments = [&debug[..], &["--report", &report]].concat();
+        // What dies is started again here, so that its exit code is known.
+        let arguments = [&debug[..], &["--report", &report, "--no-supervise"]].concat();
         let source = || stage.command(Process::Source);
         let mut migration = guest.migrate_as(source(), &receiver.ticket, &arguments);
         let mut said = String::new();
         let mut code = migration.wait_code_within(CELL_MAX);
         for _ in 0..3 {
-            said.push_str(&migration.stderr());
+            said.push_str(&migration.last_stderr());
             // Killed, or it could not read what its predecessor left.
             if code.is_some() && !(code == Some(1) && said.contains("record is damaged")) {
                 break;

@@ -29,6 +29,8 @@ mod bad_arguments;
 mod bad_ticket;
 // A VMM that leaves early, a fault server that dies, and the keeper between them.
 mod keeper;
+// A fault server that dies, and the one that is started in its place.
+mod supervise;
 // The commit word of another process.
 #[allow(dead_code)] // Its other test uses the rest.
 #[path = "../torture/commit_word.rs"]

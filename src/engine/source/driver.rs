@@ -98,6 +98,8 @@ pub struct Driver {
     pinging: bool,
     next_ping: Duration,
     drain_at: Option<Duration>,
+    /// The guest was heard to run at the destination, in this process or one before it.
+    ran: bool,
     next_watch: Duration,
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
@@ -154,6 +156,8 @@ impl Driver {
         let (input, inputs) = inputs;
         let guest = guest::spawn(vm, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
+        let drain_at = |ran| Some(config.drain_after?.saturating_sub(ran));
+        let drain_at = beginning.ran_for().and_then(drain_at);
         Ok(Self {
             config,
             machine,
@@ -177,7 +181,8 @@ impl Driver {
             attempts: 0,
             pinging: false,
             next_ping: Duration::ZERO,
-            drain_at: None,
+            drain_at,
+            ran: beginning.ran_for().is_some(),
             next_watch: Duration::ZERO,
             outcome: None,
             phase: None,
@@ -299,8 +304,12 @@ impl Driver {
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
-            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
+            ToSource::Running { .. }
+                if self.machine.state() == SourceState::Committed && !self.ran =>
+            {
+                self.ran = true;
                 self.drain_at = self.config.drain_after.map(|after| now + after);
+                self.keep(|journal| journal.guest_runs());
             }
             _ => {}
         }
@@ -353,7 +362,10 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.guest.tell(GuestCommand::Release),
-            SourceAction::ReleaseMemory => self.guest.drained().await,
+            SourceAction::ReleaseMemory => {
+                self.keep(|journal| journal.drained());
+                self.guest.tell(GuestCommand::Drained);
+            }
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }

@@ -7,13 +7,10 @@ use crate::proto::message::STATE_MAX;
 use crate::proto::source::SourceEvent;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::oneshot;
 use tracing::warn;
 
 /// How long the VMM may take to come back from its last call.
 const END_MAX: Duration = Duration::from_secs(30);
-/// How long the destination waits, at most, for those who hold the memory here to let go.
-const DRAINED_MAX: Duration = Duration::from_secs(5);
 const PANICKED: &str = "the thread that drives its VMM panicked";
 
 /// What the guest thread is told.
@@ -23,8 +20,7 @@ pub enum GuestCommand {
     Commit,
     Resume,
     Release,
-    /// The sender is dropped when it is done.
-    Drained(oneshot::Sender<()>),
+    Drained,
     Aborted,
 }
 
@@ -42,16 +38,6 @@ impl GuestThread {
     pub fn tell(&self, command: GuestCommand) {
         // One that is gone has said so.
         let _ = self.commands.send(command);
-    }
-
-    /// Has the memory let go, and waits for that: what is said to the destination next ends
-    /// its side, and a fault server that took this one's place would look for it in vain.
-    pub async fn drained(&self) {
-        let (done, told) = oneshot::channel();
-        self.tell(GuestCommand::Drained(done));
-        if tokio::time::timeout(DRAINED_MAX, told).await.is_err() {
-            warn!("whoever holds the guest's memory here does not let go; not waited for");
-        }
     }
 
     /// Lets it end and takes the VMM back, with the reason why the guest of an aborted
@@ -133,7 +119,7 @@ pub fn spawn(
                     }
                     continue;
                 }
-                GuestCommand::Drained(_done) => {
+                GuestCommand::Drained => {
                     if let Err(error) = vm.drained() {
                         warn!(error = said(error), "the guest's memory may still be held here");
                     }
