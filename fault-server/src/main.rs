@@ -5,7 +5,6 @@
 mod status;
 
 use clap::{Parser, ValueEnum};
-use postcopy::Event;
 use postcopy::fault_server::arguments::ServeArgs;
 use postcopy::fault_server::keeper;
 use postcopy::program::{exit, signals};
@@ -53,11 +52,7 @@ fn main() -> ExitCode {
     }
     let format = arguments.status;
     let mut status = Status::new(format);
-    let watch = move |event| {
-        if let Event::Progress(now) = event {
-            status.update(now);
-        }
-    };
+    let watch = move |event| status.update(event);
     let shown = format.to_possible_value().map(|value| value.get_name().to_owned());
     let again = ["--log".to_owned(), arguments.log, "--status".to_owned()];
     let again = again.into_iter().chain(shown).map(Into::into).collect();

@@ -23,7 +23,14 @@ impl Migrate {
         let mode = if self.quiet { ProgressMode::Quiet } else { ProgressMode::Auto };
         let mut display = Progress::new(mode);
         let watch = move |event: Event| {
-            let Event::Progress(now) = event else { return };
+            let now = match event {
+                Event::Progress(now) => now,
+                Event::Paused { why } => {
+                    return display.note(&format!("the link is lost: {why}; connecting again"));
+                }
+                Event::LinkUp { epoch: 1.. } => return display.note("the link is back"),
+                _ => return,
+            };
             display.update(Snapshot {
                 phase: now.phase.name(),
                 pages_done: now.settled,
@@ -31,6 +38,7 @@ impl Migrate {
                 bytes: now.wire_bytes,
                 network_faults: now.network_faults,
                 elapsed: now.elapsed,
+                paused: now.paused.map(|pause| (pause.lasts, pause.attempts)),
             });
         };
         // Nobody looks at the display of a process that was started in this one's place.

@@ -2,7 +2,6 @@
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use postcopy::DestinationBuilder;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::program::exit::{Failure, Side, both, write_report};
@@ -17,6 +16,7 @@ use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
 use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::{DestinationBuilder, Event};
 use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -80,6 +80,15 @@ impl Receive {
         }
         if let Some(host) = &self.public_host {
             destination = destination.public_host(host.to_string());
+        }
+        if !self.quiet {
+            destination = destination.on_event(|event| match event {
+                Event::Paused { why } => {
+                    eprintln!("the link is lost: {why}; waiting for the source to come back");
+                }
+                Event::LinkUp { epoch: 1.. } => eprintln!("the link is back"),
+                _ => {}
+            });
         }
         let receiver = destination.build()?;
         println!("{}", receiver.ticket());

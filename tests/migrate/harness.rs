@@ -189,6 +189,13 @@ impl Running {
         }
     }
 
+    /// Waits for its end, and until `others`, who may write to its outputs, have ended, too.
+    pub fn wait_with_others(mut self, within: Duration, others: impl Fn() -> bool) -> Ended {
+        self.wait_code_within(within);
+        poll("the end of those who follow a process", within, || others().then_some(()));
+        self.wait(SOON)
+    }
+
     /// Waits for its end.
     pub fn wait(mut self, within: Duration) -> Ended {
         self.child.stdin.take();
@@ -238,6 +245,11 @@ impl Running {
     /// How many lines with `text` in them it has said.
     pub fn said_count(&self, text: &str) -> usize {
         lock(&self.stderr.0.0).lines.iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// All that it has said so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.so_far()
     }
 
     /// Whether it has said something with `text` in it.

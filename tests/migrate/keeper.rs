@@ -136,7 +136,6 @@ pub fn check_resumed(report: &Value) {
         "/downtime_us",
         "/switchover_bytes",
         "/total_us",
-        "/network_faults",
         "/phases_us/handshake",
         "/downtime_parts_us/pause",
         "/pages/resent_after_link_loss",

@@ -13,7 +13,7 @@ use super::serve::{SourceFigures, SourceShared, send_page};
 use super::zero_scan::{KnownZeros, scan_zeros};
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
-use crate::engine::event::{Event, Phase, Watch};
+use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
@@ -456,7 +456,7 @@ impl Driver {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
         self.tell_progress();
-        let phase = Phase::from(self.machine.state());
+        let phase = self.public_phase();
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
         if let Some(dial) = self.dial.take() {
