@@ -247,11 +247,6 @@ impl Running {
         lock(&self.stderr.0.0).lines.iter().filter(|line| line.contains(text)).count()
     }
 
-    /// All that it has said so far.
-    pub fn stderr(&self) -> String {
-        self.stderr.so_far()
-    }
-
     /// Whether it has said something with `text` in it.
     pub fn said_so_far(&self, text: &str) -> bool {
         self.stderr.so_far().contains(text)
