@@ -18,6 +18,7 @@ mod control;
 pub mod destination;
 pub mod event;
 mod lane;
+mod lost_pages;
 mod outage;
 mod process_figures;
 pub mod source;

@@ -15,8 +15,10 @@ use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
+use crate::engine::lost_pages::LostPages;
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
+use crate::memory::guarded::Guarded;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::{LinkEpoch, SourceLedger};
@@ -130,11 +132,17 @@ impl Driver {
             }
             Beginning::Left(left) => left.machine(pages, config.limits),
         };
+        let guarded = Guarded::new().map_err(|source| TransportError::Io {
+            what: "prepare to read memory that may fail",
+            source,
+        })?;
         let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
         let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
         let shared = Arc::new(SourceShared {
             ledger: SourceLedger::new(pages),
             ram,
+            guarded,
+            lost: LostPages::default(),
             known: KnownZeros::new(pages),
             figures: SourceFigures::default(),
             notes: notes_tx,
@@ -459,6 +467,7 @@ impl Driver {
         let phase = self.public_phase();
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
+        self.watch.lost(&self.shared.lost);
         if let Some(dial) = self.dial.take() {
             // It holds the push lanes' commands, and they end only without them: joined
             // while it lives, they would never end.
