@@ -305,7 +305,7 @@ impl FaultServer {
             Place::Vmm(vmm) => (AttachedVmm::committed(vmm), held(control, legacy, holder)?),
             Place::DescriptorStore => (nobody(), held(control, legacy, holder)?),
             Place::Keeper(kept) => {
-                let holding = Holding::of(Keeper::new(kept, None));
+                let holding = Holding::of(Keeper::new(kept, keeper::socket_path(control), None));
                 let watch = match holder {
                     Holder::Keeper(command) => {
                         let (command, control) = (command.clone(), control.to_owned());
