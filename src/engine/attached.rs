@@ -70,6 +70,13 @@ impl Keeper {
         told
     }
 
+    /// The operator has given the guest up.
+    fn discard(self) -> Result<(), AttachError> {
+        let told = self.attached.stop("its operator gave the guest up");
+        wait_for(self.ended);
+        told
+    }
+
     /// The VMM has its guest.
     fn aborted(self) -> Result<(), AttachError> {
         let told = self.attached.resume();
@@ -300,6 +307,13 @@ impl SourceVm for AttachedVmm {
             tracing::warn!(error, "the VMM does not answer; it is left with a guest that is gone");
         }
         Ok(kept?)
+    }
+
+    fn given_up(&mut self) -> Result<(), VmError> {
+        match self.keeper.take() {
+            Some(keeper) => Ok(keeper.discard()?),
+            None => Ok(()),
+        }
     }
 
     fn aborted(&mut self) -> Result<(), VmError> {

@@ -18,6 +18,7 @@ mod control;
 pub mod destination;
 pub mod event;
 mod lane;
+pub mod operator;
 mod process_figures;
 pub mod source;
 pub mod vm;

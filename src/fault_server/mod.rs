@@ -9,6 +9,7 @@
 pub mod arguments;
 pub mod keeper;
 pub mod record;
+pub mod take_back;
 mod watch;
 
 use crate::attach::client::{AttachError, Attached};
@@ -18,8 +19,11 @@ use crate::attach::message::GuestInfo;
 use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
 use crate::engine::event::Event;
+use crate::engine::operator::Operator;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
 use crate::failpoint::failpoint;
+use crate::operator::desk::Desk;
+use crate::operator::socket_path;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
 use crate::transport::ticket::TicketParseError;
@@ -103,6 +107,8 @@ pub struct FaultServer {
     migration: Migration,
     keeper: Option<KeeperWatch>,
     ticket: Ticket,
+    /// Where its operator finds it.
+    desk: PathBuf,
 }
 
 impl FaultServer {
@@ -140,8 +146,10 @@ impl FaultServer {
         let config =
             config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
+        let desk = socket_path(control);
         let Some(command) = keeper else {
-            return Ok(Self { vmm: AttachedVmm::new(attached)?, migration, keeper: None, ticket });
+            let vmm = AttachedVmm::new(attached)?;
+            return Ok(Self { vmm, migration, keeper: None, ticket, desk });
         };
         failpoint!("source::after_attached", return Err(RecordError::TooLong(0).into()));
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
@@ -163,6 +171,7 @@ impl FaultServer {
             migration: migration.with_journal(Box::new(record)),
             keeper: watch,
             ticket,
+            desk,
         })
     }
 
@@ -174,7 +183,7 @@ impl FaultServer {
     /// If there is no keeper, or another fault server is at work.
     pub fn resume(control: &Path) -> Result<Self, FaultServerError> {
         let path = keeper::socket_path(control);
-        let mut attached = match keeper::connect(&path) {
+        let attached = match keeper::connect(&path) {
             Err(source @ AttachError::Connect { .. }) => {
                 return Err(FaultServerError::NothingLeft { why: without_keeper(control), source });
             }
@@ -183,6 +192,11 @@ impl FaultServer {
             }
             attached => attached?,
         };
+        Self::go_on(attached, control)
+    }
+
+    /// The session that the keeper behind `attached` has.
+    fn go_on(mut attached: Attached, control: &Path) -> Result<Self, FaultServerError> {
         failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
@@ -198,18 +212,25 @@ impl FaultServer {
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
         let keeper = Keeper::new(attached, None);
-        let watch = KeeperWatch::new(&keeper, path);
+        let watch = KeeperWatch::new(&keeper, keeper::socket_path(control));
         Ok(Self {
             vmm: AttachedVmm::left(keeper, control.to_owned()),
             migration: migration.with_journal(Box::new(record)),
             keeper: watch,
             ticket,
+            desk: socket_path(control),
         })
     }
 
     /// Where it goes, and with what right.
     pub fn ticket(&self) -> &Ticket {
         &self.ticket
+    }
+
+    /// A handle for its operator, whom it also answers at
+    /// [`socket_path`](crate::operator::socket_path) while it runs.
+    pub fn operator(&self) -> Operator {
+        self.migration.operator()
     }
 
     /// A handle that stops it, for as long as nothing is committed.
@@ -233,6 +254,11 @@ impl FaultServer {
             }
             watch(event);
         };
+        // Nothing of the migration needs it.
+        let desk = Desk::open_when_free(self.desk, self.migration.operator());
+        let _desk = desk.inspect_err(|error| {
+            tracing::warn!(%error, "no operator can ask this session anything");
+        });
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.
         end.vm = None;

@@ -51,11 +51,21 @@ const LAYERS: &[Layer] = &[
         modules: &["attach", "engine", "failpoint", "memory", "proto", "report", "vmm"],
         crates: None,
     },
+    Layer { name: "operator", modules: &["attach", "engine"], crates: None },
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
         name: "fault_server",
-        modules: &["attach", "engine", "failpoint", "program", "proto", "report", "transport"],
+        modules: &[
+            "attach",
+            "engine",
+            "failpoint",
+            "operator",
+            "program",
+            "proto",
+            "report",
+            "transport",
+        ],
         crates: None,
     },
 ];

@@ -3,6 +3,7 @@
 //! push, release.
 
 mod linking;
+mod operating;
 mod telling;
 
 use super::guest::{self, GuestCommand, GuestThread};
@@ -15,6 +16,7 @@ use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Watch};
 use crate::engine::lane::LaneError;
+use crate::engine::operator::{Asked, LinkDiary};
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
@@ -55,6 +57,7 @@ pub enum Input {
     Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
+    Operator(Asked),
 }
 
 /// A push lane's thread and how it is told things.
@@ -98,6 +101,9 @@ pub struct Driver {
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
     figures: report::Observed,
+    diary: LinkDiary,
+    /// Who waits to hear whether the guest is taken back.
+    taking_back: Option<Asked>,
 }
 
 impl Driver {
@@ -175,6 +181,8 @@ impl Driver {
             outcome: None,
             phase: None,
             figures: report::Observed::of(matches!(beginning, Beginning::Left(_))),
+            diary: LinkDiary::default(),
+            taking_back: None,
         })
     }
 
@@ -237,7 +245,11 @@ impl Driver {
     fn take(&mut self, input: Input) {
         let now = self.now();
         match input {
-            Input::Event(event) => self.machine.handle(now, event),
+            Input::Event(event) => {
+                self.answer_take_back(&event);
+                self.machine.handle(now, event);
+            }
+            Input::Operator(asked) => self.operate(asked),
             // Made for an epoch that has passed.
             Input::Linked(link) if link.epoch != self.machine.epoch() => {}
             Input::Linked(mut link) => {
@@ -265,6 +277,7 @@ impl Driver {
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
                 self.watch.losing(&error);
+                self.diary.lost(now, &error);
                 let event = match error {
                     LaneError::Violation(why) => SourceEvent::Violation(why),
                     error => SourceEvent::LinkLost(error.to_string()),
@@ -310,6 +323,7 @@ impl Driver {
             SourceAction::Connect { epoch, after } => self.connect(epoch, after).await,
             SourceAction::DropLink(why) => {
                 self.watch.losing(&why);
+                self.diary.lost(self.now(), &why);
                 self.drop_link(&why).await;
             }
             SourceAction::Say(message) => self.say(message).await,
@@ -320,6 +334,11 @@ impl Driver {
             }
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.guest.tell(GuestCommand::Commit),
+            SourceAction::TakeBackGuest => {
+                self.stop_serving("the operator takes the guest back").await;
+                self.guest.tell(GuestCommand::TakeBack);
+            }
+            SourceAction::DiscardMemory => self.guest.tell(GuestCommand::GivenUp),
             SourceAction::ResumeGuest => {
                 self.close_lanes().await;
                 let next = LinkEpoch::new(self.machine.epoch() + 1);

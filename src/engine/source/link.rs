@@ -6,7 +6,7 @@ use super::push::PushShared;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
-use crate::transport::{self, Lane};
+use crate::transport::{self, Lane, Ticket};
 use quinn::{RecvStream, SendStream};
 use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -14,6 +14,8 @@ use tokio::sync::oneshot;
 
 /// Priority of the control stream below the demand streams (0).
 const CONTROL_PRIORITY: i32 = -1;
+/// QUIC error code of a close that the session machine asked for.
+const CLOSE_DONE: u32 = 0;
 
 /// The urgent connection and its streams.
 ///
@@ -45,6 +47,8 @@ pub enum PushCommand {
         epoch: u32,
         /// The session.
         session: SessionId,
+        /// Where to, and with what right: it may have been redirected.
+        ticket: Box<Ticket>,
         /// Told when the connection stands, or why not.
         done: oneshot::Sender<Result<(), LaneError>>,
     },
@@ -52,6 +56,11 @@ pub enum PushCommand {
     Start {
         /// The epoch to push in; ignored if the connection is of another.
         epoch: u32,
+    },
+    /// Push no page any more: none is read again once this is done.
+    Stop {
+        /// Told when it is.
+        done: oneshot::Sender<()>,
     },
 }
 
@@ -86,7 +95,8 @@ pub async fn dial(
     }
     for lane in push_lanes {
         let (done, connected) = oneshot::channel();
-        let _ = lane.send(PushCommand::Connect { epoch, session, done });
+        let ticket = Box::new(config.ticket.clone());
+        let _ = lane.send(PushCommand::Connect { epoch, session, ticket, done });
         connected.await.map_err(|_| LaneError::Local("a push lane has ended".into()))??;
     }
     let control_in = Some(control_in);
@@ -100,7 +110,7 @@ async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
 /// A push lane's life: connect and push when told, until the commands end.
 pub async fn push_lane(
     shared: Arc<PushShared>,
-    config: SourceConfig,
+    mut config: SourceConfig,
     index: u8,
     mut commands: UnboundedReceiver<PushCommand>,
     ended: impl Fn(u32, LaneError),
@@ -120,13 +130,22 @@ pub async fn push_lane(
         tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(PushCommand::Connect { epoch, session, done }) => {
+                Some(PushCommand::Connect { epoch, session, ticket, done }) => {
                     pushing = false;
+                    config.ticket = *ticket;
                     linked_epoch = epoch;
                     let connected = connect_push(&config, index, epoch, session).await;
                     let _ = done.send(connected.map(|made| link = Some(made)));
                 }
                 Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
+                Some(PushCommand::Stop { done }) => {
+                    pushing = false;
+                    if let Some((link, mut stream)) = link.take() {
+                        let _ = stream.reset(CLOSE_DONE.into());
+                        link.connection.close(CLOSE_DONE.into(), b"no page leaves any more");
+                    }
+                    let _ = done.send(());
+                }
                 None => break,
             },
             result = push => {

@@ -55,7 +55,7 @@ impl SourceSession {
         now: Duration,
     ) -> Self {
         let mut machine = Self::restarted(session, last_epoch, limits, now);
-        machine.retract(now, TAKEN_BACK.into());
+        machine.retract_taken_back(now);
         machine
     }
 
@@ -133,7 +133,7 @@ impl SourceSession {
             }
             S::Retracting => self.dial_again(now),
             // The word decides; the link is looked at after it.
-            S::Committing => {}
+            S::Committing | S::TakingBack => {}
             S::Committed | S::Brownout => self.dial_again(now),
             // The destination has all pages and has been told so, or will time out
             // with all of them: nothing is left to do but its report.
