@@ -251,8 +251,11 @@ impl SourceVm for AttachedVmm {
             return Err("its VMM was told already that it may go".into());
         }
         self.find_vmm()?;
-        let Some(vmm) = &mut self.vmm else { return Err(VmmGone.into()) };
-        if let Some(why) = vmm.status()?.failure {
+        let mut vmm = self.vmm.take().ok_or(VmmGone)?;
+        // One that does not answer is looked for anew when it is needed.
+        let status = vmm.status_within(LOOK_MAX)?;
+        self.vmm = Some(vmm);
+        if let Some(why) = status.failure {
             return Err(format!("its VMM says: {why}").into());
         }
         let _theirs = self.word.take_back()?;

@@ -9,7 +9,7 @@ use crate::proto::destination::{DestinationEvent, DestinationSession};
 use crate::proto::operator::{Command, Consequence, Whereabouts};
 use crate::proto::source::Outcome;
 use std::sync::atomic::Ordering;
-use tracing::warn;
+use tracing::info;
 
 impl Driver {
     /// Answers a request.
@@ -25,7 +25,7 @@ impl Driver {
             }
             Request::GiveUp { acknowledged } => {
                 allowed(self.consequence(Command::GiveUp), *acknowledged).map(|text| {
-                    warn!("the operator gives the session up: {text}");
+                    info!("the operator gives the session up: {text}");
                     match self.machine {
                         Some(_) => self.handle(DestinationEvent::GiveUp(GIVEN_UP.into())),
                         None => self.outcome = Some(Outcome::Aborted(GIVEN_UP.into())),

@@ -8,7 +8,7 @@ use crate::engine::operator::{
 use crate::proto::operator::Command;
 use crate::proto::source::{SourceEvent, SourceState};
 use crate::transport::redirect::redirected;
-use tracing::{info, warn};
+use tracing::info;
 
 impl Driver {
     /// Answers a request, at once or when the VMM has answered.
@@ -18,7 +18,7 @@ impl Driver {
             Request::Redirect { to } => self.redirect(&to.clone()),
             Request::GiveUp { acknowledged } => {
                 allowed(self.machine.consequence(Command::GiveUp), *acknowledged).map(|text| {
-                    warn!("the operator gives the session up: {text}");
+                    info!("the operator gives the session up: {text}");
                     self.machine.handle(self.now(), SourceEvent::GiveUp(GIVEN_UP.into()));
                     Answer::Done { text }
                 })
@@ -26,7 +26,7 @@ impl Driver {
             Request::TakeBack { acknowledged } => {
                 match allowed(self.machine.consequence(Command::TakeBack), *acknowledged) {
                     Ok(text) => {
-                        warn!("the operator takes the guest back: {text}");
+                        info!("the operator takes the guest back: {text}");
                         self.machine.handle(self.now(), SourceEvent::TakeBack);
                         self.taking_back = Some(asked);
                         return;
