@@ -6,7 +6,7 @@ use postcopy::proto::frame::{FrameHeader, FrameLimits, Origin, PageKind, PageReq
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::message::{Hello, SessionId, ToDestination, ToSource, encode};
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::page_set::PageSet;
+use postcopy::proto::placed::{MESSAGE_PARTS_MAX, PlacedMessages, PlacedPages};
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -65,28 +65,57 @@ fn state() -> ToDestination {
     ToDestination::State((0..64 << 10).map(|byte| byte as u8).collect())
 }
 
-/// What is exchanged after a lost link: every other run of 16 pages is there.
+/// What is exchanged after a lost link, by how the pages lie.
 fn placed_pages(c: &mut Criterion) {
     let mut group = c.benchmark_group("set of placed pages");
-    let runs = (0..PAGES).step_by(32).filter_map(|first| PageRun::new(PageIndex::new(first), 16));
-    let mut set = PageSet::new();
-    for run in runs {
-        set.insert(run);
-    }
-    let mut bytes = Vec::new();
-    set.encode(&mut bytes);
-    group.throughput(Throughput::Elements(set.runs().len() as u64));
-    group.bench_function("write", |b| {
-        b.iter(|| {
-            let mut bytes = Vec::with_capacity(bytes.len());
-            black_box(&set).encode(&mut bytes);
-            bytes
+    group.throughput(Throughput::Elements(PAGES));
+    let every_other_16 =
+        (0..PAGES).step_by(32).filter_map(|first| PageRun::new(PageIndex::new(first), 16));
+    let mut number = 1u64;
+    let mut random = || {
+        number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        number ^ number.rotate_left(32)
+    };
+    let random: Vec<u64> = (0..PAGES / 64).map(|_| random()).collect();
+    let sparse = (0..PAGES).step_by(200).map(|page| PageRun::single(PageIndex::new(page)));
+    for (name, words) in [
+        ("all", vec![u64::MAX; PAGES as usize / 64]),
+        ("every other 16", bits(every_other_16)),
+        ("one in 200", bits(sparse)),
+        ("half, at random", random),
+    ] {
+        let told = || {
+            let mut messages = PlacedMessages::new(PAGES);
+            let fill = |first: PageIndex, bits: &mut [u64]| {
+                let from = first.as_usize() / 64;
+                bits.copy_from_slice(&words[from..from + bits.len()]);
+            };
+            std::iter::from_fn(move || messages.next(MESSAGE_PARTS_MAX, fill))
+        };
+        let messages: Vec<_> = told().collect();
+        let bytes: usize = messages.iter().map(Vec::len).sum();
+        group.bench_function(format!("write {name}, {bytes} bytes"), |b| {
+            b.iter(|| told().map(|message| black_box(message).len()).sum::<usize>());
         });
-    });
-    group.bench_function("check", |b| {
-        b.iter(|| PageSet::decode(black_box(&bytes), PAGES, usize::MAX).expect("a set"));
-    });
+        group.bench_function(format!("check {name}, {bytes} bytes"), |b| {
+            b.iter(|| {
+                let mut set = PlacedPages::new(PAGES);
+                for message in &messages {
+                    set.take(black_box(message)).expect("the next parts");
+                }
+                set.complete().map(|()| set.count()).expect("a whole set")
+            });
+        });
+    }
     group.finish();
+}
+
+fn bits(runs: impl Iterator<Item = PageRun>) -> Vec<u64> {
+    let mut words = vec![0; PAGES as usize / 64];
+    for page in runs.flat_map(PageRun::pages) {
+        words[page.as_usize() / 64] |= 1 << (page.get() % 64);
+    }
+    words
 }
 
 criterion_group! {

@@ -6,7 +6,6 @@
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use postcopy::proto::ledger::{Claim, DestinationLedger, Landing, SourceLedger};
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::page_set::PageSet;
 use std::hint::black_box;
 
 /// A 256 MiB guest.
@@ -94,26 +93,5 @@ fn destination(c: &mut Criterion) {
     group.finish();
 }
 
-fn page_set(c: &mut Criterion) {
-    let mut group = c.benchmark_group("page set");
-    group.throughput(Throughput::Elements(PAGES / 2));
-    // The worst there is: every other page.
-    let set: PageSet =
-        (0..PAGES).step_by(2).map(|it| PageRun::single(PageIndex::new(it))).collect();
-    let mut bytes = vec![];
-    set.encode(&mut bytes);
-    group.bench_function("encode every other page", |b| {
-        b.iter(|| {
-            let mut out = Vec::with_capacity(bytes.len());
-            black_box(&set).encode(&mut out);
-            out
-        });
-    });
-    group.bench_function("decode every other page", |b| {
-        b.iter(|| PageSet::decode(black_box(&bytes), PAGES, PAGES as usize));
-    });
-    group.finish();
-}
-
-criterion_group!(benches, source, destination, page_set);
+criterion_group!(benches, source, destination);
 criterion_main!(benches);

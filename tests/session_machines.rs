@@ -14,15 +14,15 @@ use postcopy::proto::message::{
     CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, encode,
 };
 use postcopy::proto::operator::{Command, Risk, Whereabouts};
-use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::page_set::PageSet;
+use postcopy::proto::placed::{PART_PAGES, PlacedMessages};
 use postcopy::proto::source::{SessionLimits, SourceAction, SourceEvent, SourceSession};
 use std::fmt::Write;
 use std::time::Duration;
 
 const SESSION: SessionId = SessionId([1; 16]);
 const NOW: Duration = Duration::from_secs(1000);
-const PAGES: u64 = 64;
+/// Two parts of the set of placed pages.
+const PAGES: u64 = 2 * PART_PAGES;
 
 fn record(epoch: u32) -> CommitRecord {
     CommitRecord { session: SESSION, epoch }
@@ -98,11 +98,22 @@ mod source {
         std::iter::from_fn(|| machine.poll_action()).map(|action| show(&action)).collect()
     }
 
-    fn placed(pages: u64, last: bool) -> SourceEvent {
-        let run = PageRun::new(PageIndex::new(1), pages).unwrap();
-        let mut part = Vec::new();
-        PageSet::from_iter([run]).encode(&mut part);
-        SourceEvent::Message(ToSource::Placed { part, last })
+    /// The messages of the set {1, 2, 3}, each with so many parts.
+    fn placed(parts: u64) -> Vec<SourceEvent> {
+        let mut messages = PlacedMessages::new(PAGES);
+        let mut events = vec![];
+        while let Some(part) = messages.next(parts, |first, words| {
+            words[0] = if first.get() == 0 { 0b1110 } else { 0 };
+        }) {
+            let last = messages.is_done();
+            events.push(SourceEvent::Message(ToSource::Placed { part, last }));
+        }
+        events
+    }
+
+    fn half_as_all() -> SourceEvent {
+        let part = PlacedMessages::new(PAGES).next(1, |_, _| {}).unwrap();
+        said(ToSource::Placed { part, last: true })
     }
 
     fn said(message: ToSource) -> SourceEvent {
@@ -168,7 +179,7 @@ mod source {
             ("Brownout, dialing", and(&brownout, &[lost()])),
             ("Brownout, dialing again", and(&brownout, &[lost(), lost()])),
             ("Brownout, reattaching", and(&brownout, &[lost(), LinkUp])),
-            ("Brownout, half reattached", and(&brownout, &[lost(), LinkUp, placed(2, false)])),
+            ("Brownout, half reattached", and(&brownout, &[lost(), LinkUp, placed(1)[0].clone()])),
             ("Releasing", and(&brownout, &[drained()])),
             ("Over", and(&brownout, &[drained(), lost()])),
         ]
@@ -196,9 +207,10 @@ mod source {
             ("said Refuse", said(ToSource::Refuse(mismatch()))),
             ("said Ready", said(ToSource::Ready)),
             ("said Running", running()),
-            ("said Placed, more to come", placed(5, false)),
-            ("said Placed, last", placed(5, true)),
-            ("said Placed, out of range", placed(PAGES, true)),
+            ("said Placed, more to come", placed(1)[0].clone()),
+            ("said Placed, the rest", placed(1)[1].clone()),
+            ("said Placed, all", placed(2)[0].clone()),
+            ("said Placed, half as all", half_as_all()),
             (
                 "said Progress",
                 said(ToSource::Progress { settled: 1, network_faults: 1, pushed_bytes: 1 }),
@@ -285,7 +297,9 @@ mod source {
         for _ in 0..5 {
             machine.handle(NOW, SourceEvent::LinkUp);
             machine.handle(NOW, running());
-            machine.handle(NOW, placed(5, true));
+            for part in placed(1) {
+                machine.handle(NOW, part);
+            }
             let said = drain(&mut machine);
             assert!(said.iter().any(|what| what == "say Abort"), "{said:?}");
             assert!(said.iter().all(|what| !what.contains("committed Some")), "{said:?}");
@@ -318,7 +332,7 @@ mod source {
         machine.handle(NOW, SourceEvent::LinkUp);
         assert_eq!(drain(&mut machine), ["say Reattach(epoch 8, committed Some(3))"]);
         // Whether the one before has let the VMM go is not known: it is done again.
-        machine.handle(NOW, placed(5, true));
+        machine.handle(NOW, placed(2)[0].clone());
         drain(&mut machine);
         machine.handle(NOW, running());
         assert_eq!(drain(&mut machine), ["ReleaseGuest"]);
@@ -356,7 +370,7 @@ mod source {
             }
         }
         assert_eq!(pauses, [0, 10, 20, 40, 80, 160, 300, 300, 300]);
-        machine.handle(NOW, placed(1, true));
+        machine.handle(NOW, placed(2)[0].clone());
         machine.handle(NOW, lost());
         let connect = SourceAction::Connect { epoch: 10, after: Duration::ZERO };
         assert!(std::iter::from_fn(|| machine.poll_action()).any(|action| action == connect));

@@ -5,7 +5,6 @@
 //! run is atomic word by word (64 pages), not as a whole.
 
 use super::page::{PageIndex, PageRun};
-use super::page_set::PageSet;
 use super::sync::{AtomicU64, Ordering};
 
 const WORD_PAGES: u64 = 64;
@@ -23,14 +22,10 @@ impl AtomicBitmap {
         Self { words, pages }
     }
 
-    /// A bitmap of `pages` bits, of which those in `set` are set. What lies past
-    /// the last page is left out.
-    pub fn from_set(pages: u64, set: &PageSet) -> Self {
-        let bitmap = Self::new(pages);
-        for run in set.runs() {
-            bitmap.set_run(run);
-        }
-        bitmap
+    /// A bitmap of `pages` bits from words with the same bits, those past the last page clear.
+    pub(super) fn from_words(pages: u64, words: Vec<u64>) -> Self {
+        debug_assert_eq!(words.len() as u64, pages.div_ceil(WORD_PAGES));
+        Self { words: words.into_iter().map(AtomicU64::new).collect(), pages }
     }
 
     /// How many pages it has bits for.
@@ -121,11 +116,10 @@ impl AtomicBitmap {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
     }
 
-    /// How many bits of `run` are set, by counting them.
-    pub fn count_set_in(&self, run: PageRun) -> u64 {
-        self.masks(run)
-            .map(|(word, mask)| u64::from((word.load(Ordering::Acquire) & mask).count_ones()))
-            .sum()
+    /// How many bits are set that are clear in `words`, a bitmap of the same pages.
+    pub(super) fn count_set_beside(&self, words: &[u64]) -> u64 {
+        let pairs = self.words.iter().zip(words);
+        pairs.map(|(word, not)| u64::from((word.load(Ordering::Acquire) & !not).count_ones())).sum()
     }
 
     /// Takes the clear bits from exactly `first` on, up to `end` or the end of

@@ -181,10 +181,10 @@ pub enum ToSource {
         /// From the state's arrival until the first vCPU entered the guest.
         held_us: u64,
     },
-    /// Answer to `Reattach`: a part of the set of placed pages, see
-    /// [`PageSet`](super::page_set::PageSet).
+    /// Answer to `Reattach`: some parts of the set of placed pages, see
+    /// [`placed`](super::placed).
     Placed {
-        /// The encoded part.
+        /// The encoded parts.
         part: Vec<u8>,
         /// Whether it is the last one.
         last: bool,

@@ -12,6 +12,7 @@ pub mod operator;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod placed;
 pub mod prepaging;
 pub mod source;
 mod sync;

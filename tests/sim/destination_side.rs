@@ -11,6 +11,7 @@ use postcopy::proto::frame::{FrameHeader, FrameLimits, PageKind, PageRequest};
 use postcopy::proto::ledger::{DestinationLedger, FaultAnswer};
 use postcopy::proto::message::{Mismatch, ToDestination, ToSource, encode};
 use postcopy::proto::page::{PageIndex, PageRun};
+use postcopy::proto::placed::PlacedMessages;
 use postcopy::proto::source::Outcome;
 use std::rc::Rc;
 use std::time::Duration;
@@ -247,16 +248,18 @@ impl<L: Ledger> World<L> {
     /// Tells the source what need not come again, and asks again for what was
     /// asked for on the link that is gone.
     fn send_placed(&mut self) {
-        let placed = self.destination.ledger.placed_set();
-        let parts: Vec<_> = placed.chunks(3).collect();
-        for (index, part) in parts.iter().enumerate() {
-            let mut bytes = Vec::new();
-            part.encode(&mut bytes);
-            let last = index + 1 == parts.len();
-            self.destination_says(&ToSource::Placed { part: bytes, last });
+        let ledger = self.destination.ledger.clone();
+        let mut messages = PlacedMessages::new(self.pages);
+        let placed = |first, bits: &mut [u64]| ledger.fill_placed(first, bits);
+        while let Some(part) = messages.next(1, placed) {
+            let last = messages.is_done();
+            self.destination_says(&ToSource::Placed { part, last });
         }
-        for run in self.destination.ledger.requested_set().runs() {
-            run.pages().for_each(|page| self.request(page, None));
+        let mut requested = vec![0; self.pages.div_ceil(64) as usize];
+        ledger.fill_requested(PageIndex::new(0), &mut requested);
+        let is_requested = |page: &u64| requested[(page / 64) as usize] >> (page % 64) & 1 == 1;
+        for page in (0..self.pages).filter(is_requested) {
+            self.request(PageIndex::new(page), None);
         }
         // What was said on the old link may never have arrived.
         self.destination.told_end = false;

@@ -3,7 +3,7 @@
 
 use postcopy::proto::ledger::{Claim, Claims, LinkEpoch, ResumeError, SourceLedger, StaleEpoch};
 use postcopy::proto::page::{PageIndex, PageRun};
-use postcopy::proto::page_set::PageSet;
+use postcopy::proto::placed::PlacedPages;
 use postcopy::proto::prepaging::Unsent;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub trait Ledger: Claims {
     fn new(pages: u64) -> Self;
     fn void(&self, epoch: LinkEpoch) -> Result<(), StaleEpoch>;
-    fn resume_from(&self, placed: &PageSet, epoch: LinkEpoch) -> Result<u64, ResumeError>;
+    fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError>;
 }
 
 impl Ledger for SourceLedger {
@@ -23,7 +23,7 @@ impl Ledger for SourceLedger {
         self.void(epoch)
     }
 
-    fn resume_from(&self, placed: &PageSet, epoch: LinkEpoch) -> Result<u64, ResumeError> {
+    fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError> {
         self.resume_from(placed, epoch)
     }
 }
@@ -54,8 +54,8 @@ impl Ledger for BrokenLedger {
         self.first.void(epoch)
     }
 
-    fn resume_from(&self, placed: &PageSet, epoch: LinkEpoch) -> Result<u64, ResumeError> {
-        self.second.resume_from(placed, epoch)?;
+    fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError> {
+        self.second.resume_from(placed.clone(), epoch)?;
         self.first.resume_from(placed, epoch)
     }
 }

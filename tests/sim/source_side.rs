@@ -15,7 +15,7 @@ use postcopy::proto::message::{
     CommitRecord, Hello, SessionId, ToDestination, ToSource, body_len, encode,
 };
 use postcopy::proto::page::PageIndex;
-use postcopy::proto::page_set::PageSet;
+use postcopy::proto::placed::PlacedPages;
 use postcopy::proto::prepaging;
 use postcopy::proto::prepaging::{Policy, PolicyConfig, PolicyKind};
 use postcopy::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
@@ -262,7 +262,7 @@ impl<L: Ledger> World<L> {
                 }
                 self.soon(2_000, Event::Vmm(VmmStep::Resume));
             }
-            SourceAction::ResumeLedger(placed) => self.resume_ledger(&placed),
+            SourceAction::ResumeLedger(placed) => self.resume_ledger(placed),
             SourceAction::StartPush => {
                 self.source.push_chain += 1;
                 let chain = self.source.push_chain;
@@ -283,7 +283,7 @@ impl<L: Ledger> World<L> {
         }
     }
 
-    fn resume_ledger(&mut self, placed: &PageSet) {
+    fn resume_ledger(&mut self, placed: PlacedPages) {
         let epoch = self.source.session.as_ref().map_or(0, SourceSession::epoch);
         if let Err(error) = self.source.ledger.resume_from(placed, LinkEpoch::new(epoch)) {
             self.checker.fail(format!("the source's ledger does not resume: {error}"));

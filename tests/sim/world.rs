@@ -132,7 +132,9 @@ pub struct World<L> {
 impl<L: Ledger> World<L> {
     pub fn new(seed: u64, sabotage: Sabotage, print: bool) -> Self {
         let mut random = Random::new(seed);
-        let pages = random.pick(&[1, 32, 64, 128, 512]);
+        // Now and then more than one part of the set of placed pages.
+        let large = random.percent(2);
+        let pages = if large { 9_000 } else { random.pick(&[1, 32, 64, 128, 512]) };
         let long = random.percent(5);
         let plans = faults::draw(&mut random, long);
         let network = Network::new(random.fork());

@@ -11,6 +11,7 @@ mod fault_book;
 mod guest;
 mod install;
 mod links;
+mod placed_out;
 mod push_in;
 mod report;
 mod said;

@@ -184,10 +184,9 @@ impl<R: Requests> TrapLoop<R> {
     }
 
     /// Asks again for everything whose answer the lost link swallowed.
-    pub fn ask_again(&self) {
-        for run in self.installer.ledger.requested_set().runs() {
-            run.pages().for_each(|page| self.ask(page, None));
-        }
+    pub async fn ask_again(&self) {
+        let ledger = &self.installer.ledger;
+        super::placed_out::ask_again(ledger, |page| self.ask(page, None)).await;
     }
 
     /// Reads pending events while a placement waits for just that.

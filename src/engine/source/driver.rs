@@ -350,7 +350,7 @@ impl Driver {
             SourceAction::ResumeLedger(placed) => {
                 failpoint!("source::before_ledger_resumed");
                 let epoch = LinkEpoch::new(self.machine.epoch());
-                match self.shared.ledger.resume_from(&placed, epoch) {
+                match self.shared.ledger.resume_from(placed, epoch) {
                     Ok(again) => {
                         self.figures.resent += again;
                         info!(pages = again, "sending again what the lost link did not deliver");

@@ -296,20 +296,24 @@ impl DestinationLedger {
         page.get() < self.pages && self.states.get(page).is_settled()
     }
 
-    /// The pages that the source need not send again: placed, known to be zero,
-    /// and removed. For a consistent answer nothing may be in hand that will be
-    /// handed back; a page in hand is not in the set and would come twice.
-    pub fn placed_set(&self) -> PageSet {
-        self.pages_where(PageState::is_known)
+    /// Sets the bits of the pages that the source need not send again: placed, known
+    /// to be zero, and removed. `first`, whose bit is the lowest of the first word, is
+    /// a multiple of 64; bits past the last page stay as they are.
+    ///
+    /// For a consistent answer nothing may be in hand that will be handed back; a page
+    /// in hand is not in the set and would come twice.
+    pub fn fill_placed(&self, first: PageIndex, bits: &mut [u64]) {
+        self.states.fill(first.get(), bits, PageState::is_known);
     }
 
-    /// The pages that were asked for and are neither here nor in hand. After a
-    /// lost link nobody is going to answer those requests, so they are to be
-    /// made again. A fault that comes meanwhile requests its page itself.
-    pub fn requested_set(&self) -> PageSet {
-        self.pages_where(|state| {
+    /// As [`fill_placed`](Self::fill_placed), the pages that were asked for and are
+    /// neither here nor in hand. After a lost link nobody is going to answer those
+    /// requests, so they are to be made again. A fault that comes meanwhile requests
+    /// its page itself.
+    pub fn fill_requested(&self, first: PageIndex, bits: &mut [u64]) {
+        self.states.fill(first.get(), bits, |state| {
             matches!(state.kind, Kind::Requested | Kind::StaleRequested) && !state.placing
-        })
+        });
     }
 
     /// How many pages are in which state. It reads the whole ledger (a word for
@@ -368,16 +372,6 @@ impl DestinationLedger {
             return Ok(());
         }
         Err(OutOfRange { run, pages: self.pages })
-    }
-
-    fn pages_where(&self, wanted: impl Fn(PageState) -> bool) -> PageSet {
-        let mut set = PageSet::new();
-        self.states.each(|page, state| {
-            if wanted(state) {
-                set.insert(PageRun::single(page));
-            }
-        });
-        set
     }
 
     fn refused(&self, refusal: Refusal) {

@@ -10,7 +10,7 @@
 
 use super::{DestinationLedger, FaultAnswer, LinkEpoch, SourceLedger};
 use crate::proto::page::{PageIndex, PageRun};
-use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 
@@ -158,8 +158,8 @@ fn loom_a_lost_link_leaves_no_page_claimed_by_nobody() {
             let ledger = ledger.clone();
             thread::spawn(move || ledger.claim_within(run(0, 2)).map(|claim| claim.sent()))
         };
-        let placed: PageSet = [PageRun::single(PAGE)].into_iter().collect();
-        let again = ledger.resume_from(&placed, LinkEpoch::new(1)).unwrap();
+        let placed = PlacedPages::of(2, [PageRun::single(PAGE)]);
+        let again = ledger.resume_from(placed, LinkEpoch::new(1)).unwrap();
         claimer.join().unwrap();
         // Whoever comes later finds the missing page, unless it is sent by now.
         let claim = ledger.claim_within(run(0, 2));
@@ -229,7 +229,9 @@ fn loom_a_request_is_remembered_when_a_landing_is_handed_back() {
         assert!(event);
         answer_fault(&kernel, &ledger);
         placer.join().unwrap();
-        assert_eq!(ledger.requested_set().count(), 1);
+        let mut requested = [0];
+        ledger.fill_requested(PAGE, &mut requested);
+        assert_eq!(requested, [1]);
         assert_eq!(ledger.finish().unwrap_err().missing, 1);
         assert_eq!(place_all(&kernel, &ledger), 1);
         kernel.assert_done();

@@ -21,7 +21,7 @@
 use super::LinkEpoch;
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
-use crate::proto::page_set::{PageSet, PageSetError};
+use crate::proto::placed::{PlacedError, PlacedPages};
 use crate::proto::prepaging::Unsent;
 use crate::proto::sync::{Arc, AtomicU64, Ordering, RwLock};
 use std::fmt;
@@ -98,9 +98,17 @@ pub enum ResumeError {
     /// The epoch is not a new one.
     #[error("the source ledger cannot resume")]
     StaleEpoch(#[from] StaleEpoch),
-    /// The set of placed pages names pages that the guest does not have.
-    #[error("the set of placed pages does not fit the guest")]
-    BadSet(#[from] PageSetError),
+    /// Parts of the set of placed pages are missing.
+    #[error("the set of placed pages is not whole")]
+    NotWhole(#[from] PlacedError),
+    /// The set of placed pages is that of another guest.
+    #[error("the set of placed pages is that of {theirs} pages; the guest has {pages}")]
+    OtherGuest {
+        /// The set's.
+        theirs: u64,
+        /// The ledger's.
+        pages: u64,
+    },
 }
 
 impl SourceLedger {
@@ -108,7 +116,7 @@ impl SourceLedger {
     /// page, and as much again while claims of an older epoch are about.
     pub fn new(pages: u64) -> Self {
         let sent_twice = Arc::new(AtomicU64::new(0));
-        let epoch = Epoch::new(LinkEpoch::FIRST, pages, &PageSet::new(), sent_twice.clone());
+        let epoch = Epoch::new(LinkEpoch::FIRST, PlacedPages::new(pages), sent_twice.clone());
         Self { pages, current: RwLock::new(Arc::new(epoch)), sent_twice }
     }
 
@@ -179,7 +187,7 @@ impl SourceLedger {
     /// [`StaleEpoch`] if `epoch` is not later than the current one; then nothing
     /// has changed.
     pub fn void(&self, epoch: LinkEpoch) -> Result<(), StaleEpoch> {
-        self.begin(epoch, &PageSet::new()).map(|_| ())
+        self.begin(epoch, PlacedPages::new(self.pages)).map(|_| ())
     }
 
     /// Begins `epoch` after a lost link: the pages in `placed` are sent, all
@@ -191,26 +199,27 @@ impl SourceLedger {
     ///
     /// # Errors
     /// [`ResumeError`] if `epoch` is not later than the current one, or `placed`
-    /// has pages out of range; then nothing has changed.
-    pub fn resume_from(&self, placed: &PageSet, epoch: LinkEpoch) -> Result<u64, ResumeError> {
-        if placed.end() > self.pages {
-            return Err(PageSetError::PastTheEnd { pages: self.pages }.into());
+    /// is not whole or another guest's; then nothing has changed.
+    pub fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError> {
+        if placed.pages() != self.pages {
+            return Err(ResumeError::OtherGuest { theirs: placed.pages(), pages: self.pages });
         }
-        let old = self.begin(epoch, placed)?;
-        let lost = placed.complement(self.pages);
-        Ok(lost.runs().map(|run| old.sent.count_set_in(run)).sum())
+        placed.complete()?;
+        let again = self.current().sent.count_set_beside(placed.words());
+        self.begin(epoch, placed)?;
+        Ok(again)
     }
 
     /// Replaces the current epoch by one in which the pages of `sent` are sent;
     /// returns the old one.
-    fn begin(&self, number: LinkEpoch, sent: &PageSet) -> Result<Arc<Epoch>, StaleEpoch> {
+    fn begin(&self, number: LinkEpoch, sent: PlacedPages) -> Result<Arc<Epoch>, StaleEpoch> {
         let stale = |current| StaleEpoch { asked: number, current };
         if self.epoch() >= number {
             return Err(stale(self.epoch()));
         }
         // The bits are made outside the lock; so whether the epoch is still a
         // new one is asked again inside.
-        let new = Arc::new(Epoch::new(number, self.pages, sent, self.sent_twice.clone()));
+        let new = Arc::new(Epoch::new(number, sent, self.sent_twice.clone()));
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         if current.number >= number {
             return Err(stale(current.number));
@@ -276,13 +285,14 @@ impl fmt::Debug for SourceLedger {
 }
 
 impl Epoch {
-    fn new(number: LinkEpoch, pages: u64, sent: &PageSet, sent_twice: Arc<AtomicU64>) -> Self {
+    fn new(number: LinkEpoch, sent: PlacedPages, sent_twice: Arc<AtomicU64>) -> Self {
+        let (pages, count) = (sent.pages(), sent.count());
         Self {
             number,
-            claimed: AtomicBitmap::from_set(pages, sent),
-            sent: AtomicBitmap::from_set(pages, sent),
-            unsent: AtomicU64::new(pages - sent.count()),
-            sent_count: AtomicU64::new(sent.count()),
+            claimed: AtomicBitmap::from_words(pages, sent.words().to_vec()),
+            sent: AtomicBitmap::from_words(pages, sent.into_words()),
+            unsent: AtomicU64::new(pages - count),
+            sent_count: AtomicU64::new(count),
             sent_twice,
         }
     }

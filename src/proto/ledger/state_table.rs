@@ -49,6 +49,25 @@ impl StateTable {
         }
     }
 
+    /// For the pages from `first` on, which begins a word, sets a bit in `bits` (the
+    /// lowest of the first word is `first`'s) where the state is `wanted`.
+    pub(super) fn fill(&self, first: u64, bits: &mut [u64], wanted: impl Fn(PageState) -> bool) {
+        const GROUPS: usize = (u64::BITS as u64 / WORD_PAGES) as usize;
+        // Neighbours are mostly alike: the last answer is kept.
+        let mut last = (StateWord(0), StateWord(0).mask(&wanted));
+        let from = (first / WORD_PAGES) as usize;
+        let groups = self.words.get(from..).unwrap_or_default().chunks(GROUPS);
+        for (bits, group) in bits.iter_mut().zip(groups) {
+            for (index, cell) in group.iter().enumerate() {
+                let word = StateWord(cell.load(Ordering::Acquire));
+                if word != last.0 {
+                    last = (word, word.mask(&wanted));
+                }
+                *bits |= last.1 << (index as u64 * WORD_PAGES);
+            }
+        }
+    }
+
     /// Changes the states of `run`, which lies in one word, at once. `next` may
     /// be called several times for a page; the last time counts. Returns the
     /// word before and after.
@@ -125,6 +144,12 @@ impl StateWord {
     /// The states of `run`, which lies in this word.
     pub(super) fn pages(self, run: PageRun) -> impl Iterator<Item = (PageIndex, PageState)> {
         run.pages().map(move |page| (page, self.get(page)))
+    }
+
+    /// A bit for each page whose state is wanted.
+    fn mask(self, wanted: impl Fn(PageState) -> bool) -> u64 {
+        let bit = |page| u64::from(wanted(self.get(PageIndex::new(page)))) << page;
+        (0..WORD_PAGES).map(bit).fold(0, |mask, bit| mask | bit)
     }
 
     fn count(self, wanted: impl Fn(PageState) -> bool) -> u64 {

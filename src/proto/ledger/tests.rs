@@ -3,6 +3,7 @@
 use super::*;
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +14,26 @@ fn page(index: u64) -> PageIndex {
 
 fn run(first: u64, count: u64) -> PageRun {
     PageRun::new(page(first), count).unwrap()
+}
+
+/// The pages whose bits `fill` sets, asked for in two goes.
+fn filled(ledger: &DestinationLedger, fill: impl Fn(PageIndex, &mut [u64])) -> PageSet {
+    let mut words = vec![0; ledger.pages().div_ceil(64) as usize];
+    let (left, right) = words.split_at_mut(1);
+    fill(page(0), left);
+    fill(page(64), right);
+    let bits = (0..).zip(&words).flat_map(|(word, bits)| {
+        (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+    });
+    set(bits)
+}
+
+fn placed(ledger: &DestinationLedger) -> PageSet {
+    filled(ledger, |first, bits| ledger.fill_placed(first, bits))
+}
+
+fn requested(ledger: &DestinationLedger) -> PageSet {
+    filled(ledger, |first, bits| ledger.fill_requested(first, bits))
 }
 
 fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
@@ -47,11 +68,15 @@ fn an_epoch_begins_once_and_old_claims_mark_nothing() {
     ledger.claim_within(run(2, 3)).unwrap().sent();
     let second = LinkEpoch::FIRST.next().unwrap();
 
-    let outside = ledger.resume_from(&set([10]), second).unwrap_err();
-    assert!(matches!(outside, ResumeError::BadSet(_)), "{outside}");
+    let other = ledger.resume_from(PlacedPages::new(11), second).unwrap_err();
+    assert!(matches!(other, ResumeError::OtherGuest { theirs: 11, pages: 10 }), "{other}");
+    let half = ledger.resume_from(PlacedPages::new(10), second).unwrap_err();
+    assert!(matches!(half, ResumeError::NotWhole(_)), "{half}");
+    assert_eq!(ledger.epoch(), LinkEpoch::FIRST);
+    let set = |pages| PlacedPages::of(10, set(pages).runs());
     // Pages 3 and 4 were lost with the link; 9 was given back by the guest.
-    assert_eq!(ledger.resume_from(&set([2, 9]), second), Ok(2));
-    let again = ledger.resume_from(&set([2]), second).unwrap_err();
+    assert_eq!(ledger.resume_from(set(vec![2, 9]), second), Ok(2));
+    let again = ledger.resume_from(set(vec![2]), second).unwrap_err();
     assert!(matches!(again, ResumeError::StaleEpoch(_)), "{again}");
     assert_eq!(ledger.void(LinkEpoch::FIRST).unwrap_err().current, second);
 
@@ -151,8 +176,8 @@ fn a_landing_is_exclusive_and_may_be_placed_in_parts() {
     let rest = rest.placed_some(0).unwrap();
     assert_eq!(rest.run(), run(15, 15));
     assert_eq!(rest.hand_back(), run(15, 15));
-    assert_eq!(ledger.requested_set(), set([20]));
-    assert_eq!(ledger.placed_set(), set(10..15));
+    assert_eq!(requested(&ledger), set([20]));
+    assert_eq!(placed(&ledger), set(10..15));
     assert_eq!(ledger.finish().unwrap_err(), Unfinished { missing: 35, in_hand: 0 });
 
     let around: Vec<PageRun> = ledger
@@ -225,7 +250,7 @@ fn a_removed_page_reads_as_zero_for_ever() {
         let Ok(FaultAnswer::Zero(landing)) = ledger.fault(page(2)) else { panic!() };
         landing.placed();
     }
-    assert_eq!(ledger.placed_set(), PageSet::all(8));
+    assert_eq!(placed(&ledger), PageSet::all(8));
     assert_eq!(ledger.finish().unwrap().counts().placed_twice, 0);
 }
 
@@ -239,7 +264,7 @@ fn a_discarded_page_is_fetched_again() {
     in_hand.placed();
     assert_eq!(ledger.discard(run(0, 5)), Ok(()));
     assert_eq!(ledger.missing(), 6);
-    assert_eq!(ledger.placed_set(), PageSet::new());
+    assert_eq!(placed(&ledger), PageSet::new());
 
     assert!(matches!(ledger.fault(page(0)), Ok(FaultAnswer::Request)));
     ledger.land(run(0, 2)).unwrap().for_each(Landing::placed);
@@ -247,7 +272,7 @@ fn a_discarded_page_is_fetched_again() {
     assert!(ledger.mark_zero(run(2, 4)).unwrap().is_empty());
     assert_eq!(ledger.missing(), 2);
     assert!(!ledger.is_settled(page(2)) && ledger.is_settled(page(3)));
-    assert_eq!(ledger.placed_set(), PageSet::all(6));
+    assert_eq!(placed(&ledger), PageSet::all(6));
     ledger.land_zeros(run(0, 6)).unwrap().for_each(Landing::placed);
     assert_eq!(ledger.finish().unwrap().counts().placed_twice, 0);
 }
@@ -359,8 +384,8 @@ proptest! {
                     let arrived = |it: &u64, state: &Source| *it < first && *state == Source::Sent;
                     let all = model.values().filter(|it| **it == Source::Sent).count();
                     model.retain(|it, state| arrived(it, state));
-                    let placed = set(model.keys().copied());
-                    let again = ledger.resume_from(&placed, epoch);
+                    let placed = PlacedPages::of(MODEL_PAGES, set(model.keys().copied()).runs());
+                    let again = ledger.resume_from(placed, epoch);
                     prop_assert_eq!(again, Ok((all - model.len()) as u64));
                 }
                 _ => {}
@@ -457,9 +482,9 @@ proptest! {
                 _ => {}
             }
             let counts = ledger.counts();
-            prop_assert_eq!(ledger.placed_set(), set(model.known.iter().copied()));
+            prop_assert_eq!(placed(&ledger), set(model.known.iter().copied()));
             prop_assert_eq!(
-                ledger.requested_set(),
+                requested(&ledger),
                 set(model.asked.difference(&model.hand).copied())
             );
             prop_assert_eq!(ledger.missing(), MODEL_PAGES - model.known.len() as u64);

@@ -45,7 +45,7 @@ mod terms;
 pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
 
 use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
-use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -74,7 +74,8 @@ pub struct SourceSession {
     limits: SessionLimits,
     epoch: u32,
     link: Link,
-    placed: PageSet,
+    /// What has come of the set of placed pages, while it is coming.
+    placed: Option<PlacedPages>,
     pages: u64,
     backoff: Duration,
     deadline: Option<Duration>,
@@ -98,7 +99,7 @@ impl SourceSession {
             limits,
             epoch: 0,
             link: Link::Dialing,
-            placed: PageSet::new(),
+            placed: None,
             backoff: Duration::ZERO,
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),

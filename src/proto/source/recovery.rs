@@ -3,13 +3,10 @@
 
 use super::{BACKOFF_MIN, Link, SessionLimits, SourceAction, SourceSession, SourceState};
 use crate::proto::message::{CommitRecord, SessionId, ToDestination, cut};
-use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
-
-/// The most runs that the destination's set of placed pages may have.
-const PLACED_RUNS_MAX: usize = 1 << 22;
 
 /// Why a destination is told that the guest is not its own after a commit.
 pub(super) const TAKEN_BACK: &str =
@@ -74,7 +71,7 @@ impl SourceSession {
             limits,
             epoch: last_epoch,
             link: Link::Dialing,
-            placed: PageSet::new(),
+            placed: None,
             pages: 0,
             backoff: Duration::ZERO,
             deadline: None,
@@ -90,7 +87,7 @@ impl SourceSession {
 
     pub(super) fn reattach(&mut self) {
         self.link = Link::Reattaching;
-        self.placed = PageSet::new();
+        self.placed = None;
         self.push(SourceAction::Say(ToDestination::Reattach {
             session: self.session,
             epoch: self.epoch,
@@ -103,18 +100,17 @@ impl SourceSession {
     }
 
     pub(super) fn placed_part(&mut self, now: Duration, part: &[u8], last: bool) {
-        // A part may only hold what its predecessors left of the limit.
-        let runs_left = PLACED_RUNS_MAX.saturating_sub(self.placed.runs().len());
-        let added =
-            PageSet::decode(part, self.pages, runs_left).and_then(|part| self.placed.append(&part));
-        if let Err(error) = added {
+        let mut placed = self.placed.take().unwrap_or_else(|| PlacedPages::new(self.pages));
+        let taken = placed.take(part).and_then(|()| if last { placed.complete() } else { Ok(()) });
+        if let Err(error) = taken {
             return self.violated(now, format!("its set of placed pages: {error}"));
         }
-        if last {
+        if !last {
+            self.placed = Some(placed);
+        } else {
             self.link = Link::Up;
             self.backoff = Duration::ZERO;
             self.deadline = None;
-            let placed = std::mem::take(&mut self.placed);
             self.push(SourceAction::ResumeLedger(placed));
             self.push(SourceAction::OpenLanes { epoch: self.epoch });
             self.push(SourceAction::StartPush);

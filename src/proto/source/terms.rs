@@ -1,7 +1,7 @@
 //! The source session's vocabulary: its limits, states, events, actions and outcome.
 
 use crate::proto::message::{ToDestination, ToSource};
-use crate::proto::page_set::PageSet;
+use crate::proto::placed::PlacedPages;
 use std::time::Duration;
 
 /// Time limits of a session.
@@ -131,7 +131,7 @@ pub enum SourceAction {
     /// The claims made so far are void and the guest runs on here.
     ResumeGuest,
     /// The destination holds these pages; all others are unsent again.
-    ResumeLedger(PageSet),
+    ResumeLedger(PlacedPages),
     /// Push pages from now on.
     StartPush,
     /// The guest runs elsewhere: its VMM may go. The memory is still needed here.

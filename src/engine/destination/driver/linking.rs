@@ -2,8 +2,10 @@
 //! says so, and let go.
 
 use super::{CurrentLink, Driver, Input};
+use crate::engine::control::ControlError;
 use crate::engine::destination::demand_in::DemandLanes;
 use crate::engine::destination::links::{NewLink, last_words, spawn_listener};
+use crate::engine::destination::placed_out;
 use crate::engine::destination::push_in::CLOSE_USED;
 use crate::engine::destination::said;
 use crate::engine::lane::LaneError;
@@ -15,8 +17,6 @@ use tokio::sync::mpsc::unbounded_channel;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
-/// Runs of placed pages in one message.
-const PLACED_RUNS: usize = 16 << 10;
 /// QUIC error code for a link that comes back too late.
 const CLOSE_STALE: u32 = 3;
 
@@ -95,9 +95,13 @@ impl Driver {
     pub(super) async fn say(&mut self, message: ToSource) {
         let Some(link) = &mut self.link else { return };
         if let Err(error) = said::say(&mut link.control, &message).await {
-            let error = LaneError::Link(error.to_string());
-            let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
+            self.control_failed(&error);
         }
+    }
+
+    fn control_failed(&self, error: &ControlError) {
+        let error = LaneError::Link(error.to_string());
+        let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
     }
 
     /// Takes pages in and sends requests in this epoch from now on.
@@ -129,27 +133,12 @@ impl Driver {
     }
 
     pub(super) async fn send_placed(&mut self) {
-        let Some(installer) = self.installer.clone() else { return };
-        let placed = installer.ledger.placed_set();
-        let mut parts: Vec<Vec<u8>> = placed
-            .chunks(PLACED_RUNS)
-            .map(|part| {
-                let mut bytes = Vec::new();
-                part.encode(&mut bytes);
-                bytes
-            })
-            .collect();
-        if parts.is_empty() {
-            let mut nothing = Vec::new();
-            placed.encode(&mut nothing);
-            parts.push(nothing);
-        }
-        let last_index = parts.len() - 1;
-        for (index, part) in parts.into_iter().enumerate() {
-            self.say(ToSource::Placed { part, last: index == last_index }).await;
+        let (Some(installer), Some(link)) = (&self.installer, &mut self.link) else { return };
+        if let Err(error) = placed_out::tell(&installer.ledger, &mut link.control).await {
+            return self.control_failed(&error);
         }
         if let Some(traps) = &self.traps {
-            traps.ask_again();
+            traps.ask_again().await;
         }
     }
 }
