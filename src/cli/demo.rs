@@ -1,7 +1,8 @@
 //! `postcopy demo`: the whole life of a migration on one machine, verified.
 
+use super::cut::{self, Cut, Made};
 use super::guest_args::GuestArgs;
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
 use postcopy::program::exit::{Failure, write_report};
@@ -15,6 +16,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Starts a guest under load, a destination and a fault server as processes of their
@@ -40,6 +43,13 @@ pub struct Demo {
     /// Packets that an emulated link loses, for instance 1%.
     #[arg(long, value_parser = parse_share, value_name = "SHARE")]
     loss: Option<f64>,
+    /// Take the emulated link down AFTER the guest has left the source, and up again FOR
+    /// later; several times if given several times, each counted from the same beginning.
+    #[arg(long, value_name = "AFTER:FOR")]
+    cut: Vec<Cut>,
+    /// How long both sides wait for a link that was lost.
+    #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
+    patience: Duration,
     /// How long the guest runs before it is migrated.
     #[arg(long, default_value = "500ms", value_parser = parse_time, value_name = "TIME")]
     run_before: Duration,
@@ -73,18 +83,20 @@ impl Demo {
             command.arg("receive").arg("--quiet").arg("--report").arg(&from_destination);
             command.args(["--push-lanes", &self.push_lanes.to_string()]);
             command.args(["--backing", &self.backing.to_string()]);
+            command.args(["--patience", &self.patience()]);
             let after = humantime::format_duration(self.run_after).to_string();
             command.args(["--verify-after", &after]);
         })?;
         let ticket: Ticket = destination.line()?.trim().parse()?;
         self.say(&format!("destination waits as process {}", destination.child.id()));
-        let (ticket, _relay) = self.relayed(ticket)?;
+        let (ticket, relay) = self.relayed(ticket)?;
 
         std::thread::sleep(self.run_before);
         let mut source = Process::start("fault server", |command| {
             command.arg("migrate").arg("--control").arg(&control);
             command.args(["--ticket", "-"]).arg("--report").arg(&from_source);
             command.args(self.policy.to_arguments());
+            command.args(["--patience", &self.patience()]);
             // All processes of a demonstration end with it; a keeper outlives its makers.
             command.arg("--no-keeper");
             if self.quiet {
@@ -94,6 +106,10 @@ impl Demo {
         })?;
         source.tell(&ticket.to_string())?;
         self.say(&format!("fault server runs as process {}", source.child.id()));
+        let cuts = match relay.clone().filter(|_| !self.cut.is_empty()) {
+            Some(relay) => Some(self.cuts(&mut guest, relay)?),
+            None => None,
+        };
         source.succeed()?;
         guest.succeed()?;
         destination.succeed()?;
@@ -103,6 +119,10 @@ impl Demo {
         report.guest.backing = self.backing.to_string();
         report.link.bandwidth_limit_bps = self.bandwidth;
         self.say(&render(&report));
+        if let Some(cuts) = cuts {
+            let made = cuts.join().map_err(|_| anyhow!("the cuts ended badly"))??;
+            self.say(&cut::render(&made, &report, self.bandwidth));
+        }
         let mut wrong = report.check();
         if report.verified != Some(true) {
             wrong.insert(0, "the destination did not verify the guest".into());
@@ -114,15 +134,38 @@ impl Demo {
         write_report("postcopy", &report, self.report.as_deref(), session)
     }
 
+    fn patience(&self) -> String {
+        humantime::format_duration(self.patience).to_string()
+    }
+
     fn say(&self, line: &str) {
         if !self.quiet {
             println!("{}", line.trim_end());
         }
     }
 
+    /// Has the link cut, from when the guest's VMM says that the guest has left it.
+    fn cuts(
+        &self,
+        guest: &mut Process,
+        relay: Arc<Relay>,
+    ) -> anyhow::Result<JoinHandle<anyhow::Result<Vec<Made>>>> {
+        let mut lines = guest.lines.take().ok_or_else(|| anyhow!("the guest says nothing"))?;
+        let cuts = self.cut.clone();
+        let make = move || {
+            // Nothing, if the guest never leaves: its process ends with the demonstration.
+            match lines.read_line(&mut String::new())? {
+                0 => Ok(Vec::new()),
+                _ => cut::make(&relay, &cuts),
+            }
+        };
+        Ok(std::thread::Builder::new().name("cuts".into()).spawn(make)?)
+    }
+
     /// Puts an emulated link between the two sides, if one was asked for.
-    fn relayed(&self, ticket: Ticket) -> anyhow::Result<(Ticket, Option<Relay>)> {
-        if self.bandwidth.is_none() && self.rtt.is_none() && self.loss.is_none() {
+    fn relayed(&self, ticket: Ticket) -> anyhow::Result<(Ticket, Option<Arc<Relay>>)> {
+        let emulated = self.bandwidth.is_some() || self.rtt.is_some() || self.loss.is_some();
+        if !emulated && self.cut.is_empty() {
             return Ok((ticket, None));
         }
         let targets = relay::targets(IpAddr::V4(Ipv4Addr::LOCALHOST), &ticket);
@@ -135,7 +178,7 @@ impl Demo {
         };
         let relay = Relay::spawn(config, &targets).context("cannot make the emulated link")?;
         let ticket = relay.redirect(&ticket)?;
-        Ok((ticket, Some(relay)))
+        Ok((ticket, Some(Arc::new(relay))))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 
 mod check;
+mod cut;
 mod demo;
 mod guest_args;
 mod migrate;

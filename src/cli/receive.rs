@@ -47,6 +47,11 @@ pub struct Receive {
     /// How long the ticket is good.
     #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
     ticket_life: Duration,
+    /// How long to wait for a lost link, or for the source's word whether it committed the
+    /// guest. Then it is given up for lost; until then nothing is. Give the source the same.
+    /// [default: 10m]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    patience: Option<Duration>,
     /// Stop the guest so long after all its memory came, and compare every page with
     /// what it must hold; without it the guest runs until it is interrupted.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
@@ -74,6 +79,9 @@ impl Receive {
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });
+        if let Some(patience) = self.patience {
+            destination = destination.patience(patience);
+        }
         if let Some(host) = &self.public_host {
             destination = destination.public_host(host.to_string());
         }
@@ -207,6 +215,9 @@ fn whole_report(
     backing: DestinationBacking,
 ) -> Report {
     let (outcome, reason) = match outcome {
+        Outcome::Completed if part.epochs.is_some_and(|epochs| epochs > 1) => {
+            (schema::Outcome::Recovered, None)
+        }
         Outcome::Completed => (schema::Outcome::Completed, None),
         Outcome::Aborted(why) => (schema::Outcome::Aborted, Some(why.clone())),
         Outcome::Lost(why) => (schema::Outcome::Lost, Some(why.clone())),

@@ -164,6 +164,11 @@ impl Watch {
         self.why_lost = why.to_string();
     }
 
+    /// Why the link is, or was, about to be given up last.
+    pub(super) fn why_lost(&self) -> &str {
+        &self.why_lost
+    }
+
     /// Tells what is new: the session is in `phase`, has made the steps of `timeline`, and
     /// has a link of `epoch`, if it has one.
     pub(super) fn observe(&mut self, phase: Phase, timeline: &Timeline, epoch: Option<u32>) {

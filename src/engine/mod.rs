@@ -19,6 +19,7 @@ pub mod destination;
 pub mod event;
 mod lane;
 pub mod operator;
+mod outage;
 mod process_figures;
 pub mod source;
 pub mod vm;

@@ -30,20 +30,26 @@ pub struct ServeArgs {
     ticket: Option<String>,
     /// Go on with the session of a fault server that has died: all that it knew is in its
     /// keeper. If the guest was committed, the destination gets the memory that it misses,
-    /// and must hear of it within a minute of the death; if not, it is told that the guest
+    /// and must hear of it before its own patience is over; if not, it is told that the guest
     /// stayed in its VMM.
-    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper"])]
+    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
+                                      "patience"])]
     resume: bool,
     /// Have the keeper of a guest that is lost end, and free the memory that it holds:
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
-                                      "no_keeper", "report"])]
+                                      "no_keeper", "report", "patience"])]
     discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
     /// its VMM may have ended well.
     #[arg(long)]
     no_keeper: bool,
+    /// How long to try to connect again if the link is lost after the guest was committed.
+    /// Then it is given up for lost; until then nothing is. Give the destination the same.
+    /// [default: 10m]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    patience: Option<Duration>,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Write the report as JSON.
@@ -153,6 +159,7 @@ impl ServeArgs {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
+            patience: self.patience,
         };
         let keeper = (!self.no_keeper).then(KeeperCommand::default);
         FaultServer::attach(&self.control, ticket, plan, keeper.as_ref())

@@ -242,7 +242,7 @@ const MEMORY: &[u8] = b"memory";
 const OK: &[u8] = b"kept";
 
 /// Ends a keeper that only stayed for the sake of a destination in doubt: that one waits
-/// for a minute at most, and the guest is to be moved now.
+/// for as long as its patience lasts, and the guest is to be moved now.
 fn make_room(path: &Path) -> Result<(), KeeperError> {
     let keeper = match connect(path) {
         Ok(keeper) => keeper,
@@ -354,9 +354,9 @@ fn prepare(
 /// How long a session that was aborted may still be of use to somebody.
 fn linger(record: &RecordFile) -> Duration {
     let newest = record.memfd().try_clone_to_owned().ok().and_then(|fd| RecordFile::open(fd).ok());
-    let in_doubt = newest.is_some_and(|newest| newest.record().state_left);
-    // After that a destination has given up by itself.
-    if in_doubt { crate::failpoint::limits().recovery } else { Duration::ZERO }
+    let in_doubt = newest.filter(|newest| newest.record().state_left);
+    // After that a destination as patient as this side has given up by itself.
+    in_doubt.map_or(Duration::ZERO, |newest| newest.record().plan.patience())
 }
 
 /// A message of the hand-over with its length.

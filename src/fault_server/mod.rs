@@ -26,6 +26,7 @@ use crate::operator::desk::Desk;
 use crate::operator::socket_path;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
+use crate::proto::source::SessionLimits;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
 use keeper::{KeeperCommand, KeeperError, Occupied};
@@ -35,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use watch::KeeperWatch;
 
-/// Which pages are pushed, and when.
+/// Which pages are pushed and when, and how long a lost link is waited for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PushPlan {
     /// The pre-paging policy.
@@ -45,6 +46,19 @@ pub struct PushPlan {
     /// When to push all that is left, counted from the guest's first instruction at the
     /// destination.
     pub drain_after: Option<Duration>,
+    /// How long a committed guest whose link is lost is waited for;
+    /// [`SessionLimits::recovery`]'s default if it is not said.
+    pub patience: Option<Duration>,
+}
+
+/// The longest patience.
+const PATIENCE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+impl PushPlan {
+    /// How long a committed guest whose link is lost is waited for.
+    pub fn patience(&self) -> Duration {
+        self.patience.unwrap_or(crate::failpoint::limits().recovery)
+    }
 }
 
 /// Why a fault server cannot begin.
@@ -310,10 +324,14 @@ fn config(
     {
         return wrong("pivots", format!("{pivots} is not in 1 to {PIVOTS_MAX}"));
     }
+    let patience = plan.patience();
+    if patience.is_zero() || patience > PATIENCE_MAX {
+        return wrong("patience", format!("{patience:?} is not in 1 ns to {PATIENCE_MAX:?}"));
+    }
     Ok(SourceConfig {
         ticket,
         link,
-        limits: crate::failpoint::limits(),
+        limits: SessionLimits { recovery: patience, ..crate::failpoint::limits() },
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,

@@ -7,13 +7,15 @@ impl Report {
     ///
     /// Any report must be of this schema and have ordered quantiles. A source's report of
     /// a completed migration has the counters that must be 0, and they are; if it was a
-    /// pure post-copy, each page came from exactly one place. Where the destination's part
+    /// pure post-copy, each page came from exactly one place. A migration that was recovered
+    /// has also sent again what a lost link, and no more than that, had swallowed. Where the destination's part
     /// never came (it has all the memory, and was lost before it could report), what only
     /// that part says is not missed.
     pub fn check(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         self.check_shape(&mut wrong);
-        let whole = self.side == Side::Source && self.outcome == Outcome::Completed;
+        let completed = matches!(self.outcome, Outcome::Completed | Outcome::Recovered);
+        let whole = self.side == Side::Source && completed;
         let merged = whole && self.has_destination_part();
         if merged {
             self.check_counters(&mut wrong);
@@ -71,24 +73,31 @@ impl Report {
     }
 
     fn check_counters(&self, wrong: &mut Vec<String>) {
+        let recovered = self.outcome == Outcome::Recovered;
         let one_epoch = self.link.epochs.is_none_or(|epochs| epochs == 1);
-        if !one_epoch {
+        if !one_epoch && !recovered {
             wrong.push("the link was lost, and the outcome is not \"recovered\"".to_owned());
         }
         for (name, count) in [
             ("sent_twice", self.pages.sent_twice),
             ("placed_twice", self.pages.placed_twice),
-            ("resent_after_link_loss", self.pages.resent_after_link_loss),
+            // Recovered, this is compared with the rest of the pages below.
+            ("resent_after_link_loss", self.pages.resent_after_link_loss.filter(|_| !recovered)),
         ] {
             match count {
                 Some(0) => {}
                 Some(count) => wrong.push(format!("{name} is {count}, not 0")),
+                // A process that went on with another's session does not know them.
+                None if recovered => {}
                 None => wrong.push(format!("{name} is absent")),
             }
         }
     }
 
     fn check_downtime(&self, wrong: &mut Vec<String>) {
+        if self.outcome == Outcome::Recovered && self.downtime_us.is_none() {
+            return;
+        }
         let Some(downtime) = self.downtime_us else {
             wrong.push("downtime_us is absent".to_owned());
             return;
@@ -112,11 +121,15 @@ impl Report {
         let pages = &self.pages;
         let origins =
             [pages.seeded, pages.demanded, pages.pushed, pages.drained, pages.zero, pages.hole];
+        let again = u128::from(pages.resent_after_link_loss.unwrap_or(0));
         match (sum(&origins), pages.total) {
-            (Some(sum), Some(total)) if sum == u128::from(total) => {}
-            (Some(sum), Some(total)) => wrong.push(format!(
-                "seeded + demanded + pushed + drained + zero + hole is {sum}, not {total}"
-            )),
+            (Some(sum), Some(total)) if sum == u128::from(total) + again => {}
+            (Some(sum), Some(total)) => {
+                let but = if again == 0 { "" } else { " and those sent again" };
+                wrong.push(format!(
+                    "seeded + demanded + pushed + drained + zero + hole is {sum}, not {total}{but}"
+                ));
+            }
             _ => wrong.push("a count of pages is absent".to_owned()),
         }
     }
@@ -126,7 +139,8 @@ impl Report {
             wrong.push("a count of faults is absent".to_owned());
             return;
         };
-        if self.pages.demanded.is_some_and(|demanded| demanded > network) {
+        let again = self.pages.resent_after_link_loss.unwrap_or(0);
+        if self.pages.demanded.is_some_and(|demanded| demanded > network.saturating_add(again)) {
             wrong.push("more pages were demanded than there were network faults".to_owned());
         }
         let waited = u128::from(network) + u128::from(late);

@@ -6,8 +6,8 @@
 //! terminal, and its numbers are added without overflow.
 
 use super::schema::{
-    Blocktime, Distribution, DowntimeParts, Guest, GuestSteps, Link, Mode, Outcome, Pages, PerSide,
-    Phases, Report, SCHEMA, Side, WireBytes,
+    Blocktime, Distribution, DowntimeParts, Guest, GuestSteps, Link, Mode, Outage, Outcome, Pages,
+    PerSide, Phases, Report, SCHEMA, Side, WireBytes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,8 @@ pub struct SourcePart {
     pub pages: Pages,
     /// What the guest got done in a second before the migration.
     pub steady_per_second: Option<u64>,
+    /// Losses of the link after the commit.
+    pub outages: Vec<Outage>,
     /// Bytes that the source's network end sent and received.
     pub wire_bytes: WireBytes,
     /// Processor time.
@@ -102,6 +104,12 @@ pub struct DestinationPart {
     pub guest_stall_ns: Option<Distribution>,
     /// What the guest got done, as far as the destination saw it.
     pub guest_steps: GuestSteps,
+    /// Links that stood, one after the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u32>,
+    /// Losses of the link after the commit.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub outages: Vec<Outage>,
     /// Bytes that the destination's network end sent and received.
     pub wire_bytes: WireBytes,
     /// Processor time.
@@ -180,6 +188,7 @@ impl Report {
         report.switchover_bytes = source.switchover_bytes;
         report.total_us = source.total_us;
         report.pages = source.pages.or(report.pages);
+        report.outages = merged(source.outages, report.outages);
         let steps = &mut report.guest_steps;
         steps.steady_per_second = source.steady_per_second.or(steps.steady_per_second);
         let wire = &mut report.wire_bytes;
@@ -192,6 +201,7 @@ impl Report {
 
     /// The destination's own report.
     pub fn of_destination(heading: Heading, part: DestinationPart) -> Self {
+        let link = Link { epochs: part.epochs.or(heading.link.epochs), ..heading.link };
         Self {
             schema: SCHEMA.to_owned(),
             outcome: heading.outcome,
@@ -200,7 +210,7 @@ impl Report {
             mode: heading.mode,
             policy: heading.policy,
             guest: heading.guest,
-            link: heading.link,
+            link,
             phases_us: Phases { target_brownout: part.target_brownout_us, ..Phases::default() },
             downtime_us: None,
             downtime_error_us: None,
@@ -224,9 +234,24 @@ impl Report {
             wire_bytes: part.wire_bytes,
             cpu_us: PerSide { source: None, destination: part.cpu_us },
             peak_rss_bytes: PerSide { source: None, destination: part.peak_rss_bytes },
+            outages: part.outages,
             verified: part.verified,
         }
     }
+}
+
+/// The source's outages with the destination's moments; those that only the destination saw
+/// (a link that was lost again before the source knew that it stood) in their places.
+fn merged(mut source: Vec<Outage>, destination: Vec<Outage>) -> Vec<Outage> {
+    for there in destination {
+        match source.iter_mut().find(|here| here.epoch == there.epoch) {
+            Some(here) => here.destination = there.destination,
+            // A peer's word: only what it alone can know is taken, and it has no text.
+            None => source.push(Outage { why: None, source: None, ..there }),
+        }
+    }
+    source.sort_by_key(|outage| outage.epoch.unwrap_or(u32::MAX));
+    source
 }
 
 impl Pages {

@@ -129,10 +129,50 @@ pub struct Report {
     pub cpu_us: PerSide,
     /// The most memory resident, guest memory included.
     pub peak_rss_bytes: PerSide,
+    /// The losses of the link after the commit, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub outages: Vec<Outage>,
     /// Whether every page was the same as in an independent model; absent if that was
     /// not looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified: Option<bool>,
+}
+
+/// From a link's loss until the next one stood.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outage {
+    /// The link epoch that ended it; absent if nothing did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u32>,
+    /// Why the link was lost, in the source's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// How often the source tried to connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempts: Option<u32>,
+    /// Pages that were on their way when the link was lost, and are sent again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resent_pages: Option<u64>,
+    /// When, at the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<OutageTimes>,
+    /// When, at the destination.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<OutageTimes>,
+}
+
+/// Moments of an outage on one side, in microseconds of its host's `CLOCK_MONOTONIC`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutageTimes {
+    /// The loss was noticed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost_at_us: Option<u64>,
+    /// The next link was in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub up_at_us: Option<u64>,
+    /// The first page that came over it was placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_placed_at_us: Option<u64>,
 }
 
 /// The guest that was moved.

@@ -53,6 +53,7 @@ fn source() -> SourcePart {
         },
         steady_per_second: Some(812_044),
         wire_bytes: WireBytes { to_destination: Some(846_003_112), to_source: Some(9_120_441) },
+        outages: Vec::new(),
         cpu_us: Some(1_220_110),
         peak_rss_bytes: Some(1_092_616_192),
     }
@@ -93,6 +94,8 @@ fn destination() -> DestinationPart {
             max: Some(3_100_000),
             ..Distribution::default()
         }),
+        epochs: Some(1),
+        outages: Vec::new(),
         guest_steps: GuestSteps {
             during_target_brownout: Some(1_101_220),
             steady_per_second: None,

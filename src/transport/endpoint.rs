@@ -347,8 +347,13 @@ async fn connect_to(
     let limit = options.handshake_timeout;
     let failed = |error| TransportError::from_handshake(error, Side::Client, peer, limit);
     let handshake = async {
-        let connecting =
+        let mut connecting =
             endpoint.connect_with(config, peer, SERVER_NAME).map_err(setup("a connection"))?;
+        let after = options.answer_timeout;
+        timeout(after, connecting.handshake_data())
+            .await
+            .map_err(|_| TransportError::HandshakeTimeout { peer, after })?
+            .map_err(failed)?;
         let connection = connecting.await.map_err(failed)?;
         let mut greeting = connection.accept_uni().await.map_err(failed)?;
         let mut found = [0; 2];

@@ -73,6 +73,11 @@ pub struct LinkOptions {
     pub keep_alive: Duration,
     /// How long a handshake may take, admission included.
     pub handshake_timeout: Duration,
+    /// How long a side that connects waits for the peer's first answer, if that is shorter.
+    pub answer_timeout: Duration,
+    /// What a round trip is taken for before one was measured: it decides when a hello that was
+    /// lost is sent again.
+    pub rtt_initial: Duration,
     /// Bytes that a connection takes from its writers beyond what is acknowledged,
     /// to begin with; [`quinn::Connection::set_send_window`] changes it later.
     pub send_window: u64,
@@ -93,6 +98,8 @@ impl Default for LinkOptions {
             idle_timeout: Duration::from_millis(1500),
             keep_alive: Duration::from_millis(400),
             handshake_timeout: Duration::from_secs(4),
+            answer_timeout: Duration::from_secs(4),
+            rtt_initial: Duration::from_millis(100),
             send_window: 4 << 20,
             receive_window: 16 << 20,
             stream_receive_window: 8 << 20,
@@ -138,8 +145,7 @@ impl LinkOptions {
             .max_ack_delay(Some(Duration::from_millis(1)));
         config.ack_frequency_config(Some(acks));
 
-        // Until a round trip is measured; decides when a lost hello is sent again.
-        config.initial_rtt(Duration::from_millis(100));
+        config.initial_rtt(self.rtt_initial);
 
         // An MTU probe counts against the congestion window. If one alone fills it, all else
         // waits for a round trip, or for the loss timer if the probe is lost, and a close goes

@@ -205,7 +205,7 @@ fn vcpus_that_do_not_start(kind: &str) {
     let end = limited("a destination", move || receiver.run(vm).expect("threads").outcome);
     let why = "its vCPUs cannot be started: KVM_RUN failed";
     assert_eq!(end, Outcome::Lost(why.into()));
-    // Not after the minute for which a lost link is looked for.
+    // Not when the patience with a lost link is over.
     let ended = migration.wait(SOON);
     ended.failed_with(4, &["the migration was lost after the commit", why, "not resumed here"]);
     let status = guest.attach().status().expect("a VMM that is still there");

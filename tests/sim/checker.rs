@@ -5,6 +5,7 @@
 //! written, a side ends) and keeps a model of its own: one version number a page.
 
 use crate::network::Side;
+use crate::vmm::{ABORTED, COMMITTED, RUNNING, TAKEN_BACK, UNDECIDED};
 use postcopy::proto::source::Outcome;
 
 #[derive(Debug)]
@@ -17,8 +18,18 @@ pub struct Checker {
     at_pause: Option<Vec<u64>>,
     sent_in: Vec<Option<u32>>,
     placed: Vec<bool>,
+    /// Which of them were when the destination told what it has, last.
+    told_placed: Vec<bool>,
+    /// The link epoch that the destination is in.
+    epoch: u32,
     ran_at_destination: bool,
     guest_dropped: bool,
+    vmm_died: bool,
+    /// The source has told its VMM to resume the guest.
+    given_back: bool,
+    /// An operator said that the destination does not run the guest, and it did. What two
+    /// guests do is not judged.
+    two_guests: bool,
     outcomes: [Option<Outcome>; 2],
     failure: Option<String>,
 }
@@ -33,8 +44,13 @@ impl Checker {
             at_pause: None,
             sent_in: vec![None; memory.len()],
             placed: vec![false; memory.len()],
+            told_placed: vec![false; memory.len()],
+            epoch: 0,
             ran_at_destination: false,
             guest_dropped: false,
+            vmm_died: false,
+            given_back: false,
+            two_guests: false,
             outcomes: [None, None],
             failure: None,
         }
@@ -49,17 +65,36 @@ impl Checker {
         self.failure.get_or_insert(what.into());
     }
 
+    /// Whether the guest is the destination's.
+    fn committed(&self) -> bool {
+        matches!(self.word, COMMITTED | RUNNING)
+    }
+
+    /// Whether an operator has taken the guest back after the commit.
+    pub fn overridden(&self) -> bool {
+        self.word == TAKEN_BACK
+    }
+
+    /// Whether it was wrong to do so.
+    pub fn two_guests(&self) -> bool {
+        self.two_guests
+    }
+
     pub fn outcome(&self, side: Side) -> Option<&Outcome> {
         self.outcomes[side as usize].as_ref()
     }
 
     pub fn starts(&mut self, side: Side) {
         if let Some(other) = self.runs_at {
-            self.fail(format!("the guest starts at the {side:?} and runs at the {other:?}"));
+            if self.overridden() && other != side {
+                self.two_guests = true;
+            } else {
+                self.fail(format!("the guest starts at the {side:?} and runs at the {other:?}"));
+            }
         }
         match side {
-            Side::Source if self.word == 1 => self.fail("the source resumes after the commit"),
-            Side::Destination if self.word != 1 => {
+            Side::Source if self.committed() => self.fail("the source resumes after the commit"),
+            Side::Destination if !(self.committed() || self.overridden()) => {
                 self.fail("the destination runs a guest that was not committed");
             }
             Side::Destination if self.ran_at_destination => self.fail("a second start"),
@@ -73,6 +108,41 @@ impl Checker {
         }
     }
 
+    /// The source tells its VMM to resume the guest.
+    pub fn gives_back(&mut self) {
+        self.given_back = true;
+    }
+
+    /// The source's VMM dies; `true` if the guest ran there and is lost.
+    pub fn vmm_dies(&mut self) -> bool {
+        self.vmm_died = true;
+        let lost = self.runs_at == Some(Side::Source);
+        if lost {
+            self.runs_at = None;
+        }
+        lost
+    }
+
+    /// The destination has taken up a link.
+    pub fn links(&mut self, epoch: u32) {
+        if epoch < self.epoch {
+            self.fail(format!("link epoch {epoch} comes after {}", self.epoch));
+        }
+        self.epoch = epoch;
+    }
+
+    /// The destination tells the source which pages it has.
+    pub fn tells_placed(&mut self) {
+        self.told_placed.clone_from(&self.placed);
+    }
+
+    /// The destination takes pages in that came on a link.
+    pub fn takes_frame(&mut self, epoch: u32) {
+        if epoch != self.epoch {
+            self.fail(format!("a frame of link epoch {epoch} is taken in {}", self.epoch));
+        }
+    }
+
     pub fn pauses(&mut self) {
         if self.runs_at != Some(Side::Source) {
             self.fail("a guest is paused that does not run at the source");
@@ -82,10 +152,15 @@ impl Checker {
     }
 
     pub fn writes_word(&mut self, value: u64) {
-        if self.word != 0 {
+        let allowed = match value {
+            COMMITTED | ABORTED => self.word == UNDECIDED,
+            TAKEN_BACK | RUNNING => self.word == COMMITTED,
+            _ => false,
+        };
+        if !allowed {
             self.fail(format!("the commit word goes from {} to {value}", self.word));
         }
-        if value == 1 && self.runs_at.is_some() {
+        if value == COMMITTED && self.runs_at.is_some() {
             self.fail("a commit while the guest runs");
         }
         self.word = value;
@@ -94,7 +169,7 @@ impl Checker {
     pub fn reads(&mut self, side: Side, page: u64, seen: u64) {
         self.acts(side);
         let expected = self.model[page as usize];
-        if seen != expected {
+        if seen != expected && !self.two_guests {
             self.fail(format!("the guest reads version {seen} of page {page}, not {expected}"));
         }
     }
@@ -105,7 +180,7 @@ impl Checker {
     }
 
     fn acts(&mut self, side: Side) {
-        if self.runs_at != Some(side) {
+        if self.runs_at != Some(side) && !self.two_guests {
             self.fail(format!("a vCPU acts at the {side:?}; the guest is at {:?}", self.runs_at));
         }
     }
@@ -121,8 +196,11 @@ impl Checker {
 
     /// A page leaves the source; `version` is 0 for a page said to be zero.
     pub fn sends(&mut self, epoch: u32, page: u64, version: u64) {
-        // Nothing that is sent after the guest was taken back can ever count.
-        if self.word == 2 {
+        if self.given_back {
+            self.fail(format!("page {page} is sent after the guest was given back"));
+        }
+        // Nothing that is sent after the word was aborted can ever count.
+        if self.two_guests || matches!(self.word, ABORTED | TAKEN_BACK) {
             return;
         }
         match &self.at_pause {
@@ -135,6 +213,9 @@ impl Checker {
         let before = self.sent_in[page as usize].replace(epoch);
         if before.is_some_and(|before| before >= epoch) {
             self.fail(format!("page {page} is sent in epoch {epoch} after {before:?}"));
+        }
+        if epoch > 0 && self.told_placed[page as usize] {
+            self.fail(format!("page {page} is sent again, which the destination has"));
         }
     }
 
@@ -166,18 +247,22 @@ impl Checker {
     }
 
     pub fn releases_memory(&mut self, missing: u64) {
-        if missing > 0 || self.runs_at != Some(Side::Destination) {
+        if (missing > 0 || self.runs_at != Some(Side::Destination)) && !self.two_guests {
             self.fail(format!("the source lets go while {missing} pages are missing"));
         }
     }
 
-    pub fn ends(&mut self, side: Side, outcome: Outcome) {
+    /// `missing` pages are neither placed at the destination nor known to be zero.
+    pub fn ends(&mut self, side: Side, outcome: Outcome, missing: u64) {
         if let Some(before) = &self.outcomes[side as usize] {
             let what = format!("the {side:?} ends with {outcome:?} after {before:?}");
             return self.fail(what);
         }
         match &outcome {
-            Outcome::Aborted(_) if self.word == 1 => {
+            Outcome::Completed if missing > 0 => {
+                self.fail(format!("the {side:?} completes and {missing} pages are missing"));
+            }
+            Outcome::Aborted(_) if self.committed() => {
                 self.fail(format!("the {side:?} ends aborted after the commit"));
             }
             Outcome::Completed if !self.ran_at_destination => {
@@ -188,6 +273,7 @@ impl Checker {
         let peer = &self.outcomes[side.peer() as usize];
         if let (Outcome::Completed, Some(Outcome::Aborted(_)))
         | (Outcome::Aborted(_), Some(Outcome::Completed)) = (&outcome, peer)
+            && !self.overridden()
         {
             let what = format!("the {side:?} ends with {outcome:?}, its peer with {peer:?}");
             self.fail(what);
@@ -197,8 +283,11 @@ impl Checker {
 
     /// Nothing happens any more: `source` and `destination` are the two memories.
     pub fn all_over(&mut self, source: &[u64], destination: &[Option<u64>]) {
-        let committed = self.word == 1;
+        let committed = self.committed();
         let home = if committed { Side::Destination } else { Side::Source };
+        if self.two_guests || (self.vmm_died && !committed) {
+            return;
+        }
         if self.runs_at != Some(home) {
             return self.fail(format!("at the end the guest is at {:?}", self.runs_at));
         }

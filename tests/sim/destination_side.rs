@@ -3,6 +3,7 @@
 
 use crate::ledgers::Ledger;
 use crate::network::{ConnectionId, Lane, Packet, Side};
+use crate::source_side::ACTIONS_MAX;
 use crate::world::{Event, Sabotage, World};
 use postcopy::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
@@ -13,8 +14,12 @@ use postcopy::proto::message::{Mismatch, ToDestination, ToSource, encode};
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::proto::placed::PlacedMessages;
 use postcopy::proto::source::Outcome;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
+
+/// How long a vCPU may stand still at a page that is there.
+const ASLEEP_MAX: Duration = Duration::from_millis(500);
 
 pub struct Destination {
     pub session: Option<DestinationSession>,
@@ -29,6 +34,8 @@ pub struct Destination {
     held: Vec<(ConnectionId, [u8; 24], Vec<u64>)>,
     /// Pages that restoring will touch, the next one last.
     restoring: Vec<u64>,
+    /// Placed pages whose mapping the kernel has dropped.
+    unmapped: BTreeSet<u64>,
     unregistered: bool,
     told_full: bool,
     told_end: bool,
@@ -66,6 +73,7 @@ impl Destination {
             lanes_open: false,
             held: Vec::new(),
             restoring: Vec::new(),
+            unmapped: BTreeSet::new(),
             unregistered: false,
             told_full: false,
             told_end: false,
@@ -131,9 +139,13 @@ impl<L: Ledger> World<L> {
                 }
             }
             DestinationStep::Progress => {
+                self.look_for_sleepers();
                 let progress =
                     ToSource::Progress { settled: 1, network_faults: 2, pushed_bytes: 3 };
-                self.destination_says(&progress);
+                // The engine says it with its answers to pings, once the guest runs.
+                if self.destination.state() == Some(DestinationState::Running) {
+                    self.destination_says(&progress);
+                }
                 if self.destination.accepts() {
                     let step = DestinationStep::Progress;
                     self.soon(200_000, Event::Destination { step });
@@ -146,11 +158,19 @@ impl<L: Ledger> World<L> {
         let Some(session) = &mut self.destination.session else { return };
         self.trace.line(self.now, format_args!("destination {:?} <- {event:?}", session.state()));
         session.handle(self.now, event);
+        let mut actions = 0;
         while let Some(action) = self.destination.session.as_mut().and_then(|s| s.poll_action()) {
             self.trace.line(self.now, format_args!("destination -> {action:?}"));
+            actions += 1;
+            if actions > ACTIONS_MAX {
+                return self.checker.fail("the destination's machine has no end of actions");
+            }
             self.perform_for_destination(action);
         }
         let timeout = self.destination.session.as_ref().and_then(DestinationSession::timeout);
+        if self.sabotage == Sabotage::NoTimers {
+            return;
+        }
         if let Some(at) = timeout.filter(|_| timeout != self.destination.armed) {
             let side = Side::Destination;
             self.at(at.max(self.now), Event::Timer { side, incarnation: 0, at });
@@ -182,6 +202,9 @@ impl<L: Ledger> World<L> {
         match action {
             DestinationAction::Prepare(_) => {
                 let refuse = self.random.percent(1);
+                if refuse {
+                    self.harm();
+                }
                 let next =
                     if refuse { DestinationStep::Refused } else { DestinationStep::Prepared };
                 let delay = self.slowly(3_000);
@@ -208,6 +231,7 @@ impl<L: Ledger> World<L> {
                     self.checker.fail("the machine state arrives changed");
                 }
                 if self.random.percent(1) {
+                    self.harm();
                     return self.soon(1_000, step(DestinationStep::RestoreFailed));
                 }
                 self.destination.restoring =
@@ -219,23 +243,31 @@ impl<L: Ledger> World<L> {
             DestinationAction::SendPlaced => self.send_placed(),
             DestinationAction::Unregister => {
                 match self.destination.ledger.finish() {
+                    _ if self.sabotage == Sabotage::FullTooEarly => {}
                     Ok(proof) if proof.counts().placed_twice == 0 => {}
                     Ok(_) => self.checker.fail("the ledger says a page was placed twice"),
                     Err(error) => self.checker.fail(format!("unregistered early: {error}")),
                 }
                 self.destination.unregistered = true;
+                // The kernel lets go whoever still waits.
+                (0..self.guest.vcpus.len()).for_each(|vcpu| self.wake_if_blocked(vcpu));
             }
             DestinationAction::MakeReport => {
                 self.soon(1_000, step(DestinationStep::ReportReady));
             }
             DestinationAction::DropGuest => self.checker.drops_guest(),
             DestinationAction::Finish(outcome) => {
-                self.checker.ends(Side::Destination, outcome);
+                self.destination_ends(outcome);
                 if let Some(connection) = self.destination.connection.take() {
                     self.send(connection, Lane::Control, Side::Source, Packet::Close);
                 }
             }
         }
+    }
+
+    fn destination_ends(&mut self, outcome: Outcome) {
+        let missing = self.destination.missing();
+        self.checker.ends(Side::Destination, outcome, missing);
     }
 
     fn destination_says(&mut self, message: &ToSource) {
@@ -250,7 +282,17 @@ impl<L: Ledger> World<L> {
     fn send_placed(&mut self) {
         let ledger = self.destination.ledger.clone();
         let mut messages = PlacedMessages::new(self.pages);
-        let placed = |first, bits: &mut [u64]| ledger.fill_placed(first, bits);
+        self.checker.tells_placed();
+        let sabotage = self.sabotage;
+        let placed = |first: PageIndex, bits: &mut [u64]| {
+            ledger.fill_placed(first, bits);
+            let word = bits.iter_mut().find(|word| **word != 0 && **word != u64::MAX);
+            match (sabotage, word) {
+                (Sabotage::PlacedLacksOne, Some(word)) => *word &= *word - 1,
+                (Sabotage::PlacedHasOneMore, Some(word)) => *word |= *word + 1,
+                _ => {}
+            }
+        };
         while let Some(part) = messages.next(1, placed) {
             let last = messages.is_done();
             self.destination_says(&ToSource::Placed { part, last });
@@ -258,7 +300,8 @@ impl<L: Ledger> World<L> {
         let mut requested = vec![0; self.pages.div_ceil(64) as usize];
         ledger.fill_requested(PageIndex::new(0), &mut requested);
         let is_requested = |page: &u64| requested[(page / 64) as usize] >> (page % 64) & 1 == 1;
-        for page in (0..self.pages).filter(is_requested) {
+        let forgets = self.sabotage == Sabotage::ForgetRequests;
+        for page in (0..self.pages).filter(is_requested).filter(|_| !forgets) {
             self.request(PageIndex::new(page), None);
         }
         // What was said on the old link may never have arrived.
@@ -287,6 +330,10 @@ impl<L: Ledger> World<L> {
             Packet::Message(bytes) => self.first_message(connection, &bytes[4..]),
             Packet::Frame(header, versions) if current && self.destination.lanes_open => {
                 self.take_frame(header, versions);
+            }
+            Packet::Frame(header, versions) if self.sabotage == Sabotage::OldFrames => {
+                let epoch = self.network.epoch(connection);
+                self.take_frame_of(epoch, header, versions);
             }
             Packet::Frame(header, versions) => {
                 self.destination.held.push((connection, header, versions));
@@ -333,6 +380,7 @@ impl<L: Ledger> World<L> {
             }
         }
         self.destination.connection = Some(connection);
+        self.checker.links(self.network.epoch(connection));
         self.destination_event(DestinationEvent::Message(message));
     }
 
@@ -349,6 +397,13 @@ impl<L: Ledger> World<L> {
         if self.destination.connection == Some(connection) {
             self.destination.connection = None;
             self.destination.lanes_open = false;
+            if self.sabotage == Sabotage::EndIsDone
+                && self.destination.state() == Some(DestinationState::Running)
+            {
+                // A stream that ends has brought everything, has it not?
+                self.destination.session = None;
+                return self.destination_ends(Outcome::Completed);
+            }
             self.destination_event(DestinationEvent::LinkLost("it went silent".into()));
             let in_doubt = self.destination.state() == Some(DestinationState::InDoubt);
             if in_doubt && self.sabotage == Sabotage::RunInDoubt {
@@ -362,7 +417,13 @@ impl<L: Ledger> World<L> {
         if session.state() == DestinationState::Over {
             return;
         }
-        let limits = FrameLimits { pages: self.pages, epoch: session.epoch() };
+        let epoch = session.epoch();
+        self.take_frame_of(epoch, header, versions);
+    }
+
+    fn take_frame_of(&mut self, epoch: u32, header: [u8; 24], versions: Vec<u64>) {
+        self.checker.takes_frame(epoch);
+        let limits = FrameLimits { pages: self.pages, epoch };
         let header = match FrameHeader::parse(&header, limits) {
             Ok(header) => header,
             Err(error) => return self.checker.fail(format!("to the destination: {error}")),
@@ -416,10 +477,13 @@ impl<L: Ledger> World<L> {
     fn place(&mut self, page: u64, version: u64) {
         self.checker.places(page, version);
         self.destination.memory[page as usize] = Some(version);
+        self.wake_waiters(page);
+    }
+
+    fn wake_waiters(&mut self, page: u64) {
         for vcpu in 0..self.guest.vcpus.len() {
-            let state = &self.guest.vcpus[vcpu];
-            if state.blocked && state.next.is_some_and(|access| access.page == page) {
-                self.wake_vcpu(vcpu);
+            if self.guest.vcpus[vcpu].next.is_some_and(|access| access.page == page) {
+                self.wake_if_blocked(vcpu);
             }
         }
         if self.destination.restoring.last() == Some(&page) {
@@ -427,8 +491,31 @@ impl<L: Ledger> World<L> {
         }
     }
 
+    fn wake_if_blocked(&mut self, vcpu: usize) {
+        if self.guest.vcpus[vcpu].blocked {
+            self.wake_vcpu(vcpu);
+        }
+    }
+
+    /// Nobody may wait at a page that is there.
+    fn look_for_sleepers(&mut self) {
+        for (index, vcpu) in self.guest.vcpus.iter().enumerate() {
+            let page = vcpu.next.filter(|_| vcpu.blocked).map(|access| access.page);
+            let there = |page: &u64| self.destination.memory[*page as usize].is_some();
+            let long = self.now > vcpu.blocked_at + ASLEEP_MAX;
+            if let Some(page) = page.filter(there).filter(|_| long) {
+                let what = format!("vCPU {index} stands still at page {page}, which is there");
+                return self.checker.fail(what);
+            }
+        }
+    }
+
     fn look_whether_full(&mut self) {
-        if !self.destination.told_full && self.destination.ledger.finish().is_ok() {
+        let full = match self.sabotage {
+            Sabotage::FullTooEarly => self.destination.missing() <= 1,
+            _ => self.destination.ledger.finish().is_ok(),
+        };
+        if !self.destination.told_full && full {
             self.destination.told_full = true;
             self.soon(300, Event::Destination { step: DestinationStep::LedgerFull });
         }
@@ -437,18 +524,32 @@ impl<L: Ledger> World<L> {
     /// Whether a page can be accessed at once; if not, whoever wants it stands still
     /// until it is placed.
     pub fn destination_has(&mut self, page: u64, vcpu: Option<usize>) -> bool {
-        if self.destination.unregistered || self.destination.memory[page as usize].is_some() {
+        let there = self.destination.memory[page as usize].is_some();
+        let unmapped = self.destination.unmapped.contains(&page);
+        if self.destination.unregistered || there && !unmapped {
+            if there && self.random.percent(1) {
+                self.destination.unmapped.insert(page);
+            }
             return true;
         }
         if let Some(vcpu) = vcpu {
             self.guest.vcpus[vcpu].blocked = true;
+            self.guest.vcpus[vcpu].blocked_at = self.now;
         }
         let index = PageIndex::new(page);
         let ledger = self.destination.ledger.clone();
         match ledger.fault(index) {
             Ok(FaultAnswer::Request) => self.request(index, vcpu),
             Ok(FaultAnswer::Wait) => {}
-            Ok(FaultAnswer::Wake) => self.checker.fail("a placed page is not in memory"),
+            Ok(FaultAnswer::Wake) if !there => {
+                self.checker.fail("a placed page is not in memory");
+            }
+            Ok(FaultAnswer::Wake) if self.sabotage == Sabotage::NoWake => {}
+            Ok(FaultAnswer::Wake) => {
+                self.mark("fault on a placed page".into());
+                self.destination.unmapped.remove(&page);
+                self.wake_waiters(page);
+            }
             Ok(FaultAnswer::Zero(landing)) => {
                 self.place(page, 0);
                 landing.placed();
@@ -497,7 +598,9 @@ impl<L: Ledger> World<L> {
     /// so then it is spared, and so it is while the commit is under way.
     pub fn crash_destination(&mut self) {
         use postcopy::proto::source::SourceState;
-        let spared = self.vmm.word == 1 || self.source.state() == Some(SourceState::Committing);
+        let spared = self.vmm.committed()
+            || self.checker.overridden()
+            || self.source.state() == Some(SourceState::Committing);
         if spared || self.checker.outcome(Side::Destination).is_some() {
             return;
         }
@@ -511,7 +614,7 @@ impl<L: Ledger> World<L> {
         }
         if self.destination.session.take().is_some() {
             let why = "the destination died".into();
-            self.checker.ends(Side::Destination, Outcome::Aborted(why));
+            self.destination_ends(Outcome::Aborted(why));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What goes wrong, and when: drawn from the seed before the run begins.
 
+use crate::network::{Lane, Side};
 use crate::random::Random;
 use postcopy::proto::destination::DestinationState as D;
 use postcopy::proto::source::SourceState as S;
@@ -11,8 +12,23 @@ pub enum Fault {
     Cut,
     /// The connection breaks, and none can be made for a while.
     Outage(Duration),
+    /// That side hears nothing any more, but is heard.
+    HalfOpen(Side),
+    /// One lane is lost by itself.
+    LoseLane(Lane),
+    /// A side's process stands still, as one that was stopped does.
+    Stall(Side, Duration),
+    /// The destination has another address, which the source learns after a while.
+    Move(Duration),
     /// The source's fault-server dies; its VMM and the memory live on.
     CrashSource,
+    /// The source's VMM dies; the guest with it, if it runs there.
+    KillVmm,
+    /// The keeper dies.
+    KillKeeper,
+    /// The fault-server dies, and an operator takes the guest back after a commit, on his
+    /// word that the destination does not run it.
+    Override,
     /// The destination dies. Injected before the commit only: after it a guest
     /// does not survive this yet.
     CrashDestination,
@@ -52,7 +68,23 @@ pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
     let horizon = random.pick(&[50, 400, 1_000, 2_000]);
     (0..count)
         .map(|_| {
-            let fault = match random.below(25) {
+            let lasting = random.pick(&[300_000, 2_000_000, 10_000_000]);
+            let lasting = if long { 90_000_000 } else { lasting };
+            let fault = match random.below(40) {
+                25..28 => Fault::HalfOpen(random.pick(&[Side::Source, Side::Destination])),
+                28..31 => Fault::LoseLane(match random.below(6) {
+                    0 => Lane::Control,
+                    1..3 => Lane::Demand(random.below(3) as u16),
+                    _ => Lane::Push(random.below(3) as u16),
+                }),
+                31..34 => {
+                    let side = random.pick(&[Side::Source, Side::Destination]);
+                    Fault::Stall(side, random.micros(1_000, lasting))
+                }
+                34 => Fault::Move(random.micros(1_000, lasting)),
+                35..37 => Fault::KillVmm,
+                37..39 => Fault::KillKeeper,
+                39 => Fault::Override,
                 0..7 => Fault::Cut,
                 7..10 => Fault::Outage(random.micros(0, if long { 90_000_000 } else { 3_000_000 })),
                 10..14 => Fault::CrashSource,

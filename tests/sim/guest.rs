@@ -16,6 +16,7 @@ pub struct Vcpu {
     /// The access that it does next, or stands still at.
     pub next: Option<Access>,
     pub blocked: bool,
+    pub blocked_at: Duration,
     left: u64,
     at: u64,
 }
@@ -42,7 +43,13 @@ impl Guest {
         // A slow guest that is migrated on demand takes longer than any limit.
         let pace = random.pick(&[100, 1_000, 1_000, 5_000, 5_000, 1_000_000]);
         let vcpus = (0..vcpus)
-            .map(|_| Vcpu { next: None, blocked: false, left: accesses, at: random.below(pages) })
+            .map(|_| Vcpu {
+                next: None,
+                blocked: false,
+                blocked_at: Duration::ZERO,
+                left: accesses,
+                at: random.below(pages),
+            })
             .collect();
         let workload_max = Duration::from_micros(accesses * pace);
         Self { vcpus, pace, workload_max, generation: 0, pages, random, version: 0 }

@@ -9,6 +9,9 @@ use crate::random::Random;
 use std::collections::HashMap;
 use std::time::Duration;
 
+/// A connection that is silent for so long is given up, in microseconds.
+pub const IDLE_MAX: u64 = 1_600_000;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
     Source,
@@ -55,6 +58,8 @@ struct Connection {
     busy_until: HashMap<(Lane, Side), Duration>,
     /// Nothing arrives at that side from that time on.
     cut: HashMap<Side, Duration>,
+    /// Lanes that are lost by themselves, either way, from that time on.
+    lanes_cut: HashMap<Lane, Duration>,
     /// Sides that know that it is gone, or have closed it.
     gone: Vec<Side>,
 }
@@ -100,7 +105,8 @@ impl Network {
         to: Side,
     ) -> Option<Duration> {
         let state = &mut self.connections[connection];
-        if state.gone.contains(&to.peer()) || state.cut.contains_key(&to) {
+        let lost = state.cut.contains_key(&to) || state.lanes_cut.contains_key(&lane);
+        if state.gone.contains(&to.peer()) || lost {
             return None;
         }
         // Now and then a packet is lost and sent again.
@@ -112,9 +118,11 @@ impl Network {
     }
 
     /// Whether a packet that is due now reaches `to`.
-    pub fn arrives(&self, now: Duration, connection: ConnectionId, to: Side) -> bool {
+    pub fn arrives(&self, now: Duration, connection: ConnectionId, lane: Lane, to: Side) -> bool {
         let state = &self.connections[connection];
-        !state.gone.contains(&to) && state.cut.get(&to).is_none_or(|cut| now < *cut)
+        let in_time = |cut: Option<&Duration>| cut.is_none_or(|cut| now < *cut);
+        let whole = in_time(state.cut.get(&to)) && in_time(state.lanes_cut.get(&lane));
+        whole && !state.gone.contains(&to)
     }
 
     /// Whether `side` can still use the connection as far as it knows.
@@ -125,7 +133,7 @@ impl Network {
     /// Whether nothing has cut the connection.
     pub fn is_whole(&self, connection: ConnectionId) -> bool {
         let state = &self.connections[connection];
-        state.gone.is_empty() && state.cut.is_empty()
+        state.gone.is_empty() && state.cut.is_empty() && state.lanes_cut.is_empty()
     }
 
     /// `side` notices, or decides, that the connection is over.
@@ -142,6 +150,33 @@ impl Network {
         self.connections[connection].cut.insert(Side::Source, now);
     }
 
+    /// From now on `deaf` hears nothing, but is heard: it notices by its silence, and goes
+    /// silent by that, which its peer then notices. Returns when each does.
+    pub fn cut_towards(
+        &mut self,
+        now: Duration,
+        connection: ConnectionId,
+        deaf: Side,
+    ) -> [(Side, Duration); 2] {
+        self.connections[connection].cut.entry(deaf).or_insert(now);
+        let deaf_notices = now + self.random.micros(1_000_000, IDLE_MAX);
+        let peer_notices = deaf_notices + self.random.micros(0, IDLE_MAX);
+        [(deaf, deaf_notices), (deaf.peer(), peer_notices)]
+    }
+
+    /// Loses one lane, and all that is on its way there; a side that notices gives up
+    /// the whole connection.
+    pub fn cut_lane(
+        &mut self,
+        now: Duration,
+        connection: ConnectionId,
+        lane: Lane,
+    ) -> [(Side, Duration); 2] {
+        self.connections[connection].lanes_cut.entry(lane).or_insert(now);
+        [Side::Source, Side::Destination]
+            .map(|side| (side, now + self.random.micros(1_000, IDLE_MAX)))
+    }
+
     /// Cuts the connection; returns when each side will notice.
     pub fn cut(&mut self, now: Duration, connection: ConnectionId) -> [(Side, Duration); 2] {
         [Side::Source, Side::Destination].map(|side| {
@@ -150,7 +185,7 @@ impl Network {
             let cut = now + self.random.micros(0, grace);
             self.connections[connection].cut.entry(side).or_insert(cut);
             // A closed socket is noticed at once, a silent one by the idle timeout.
-            let notice_max = self.random.pick(&[100, 20_000, 1_600_000]);
+            let notice_max = self.random.pick(&[100, 20_000, IDLE_MAX]);
             (side, cut.max(now + self.random.micros(0, notice_max)))
         })
     }

@@ -6,7 +6,7 @@ use crate::faults::Fault;
 use crate::ledgers::{Ledger, View};
 use crate::network::{ConnectionId, Lane, Packet, Side};
 use crate::random::Random;
-use crate::vmm::VmmStep;
+use crate::vmm::{self, Keeper, VmmStep};
 use crate::world::{Event, Sabotage, World};
 use postcopy::proto::frame::{FrameHeader, FrameLimits, Origin, PageKind, PageRequest};
 use postcopy::proto::layout::MemoryLayout;
@@ -15,6 +15,7 @@ use postcopy::proto::message::{
     CommitRecord, Hello, SessionId, ToDestination, ToSource, body_len, encode,
 };
 use postcopy::proto::page::PageIndex;
+use postcopy::proto::page::{PAGE_SIZE, PageRun};
 use postcopy::proto::placed::PlacedPages;
 use postcopy::proto::prepaging;
 use postcopy::proto::prepaging::{Policy, PolicyConfig, PolicyKind};
@@ -25,6 +26,8 @@ use std::time::Duration;
 pub const SESSION: SessionId = SessionId([7; 16]);
 /// Push lanes of a connection.
 const PUSH_LANES: u64 = 3;
+/// More actions than any one event calls for.
+pub const ACTIONS_MAX: u32 = 12;
 
 pub struct Source<L> {
     pub session: Option<SourceSession>,
@@ -115,7 +118,11 @@ impl<L: Ledger> World<L> {
     pub fn start_source(&mut self) {
         let layout = MemoryLayout::flat(self.pages).expect("a small guest");
         let hello = Hello::new(SESSION, layout, "sim".into());
-        self.source.session = Some(SourceSession::new(hello, self.limits, self.now));
+        let mut limits = self.limits;
+        if self.sabotage == Sabotage::Impatient {
+            limits.recovery = Duration::from_millis(500);
+        }
+        self.source.session = Some(SourceSession::new(hello, limits, self.now));
         self.perform_source_actions();
         self.soon(20_000, Event::Source { incarnation: 0, step: SourceStep::Ping });
     }
@@ -137,13 +144,15 @@ impl<L: Ledger> World<L> {
             SourceStep::PauseFailed => self.source_event(SourceEvent::PauseFailed("no".into())),
             SourceStep::StateSent => self.source_event(SourceEvent::StateSent),
             SourceStep::WriteWord => {
-                let won = self.vmm.word == 0;
+                let won = self.vmm.word == vmm::UNDECIDED;
                 if won && self.random.percent(1) {
+                    self.harm();
                     return self.source_event(SourceEvent::CommitFailed("no".into()));
                 }
                 if won {
-                    self.vmm.word = 1;
-                    self.checker.writes_word(1);
+                    self.vmm.word = vmm::COMMITTED;
+                    self.checker.writes_word(vmm::COMMITTED);
+                    self.committed_at = self.now;
                 }
                 self.source_event(SourceEvent::CommitWord(won));
             }
@@ -173,8 +182,13 @@ impl<L: Ledger> World<L> {
     }
 
     fn perform_source_actions(&mut self) {
+        let mut actions = 0;
         while let Some(action) = self.source.session.as_mut().and_then(|s| s.poll_action()) {
             self.source.performed += 1;
+            actions += 1;
+            if actions > ACTIONS_MAX {
+                return self.checker.fail("the source's machine has no end of actions");
+            }
             if self.dies_before_action(self.source.performed) {
                 return self.fail_with(Fault::CrashSource);
             }
@@ -183,6 +197,9 @@ impl<L: Ledger> World<L> {
         }
         let incarnation = self.source.incarnation;
         let timeout = self.source.session.as_ref().and_then(SourceSession::timeout);
+        if self.sabotage == Sabotage::NoTimers {
+            return;
+        }
         if let Some(at) = timeout.filter(|_| timeout != self.source.armed) {
             self.at(at.max(self.now), Event::Timer { side: Side::Source, incarnation, at });
         }
@@ -210,8 +227,11 @@ impl<L: Ledger> World<L> {
         let incarnation = self.source.incarnation;
         let step = |step| Event::Source { incarnation, step };
         match action {
-            SourceAction::Connect { epoch, after } => {
+            SourceAction::Connect { epoch, after, .. } => {
                 self.source.stored_epoch = epoch;
+                if epoch > 0 {
+                    self.mark("dials again".into());
+                }
                 self.close_source_link();
                 self.after(after, step(SourceStep::Dial { epoch }));
             }
@@ -222,7 +242,14 @@ impl<L: Ledger> World<L> {
                     self.source_lost_link(connection, "closed here");
                 }
             }
-            SourceAction::Say(message) => {
+            SourceAction::Say(ToDestination::Abort { .. })
+                if self.sabotage == Sabotage::MuteAbort => {}
+            SourceAction::Say(mut message) => {
+                if let (ToDestination::Reattach { epoch, .. }, Sabotage::EpochNotRaised) =
+                    (&mut message, self.sabotage)
+                {
+                    *epoch = 0;
+                }
                 if let Some(connection) = self.source.connection {
                     let bytes = Packet::Message(encode(&message));
                     self.send(connection, Lane::Control, Side::Destination, bytes);
@@ -239,6 +266,9 @@ impl<L: Ledger> World<L> {
             SourceAction::PauseGuest => {
                 let delay = self.slowly(2_000);
                 self.vmm.pausing = true;
+                if self.vmm.keeper == Keeper::NotStarted {
+                    self.vmm.keeper = Keeper::Holds;
+                }
                 self.after(delay, Event::Vmm(VmmStep::Pause { incarnation }));
             }
             SourceAction::SendState => {
@@ -255,8 +285,23 @@ impl<L: Ledger> World<L> {
                 }
                 self.soon(300, step(SourceStep::StateSent));
             }
-            SourceAction::WriteCommitWord => self.soon(300, step(SourceStep::WriteWord)),
+            SourceAction::WriteCommitWord => {
+                if self.sabotage == Sabotage::CommitBeforeWord {
+                    let commit = ToDestination::Commit(CommitRecord { session: SESSION, epoch: 0 });
+                    self.perform_for_source(SourceAction::Say(commit));
+                }
+                self.soon(300, step(SourceStep::WriteWord));
+            }
+            SourceAction::TakeBackGuest | SourceAction::DiscardMemory => {
+                unreachable!("nobody here operates: a wrong word of his is two running guests")
+            }
+            SourceAction::ResumeGuest if self.sabotage == Sabotage::KeepClaims => {
+                self.checker.gives_back();
+                self.soon(2_000, Event::Vmm(VmmStep::Resume));
+            }
             SourceAction::ResumeGuest => {
+                self.source.lanes_open = false;
+                self.checker.gives_back();
                 if let Err(error) = self.source.ledger.void(LinkEpoch::new(u32::MAX)) {
                     self.checker.fail(format!("the claims cannot be voided: {error}"));
                 }
@@ -268,13 +313,20 @@ impl<L: Ledger> World<L> {
                 let chain = self.source.push_chain;
                 self.soon(1_000, step(SourceStep::Push { chain }));
             }
-            SourceAction::ReleaseGuest => self.checker.releases_guest(),
+            SourceAction::ReleaseGuest => {
+                if self.vmm.word == vmm::COMMITTED {
+                    self.vmm.word = vmm::RUNNING;
+                    self.checker.writes_word(vmm::RUNNING);
+                }
+                self.vmm.released = true;
+                self.checker.releases_guest();
+            }
             SourceAction::ReleaseMemory => {
                 self.source.released = true;
                 self.checker.releases_memory(self.destination.missing());
             }
             SourceAction::Finish(outcome) => {
-                self.checker.ends(Side::Source, outcome);
+                self.source_ends(outcome);
                 if let Some(connection) = self.source.connection {
                     self.send(connection, Lane::Control, Side::Destination, Packet::Close);
                 }
@@ -283,7 +335,16 @@ impl<L: Ledger> World<L> {
         }
     }
 
+    fn source_ends(&mut self, outcome: Outcome) {
+        let missing = self.destination.missing();
+        self.checker.ends(Side::Source, outcome, missing);
+    }
+
     fn resume_ledger(&mut self, placed: PlacedPages) {
+        self.mark("resumed".into());
+        if self.sabotage == Sabotage::LedgerNotResumed {
+            return;
+        }
         let epoch = self.source.session.as_ref().map_or(0, SourceSession::epoch);
         if let Err(error) = self.source.ledger.resume_from(placed, LinkEpoch::new(epoch)) {
             self.checker.fail(format!("the source's ledger does not resume: {error}"));
@@ -293,9 +354,12 @@ impl<L: Ledger> World<L> {
     fn dial(&mut self, epoch: u32) {
         let incarnation = self.source.incarnation;
         let delay = self.network.handshake();
-        let reachable = self.now >= self.network.outage_until
-            && self.destination.accepts()
-            && !self.random.percent(if epoch == 0 { 1 } else { 10 });
+        let unlucky = self.random.percent(if epoch == 0 { 1 } else { 10 });
+        if unlucky {
+            self.harm();
+        }
+        let up = self.now >= self.network.outage_until;
+        let reachable = up && self.destination.accepts() && !unlucky;
         let step = if reachable {
             SourceStep::Linked { connection: self.network.connect(epoch) }
         } else {
@@ -386,6 +450,9 @@ impl<L: Ledger> World<L> {
                 }
                 None => {
                     self.mark("late hit".into());
+                    if self.sabotage == Sabotage::SendTwice {
+                        self.send_unclaimed(page, lane);
+                    }
                     self.source.policy.late_hit(fault);
                 }
             }
@@ -434,6 +501,9 @@ impl<L: Ledger> World<L> {
         if claim.epoch() != LinkEpoch::new(epoch) {
             return self.mark("claim of an epoch that is over".into());
         }
+        if !self.source.lanes_open {
+            return self.mark("claim on lanes that are closed".into());
+        }
         let mut rest = Some(claim);
         while let Some(mut claim) = rest {
             let holds = |page: PageIndex| self.source.memory[page.as_usize()];
@@ -452,6 +522,10 @@ impl<L: Ledger> World<L> {
             }
             self.trace.line(self.now, format_args!("source frame {header:?}"));
             claim.sent();
+            if self.sabotage == Sabotage::SentIsArrived && self.source.ledger.unsent() == 0 {
+                // All is sent: why wait for the destination's word?
+                self.perform_for_source(SourceAction::ReleaseMemory);
+            }
             let lose = self.sabotage == Sabotage::LosePushFrame
                 && origin == Origin::Push
                 && !self.source.frame_lost;
@@ -463,6 +537,19 @@ impl<L: Ledger> World<L> {
             let packet = Packet::Frame(header.encode(), content);
             self.send(connection, lane, Side::Destination, packet);
         }
+    }
+
+    /// Sends a page that somebody else has claimed: no ledger allows it.
+    fn send_unclaimed(&mut self, page: PageIndex, lane: Lane) {
+        let Some(connection) = self.source.connection else { return };
+        let epoch = self.network.epoch(connection);
+        let version = self.source.memory[page.as_usize()];
+        self.checker.sends(epoch, page.get(), version);
+        let (kind, origin) = (PageKind::Raw, Origin::Demand);
+        let run = PageRun::single(page);
+        let header = FrameHeader { kind, origin, epoch, run, content_len: PAGE_SIZE };
+        let packet = Packet::Frame(header.encode(), vec![version]);
+        self.send(connection, lane, Side::Destination, packet);
     }
 
     pub fn cancel_source(&mut self) {
@@ -482,12 +569,19 @@ impl<L: Ledger> World<L> {
             return;
         }
         self.trace.line(self.now, format_args!("the fault-server dies"));
+        if self.source.incarnation > 0 {
+            self.mark("the fault-server dies again".into());
+            if self.source.session.as_ref().is_some_and(|session| !session.linked()) {
+                self.mark("the fault-server dies again before it is back".into());
+            }
+        }
         self.source.incarnation += 1;
         self.source.session = None;
         self.source.armed = None;
         self.source.held.clear();
         self.close_source_link();
         self.soon(50_000, Event::Vmm(VmmStep::ServerGone));
+        self.soon(50_000, Event::Vmm(VmmStep::KeeperLeft));
         let incarnation = self.source.incarnation;
         let step = SourceStep::Restart;
         self.soon(1_000_000, Event::Source { incarnation, step });
@@ -495,24 +589,39 @@ impl<L: Ledger> World<L> {
 
     fn restart(&mut self) {
         let (incarnation, limits) = (self.source.incarnation, self.limits);
+        if self.source.released {
+            // All was done but the report: there is nothing to recover.
+            return self.source_ends(Outcome::Completed);
+        }
+        let recorded = self.vmm.keeper == Keeper::Holds;
         match self.vmm.word {
-            // The VMM has not noticed yet.
-            0 => {
+            // Who aborts the word has not noticed yet.
+            vmm::UNDECIDED if recorded || !self.vmm.dead => {
                 let step = SourceStep::Restart;
                 return self.soon(100_000, Event::Source { incarnation, step });
             }
-            1 => {}
-            _ => {
+            vmm::COMMITTED | vmm::RUNNING if recorded => {}
+            vmm::COMMITTED | vmm::RUNNING => {
+                self.may_be_lost = true;
+                self.mark("lost with fault-server and keeper".into());
+                return self.source_ends(Outcome::Lost("no memory is left".into()));
+            }
+            vmm::ABORTED | vmm::TAKEN_BACK if recorded => {
                 let epoch = self.source.stored_epoch;
-                let session = SourceSession::recover_aborted(SESSION, epoch, limits, self.now);
+                let session = if self.vmm.word == vmm::TAKEN_BACK {
+                    SourceSession::recover_taken_back(SESSION, epoch, limits, self.now)
+                } else {
+                    SourceSession::recover_aborted(SESSION, epoch, limits, self.now)
+                };
                 self.mark("restart after an abort".into());
                 self.source.session = Some(session);
                 return self.perform_source_actions();
             }
-        }
-        if self.source.released {
-            // All was done but the report: there is nothing to recover.
-            return self.checker.ends(Side::Source, Outcome::Completed);
+            _ => {
+                // Nobody knows any more whom there would be to tell.
+                self.source.may_leave_in_doubt = true;
+                return self.source_ends(Outcome::Aborted("no record is left".into()));
+            }
         }
         let record = CommitRecord { session: SESSION, epoch: 0 };
         let mut epoch = self.source.stored_epoch;

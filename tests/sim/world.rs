@@ -7,11 +7,12 @@ use crate::destination_side::{Destination, DestinationStep};
 use crate::faults::{self, Fault, Plan, When};
 use crate::guest::Guest;
 use crate::ledgers::Ledger;
-use crate::network::{ConnectionId, Lane, Network, Packet, Side};
+use crate::network::{ConnectionId, IDLE_MAX, Lane, Network, Packet, Side};
 use crate::random::Random;
 use crate::source_side::{Source, SourceStep};
 use crate::trace::Trace;
-use crate::vmm::{Vmm, VmmStep};
+use crate::vmm::{Keeper, Vmm, VmmStep};
+use postcopy::proto::destination::DestinationState;
 use postcopy::proto::source::{Outcome, SessionLimits};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -20,6 +21,9 @@ use std::time::Duration;
 /// After the last fault, and the guest's workload, a session is over within this time: the longest chain of
 /// limits (restore, then recovery) and some for the delays.
 const END_WITHIN: Duration = Duration::from_secs(100);
+/// Once the guest is committed, after the last fault and the workload, all its pages are
+/// there within this time.
+const WHOLE_WITHIN: Duration = Duration::from_secs(10);
 /// More events than any honest run has.
 const EVENTS_MAX: u64 = 300_000;
 
@@ -35,6 +39,40 @@ pub enum Sabotage {
     RunInDoubt,
     /// The source marks pages as sent and does not send them.
     LosePushFrame,
+    /// The source says Commit before the word is written.
+    CommitBeforeWord,
+    /// After an abort the claims stay, and the lanes stay open.
+    KeepClaims,
+    /// The source does not tell the destination that it has aborted.
+    MuteAbort,
+    /// The source comes back in the epoch that it was in.
+    EpochNotRaised,
+    /// The destination takes in frames of a link that is gone.
+    OldFrames,
+    /// The set of placed pages lacks one.
+    PlacedLacksOne,
+    /// The set of placed pages has one that is missing.
+    PlacedHasOneMore,
+    /// The source's ledger stays in the old epoch.
+    LedgerNotResumed,
+    /// What was asked for on a link that is gone is not asked for again.
+    ForgetRequests,
+    /// A fault on a placed page wakes nobody.
+    NoWake,
+    /// The destination is full with a page missing.
+    FullTooEarly,
+    /// The source lets go when everything is sent.
+    SentIsArrived,
+    /// The destination takes the end of a link for the end of the session.
+    EndIsDone,
+    /// The source answers a request for a page that is on its way.
+    SendTwice,
+    /// No time limit ever comes to its end.
+    NoTimers,
+    /// The source gives up after the handshake's limit or sooner, not after the patience.
+    Impatient,
+    /// The keeper leaves the word of a client that has died as it is.
+    KeeperSleeps,
 }
 
 #[derive(Debug)]
@@ -127,6 +165,13 @@ pub struct World<L> {
     /// The destination could not go on with a guest which it may have been given.
     pub may_be_lost: bool,
     last_fault: Duration,
+    pub committed_at: Duration,
+    /// Something went wrong before the commit, so that an abort is no wonder.
+    harmed: bool,
+    /// How long the faults lasted, all together.
+    disturbed: Duration,
+    /// A side's process stands still until then.
+    stalled_until: [Duration; 2],
 }
 
 impl<L: Ledger> World<L> {
@@ -165,6 +210,10 @@ impl<L: Ledger> World<L> {
             long,
             may_be_lost: false,
             last_fault: Duration::ZERO,
+            committed_at: Duration::ZERO,
+            harmed: false,
+            disturbed: Duration::ZERO,
+            stalled_until: [Duration::ZERO; 2],
             random,
         };
         let plans = world.plans.clone();
@@ -194,6 +243,7 @@ impl<L: Ledger> World<L> {
             if over_at.is_none() && self.now > bound {
                 self.checker.fail(format!("not over {END_WITHIN:?} after the last fault"));
             }
+            self.look_for_progress(quiet_since);
         }
         if self.checker.failure().is_none() {
             self.judge(over_at.is_some());
@@ -206,6 +256,30 @@ impl<L: Ledger> World<L> {
             last_lines: self.trace.last_lines(),
             marks: self.marks,
         }
+    }
+
+    /// Once the guest is the destination's and nothing is in the way, its pages come.
+    fn look_for_progress(&mut self, quiet_since: Duration) {
+        let from = quiet_since.max(self.guest.workload_max).max(self.committed_at);
+        let due = self.vmm.committed() && self.now > from + WHOLE_WITHIN;
+        if due && !self.patience_may_be_over() && self.destination.missing() > 0 {
+            let missing = self.destination.missing();
+            self.checker.fail(format!(
+                "{missing} pages are missing, and the workload is not over, {WHOLE_WITHIN:?} \
+                 after the last fault"
+            ));
+        }
+    }
+
+    /// Whether a side may rightly have given up.
+    fn patience_may_be_over(&self) -> bool {
+        let patience = self.limits.recovery * 3 / 4;
+        self.long || self.may_be_lost || self.disturbed > patience || self.checker.overridden()
+    }
+
+    /// Something is going wrong.
+    pub fn harm(&mut self) {
+        self.harmed |= self.vmm.word == 0;
     }
 
     fn is_over(&self) -> bool {
@@ -222,7 +296,20 @@ impl<L: Ledger> World<L> {
         let lost = |outcome: Option<&Outcome>| matches!(outcome, Some(Outcome::Lost(_)));
         let source_lost = lost(self.checker.outcome(Side::Source));
         let destination_lost = lost(self.checker.outcome(Side::Destination));
-        let may_be_lost = self.long || self.may_be_lost;
+        let may_be_lost = self.patience_may_be_over();
+        if self.checker.two_guests() {
+            self.mark("two guests after an override".into());
+        }
+        let aborted = |outcome: Option<&Outcome>| matches!(outcome, Some(Outcome::Aborted(_)));
+        let one_aborted = aborted(self.checker.outcome(Side::Source))
+            || aborted(self.checker.outcome(Side::Destination));
+        if one_aborted && !self.harmed && !self.checker.overridden() {
+            return self.checker.fail("aborted, and nothing had gone wrong before the commit");
+        }
+        let completed = matches!(self.checker.outcome(Side::Source), Some(Outcome::Completed));
+        if completed && destination_lost {
+            return self.checker.fail("the source completes what the destination has lost");
+        }
         if source_lost && !may_be_lost {
             return self.checker.fail("the source gave the guest up");
         }
@@ -257,8 +344,11 @@ impl<L: Ledger> World<L> {
 
     /// Up to so many microseconds; now and then longer than any limit allows.
     pub fn slowly(&mut self, micros_max: u64) -> Duration {
-        let slow = if self.random.percent(1) { 45_000_000 } else { micros_max };
-        self.random.micros(0, slow)
+        let late = self.random.percent(1);
+        if late {
+            self.harm();
+        }
+        self.random.micros(0, if late { 45_000_000 } else { micros_max })
     }
 
     pub fn send(&mut self, connection: ConnectionId, lane: Lane, to: Side, packet: Packet) {
@@ -275,10 +365,31 @@ impl<L: Ledger> World<L> {
         }
     }
 
+    /// Whose process has to run for the event to happen.
+    fn side_of(&self, event: &Event) -> Option<Side> {
+        match event {
+            Event::Deliver { to, .. } => Some(*to),
+            Event::Notice { side, .. } | Event::Timer { side, .. } => Some(*side),
+            Event::Source { .. } => Some(Side::Source),
+            Event::Destination { .. } => Some(Side::Destination),
+            Event::Vcpu { .. } => self.destination.running.then_some(Side::Destination),
+            Event::Vmm(_) => None,
+        }
+    }
+
     fn happen(&mut self, event: Event) {
+        if let Some(side) = self.side_of(&event) {
+            let until = self.stalled_until[side as usize];
+            if self.now < until {
+                return self.at(until, event);
+            }
+        }
         match event {
             Event::Deliver { connection, lane, to, packet } => {
-                if !self.network.arrives(self.now, connection, to) {
+                let old = self.sabotage == Sabotage::OldFrames
+                    && matches!(packet, Packet::Frame(..))
+                    && self.destination.state() == Some(DestinationState::Running);
+                if !old && !self.network.arrives(self.now, connection, lane, to) {
                     return;
                 }
                 match to {
@@ -393,9 +504,16 @@ impl<L: Ledger> World<L> {
             return;
         }
         self.trace.line(self.now, format_args!("FAULT {fault:?}"));
-        self.last_fault = self.now;
+        self.last_fault = self.last_fault.max(self.now);
+        if fault != Fault::EarlyTimer {
+            self.harm();
+        }
         let name = match fault {
             Fault::Outage(_) => "Outage".into(),
+            Fault::Move(_) => "Move".into(),
+            Fault::LoseLane(Lane::Demand(_)) => "LoseLane(Demand)".into(),
+            Fault::LoseLane(Lane::Push(_)) => "LoseLane(Push)".into(),
+            Fault::Stall(side, _) => format!("Stall({side:?})"),
             fault => format!("{fault:?}"),
         };
         if let Some(state) = self.source.state() {
@@ -406,10 +524,26 @@ impl<L: Ledger> World<L> {
         }
         match fault {
             Fault::Cut => self.cut_link(),
-            Fault::Outage(time) => {
+            Fault::Outage(time) | Fault::Move(time) => {
                 self.cut_link();
+                self.disturbed += time;
                 let until = self.now + time;
                 self.network.outage_until = self.network.outage_until.max(until);
+            }
+            Fault::HalfOpen(deaf) => self
+                .break_link(|network, now, connection| network.cut_towards(now, connection, deaf)),
+            Fault::LoseLane(lane) => {
+                self.break_link(|network, now, connection| network.cut_lane(now, connection, lane))
+            }
+            Fault::Stall(side, time) => self.stall(side, time),
+            Fault::KillVmm => self.kill_vmm(),
+            Fault::KillKeeper if self.vmm.keeper == Keeper::Holds => {
+                self.vmm.keeper = Keeper::Dead;
+            }
+            Fault::KillKeeper => {}
+            Fault::Override => {
+                self.crash_source();
+                self.operator_takes_back();
             }
             Fault::CrashSource => self.crash_source(),
             Fault::CrashDestination => self.crash_destination(),
@@ -430,9 +564,43 @@ impl<L: Ledger> World<L> {
     }
 
     fn cut_link(&mut self) {
+        self.break_link(|network, now, connection| network.cut(now, connection));
+    }
+
+    /// Breaks the link in some way, if there is a whole one; the sides notice in time.
+    fn break_link(
+        &mut self,
+        how: impl Fn(&mut Network, Duration, ConnectionId) -> [(Side, Duration); 2],
+    ) {
         for connection in [self.source.connection, self.destination.connection] {
             if let Some(connection) = connection.filter(|c| self.network.is_whole(*c)) {
-                self.cut(connection);
+                for (side, at) in how(&mut self.network, self.now, connection) {
+                    self.at(at, Event::Notice { connection, side });
+                }
+            }
+        }
+        let noticed = self.now + Duration::from_micros(2 * IDLE_MAX);
+        self.last_fault = self.last_fault.max(noticed);
+    }
+
+    /// A process is stopped for a while. If it is long, its peer takes the link for lost,
+    /// and so does the process when it goes on.
+    fn stall(&mut self, side: Side, time: Duration) {
+        let until = self.now + time;
+        self.disturbed += time;
+        let stalled = &mut self.stalled_until[side as usize];
+        *stalled = until.max(*stalled);
+        self.last_fault = self.last_fault.max(until + Duration::from_micros(2 * IDLE_MAX));
+        let idle = Duration::from_micros(IDLE_MAX);
+        if time <= idle {
+            return;
+        }
+        for connection in [self.source.connection, self.destination.connection] {
+            if let Some(connection) = connection.filter(|c| self.network.is_whole(*c)) {
+                for side in [Side::Source, Side::Destination] {
+                    let delay = self.random.micros(0, 1_000);
+                    self.at(self.now + idle + delay, Event::Notice { connection, side });
+                }
             }
         }
     }

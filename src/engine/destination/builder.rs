@@ -92,6 +92,13 @@ impl DestinationBuilder {
         self
     }
 
+    /// How long a guest whose link is lost after the commit, or that is in doubt, is waited
+    /// for: [`SessionLimits::recovery`].
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.config.limits.recovery = patience;
+        self
+    }
+
     /// Socket and QUIC settings.
     pub fn link(mut self, link: LinkOptions) -> Self {
         self.config.link = link;

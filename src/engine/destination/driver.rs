@@ -267,6 +267,7 @@ impl Driver {
                 self.watch.losing(&why);
                 self.diary.lost(self.now(), &why);
                 self.drop_link(&why);
+                self.note_pause(&why);
             }
             DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
             DestinationAction::RunGuest => {
@@ -303,6 +304,7 @@ impl Driver {
             GuestEvent::WorkloadEnded => self.workload_ended = true,
             GuestEvent::Figures(figures) => {
                 self.facts.guest = Some(*figures);
+                self.note_first_placed();
                 let report = self.report().to_json();
                 self.handle(DestinationEvent::ReportReady(report));
             }
@@ -397,6 +399,7 @@ impl Driver {
         info!(?outcome, "the session is over");
         self.tell_progress();
         self.tell_watcher();
+        self.note_first_placed();
         let report = self.report();
         if let Some(mut link) = self.link.take() {
             last_words(&mut link.control, &link.connection).await;

@@ -19,6 +19,8 @@ struct OpenFault {
     page: PageIndex,
     vcpu: Option<u16>,
     since: Instant,
+    /// The source was asked for the page because of it.
+    asked: bool,
 }
 
 /// What waiting for pages came to.
@@ -28,6 +30,8 @@ pub struct FaultFigures {
     pub latency: Latencies,
     /// Each vCPU's standstill.
     pub blocktime: Vec<Duration>,
+    /// Pages that were asked for and had been on their way: they came, but not in answer.
+    pub late_answers: u64,
 }
 
 #[derive(Debug)]
@@ -47,7 +51,7 @@ impl FaultBook {
     /// An empty book for a guest with this many vCPUs.
     pub fn new(vcpus: usize) -> Self {
         let blocktime = vec![Duration::ZERO; vcpus];
-        let figures = FaultFigures { latency: Latencies::new(), blocktime };
+        let figures = FaultFigures { latency: Latencies::new(), blocktime, late_answers: 0 };
         Self { open: AtomicUsize::new(0), book: Mutex::new(Book { open: Vec::new(), figures }) }
     }
 
@@ -56,8 +60,18 @@ impl FaultBook {
     pub fn enter(&self, page: PageIndex, vcpu: Option<u16>, since: Instant) {
         let mut book = self.lock();
         if book.open.len() < OPEN_MAX {
-            book.open.push(OpenFault { page, vcpu, since });
+            book.open.push(OpenFault { page, vcpu, since, asked: false });
             self.open.store(book.open.len(), Ordering::SeqCst);
+        }
+    }
+
+    /// The source is asked for `page`, because of the fault that was entered last on it.
+    pub fn asked(&self, page: PageIndex) {
+        let mut book = self.lock();
+        match book.open.iter_mut().rfind(|fault| fault.page == page) {
+            Some(fault) => fault.asked = true,
+            // It has been placed since it was entered, and nobody had asked yet.
+            None => book.figures.late_answers += 1,
         }
     }
 
@@ -74,8 +88,9 @@ impl FaultBook {
         entered.is_some()
     }
 
-    /// Closes the faults on the pages of `run`, placed at `now`.
-    pub fn placed(&self, run: PageRun, now: Instant) {
+    /// Closes the faults on the pages of `run`, placed at `now`; `demanded` if they came because
+    /// they were asked for.
+    pub fn placed(&self, run: PageRun, demanded: bool, now: Instant) {
         if self.open.load(Ordering::SeqCst) == 0 {
             return;
         }
@@ -86,6 +101,7 @@ impl FaultBook {
             if closed {
                 let waited = now.saturating_duration_since(fault.since);
                 figures.latency.record(waited);
+                figures.late_answers += u64::from(fault.asked && !demanded);
                 if let Some(total) =
                     fault.vcpu.and_then(|vcpu| figures.blocktime.get_mut(usize::from(vcpu)))
                 {
@@ -123,12 +139,34 @@ mod tests {
 
         // Placed between its entry and the ledger's answer that it was placed.
         book.enter(page, Some(0), since);
-        book.placed(PageRun::single(page), since + Duration::from_millis(2));
+        book.placed(PageRun::single(page), true, since + Duration::from_millis(2));
         assert!(!book.strike(page));
         for _look in 0..2 {
             let figures = book.figures();
             assert_eq!(figures.latency.summary().count, 1);
             assert_eq!(figures.blocktime, [Duration::from_millis(2)]);
         }
+    }
+
+    #[test]
+    fn a_page_that_was_asked_for_and_comes_otherwise_was_on_its_way() {
+        let book = FaultBook::new(2);
+        let now = Instant::now();
+        let [asked, answered, crossed] = [3, 4, 5].map(PageIndex::new);
+        for page in [asked, answered] {
+            book.enter(page, Some(0), now);
+            book.asked(page);
+            book.enter(page, Some(1), now);
+        }
+        // Another fault on the page is none more that asked.
+        book.placed(PageRun::single(asked), false, now);
+        book.placed(PageRun::single(answered), true, now);
+        assert_eq!(book.figures().late_answers, 1);
+        // Pushed between the ledger's answer and the asking.
+        book.enter(crossed, Some(0), now);
+        book.placed(PageRun::single(crossed), false, now);
+        book.asked(crossed);
+        assert_eq!(book.figures().late_answers, 2);
+        assert_eq!(book.figures().latency.summary().count, 5);
     }
 }

@@ -9,8 +9,8 @@ use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::uffd::{PlaceError, Placer, Stop};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -64,6 +64,14 @@ pub struct Installer {
     pub arrivals: Arrivals,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
+    current: RwLock<Current>,
+}
+
+/// The link epoch whose pages are welcome.
+#[derive(Debug, Default)]
+struct Current {
+    epoch: u32,
+    first_placed: OnceLock<Instant>,
 }
 
 impl Installer {
@@ -77,7 +85,36 @@ impl Installer {
     ) -> Arc<Self> {
         let full_told = AtomicBool::new(false);
         let arrivals = Arrivals::default();
-        Arc::new(Self { ledger, placer, book, arrivals, full, full_told })
+        let current = RwLock::default();
+        Arc::new(Self { ledger, placer, book, arrivals, full, full_told, current })
+    }
+
+    /// Pages of `epoch` are welcome from now on and no others. When this returns, none of
+    /// another epoch is on its way into memory: what the ledger holds as placed stays
+    /// complete, whatever still lies in the buffers of the link before. `again` is called
+    /// as by [`install`](Self::install), for a page in hand may be waiting for just that.
+    pub fn begin(&self, epoch: u32, again: &mut dyn FnMut()) {
+        loop {
+            let mut current = match self.current.try_write() {
+                Ok(current) => current,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    again();
+                    std::thread::sleep(AGAIN_PAUSE);
+                    continue;
+                }
+            };
+            if current.epoch != epoch {
+                *current = Current { epoch, first_placed: OnceLock::new() };
+            }
+            return;
+        }
+    }
+
+    /// The current link epoch and when its first page was placed.
+    pub fn first_placed(&self) -> (u32, Option<Instant>) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        (current.epoch, current.first_placed.get().copied())
     }
 
     /// Installs a received frame. `again` is called when the kernel takes no page
@@ -88,6 +125,14 @@ impl Installer {
         content: &[u8],
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
+        // Held across the placement by lanes that do not exclude each other; only a new link
+        // epoch waits for them.
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        if frame.epoch != current.epoch {
+            let (of, now) = (frame.epoch, current.epoch);
+            return Err(LaneError::Link(format!("a page of link epoch {of}; this is {now}")));
+        }
+        let demanded = frame.origin == Origin::Demand;
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
         failpoint!(
             frame.origin == Origin::Seed => "destination::before_seed_landed",
@@ -104,15 +149,16 @@ impl Installer {
                 );
                 counter.fetch_add(landing.run().count(), Ordering::Relaxed);
                 let first = landing.run().first().as_usize() - frame.run.first().as_usize();
-                self.place(landing, Some(&content[first * PAGE_SIZE..]), again)?;
+                self.place(landing, Some(&content[first * PAGE_SIZE..]), demanded, again)?;
             }
         } else {
             counter.fetch_add(frame.run.count(), Ordering::Relaxed);
             for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
                 failpoint!("destination::after_zeros_landed", return Err(broken()));
-                self.place(landing, None, again)?;
+                self.place(landing, None, demanded, again)?;
             }
         }
+        current.first_placed.get_or_init(Instant::now);
         failpoint!(
             frame.origin == Origin::Seed => "destination::after_seed_installed",
             "destination::after_page_installed",
@@ -128,7 +174,7 @@ impl Installer {
         landing: Landing<'_>,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
-        self.place(landing, None, again)?;
+        self.place(landing, None, true, again)?;
         self.tell_if_full();
         Ok(())
     }
@@ -149,6 +195,7 @@ impl Installer {
         &self,
         landing: Landing<'_>,
         content: Option<&[u8]>,
+        demanded: bool,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         let whole = landing.run();
@@ -189,7 +236,7 @@ impl Installer {
             }
             landing = part.placed_some(pages);
         }
-        self.book.placed(whole, Instant::now());
+        self.book.placed(whole, demanded, Instant::now());
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use super::guest::RunFigures;
 use super::install::Installer;
 use super::push_in::PushGate;
 use super::trap_loop::FaultCounts;
+use crate::engine::outage::Outages;
 use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::proto::ledger::DestinationCounts;
 use crate::proto::timeline::{Stamp, Timeline};
@@ -16,6 +17,8 @@ use std::time::Duration;
 /// Facts that are gone once they were used.
 #[derive(Debug, Default)]
 pub struct Facts {
+    /// Losses of the link.
+    pub outages: Outages,
     /// The guest's own figures.
     pub guest: Option<RunFigures>,
     counts: Option<DestinationCounts>,
@@ -60,6 +63,8 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
     let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let run = facts.guest.as_ref();
     let book = installer.map(|installer| installer.book.figures());
+    // A request that met its page on the way was no network fault after all.
+    let late = book.as_ref().map_or(0, |book| book.late_answers);
     let urgent = connection.map(Connection::stats);
     let (urgent_in, urgent_out) =
         urgent.map_or((0, 0), |stats| (stats.udp_rx.bytes, stats.udp_tx.bytes));
@@ -69,8 +74,8 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
         resume_us: micros(Stamp::Committed, Stamp::Running),
         target_brownout_us: micros(Stamp::Running, Stamp::Drained),
         pages: installer.map(|installer| pages(installer, facts)).unwrap_or_default(),
-        network_faults: Some(get(&faults.requests)),
-        late_hits: Some(get(&faults.waits)),
+        network_faults: Some(get(&faults.requests).saturating_sub(late)),
+        late_hits: Some(get(&faults.waits) + late),
         unattributed_faults: Some(get(&faults.unattributed)),
         local_faults: Some(get(&faults.local)),
         fault_latency_ns: book.as_ref().map(|book| book.latency.summary()),
@@ -85,6 +90,8 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
             steady_per_second: run.and_then(|run| run.steady_per_second),
             us_to_90_percent: run.and_then(|run| Some(run.until_90_percent?.as_micros() as u64)),
         },
+        epochs: Some(facts.outages.ended() + 1),
+        outages: facts.outages.of_destination(),
         wire_bytes: WireBytes {
             to_destination: Some(facts.wire_in + urgent_in + push_in),
             to_source: Some(facts.wire_out + urgent_out + push_out),

@@ -156,6 +156,7 @@ impl<R: Requests> TrapLoop<R> {
         match self.installer.ledger.fault(page).map_err(violation)? {
             FaultAnswer::Request => {
                 waits(&self.counts.requests);
+                self.installer.book.asked(page);
                 self.ask(page, vcpu);
             }
             FaultAnswer::Wait => waits(&self.counts.waits),

@@ -108,6 +108,13 @@ impl SourceBuilder {
         self
     }
 
+    /// How long a link that is lost after the commit is tried to be made again:
+    /// [`SessionLimits::recovery`].
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.config.limits.recovery = patience;
+        self
+    }
+
     /// Socket and QUIC settings.
     pub fn link(mut self, link: LinkOptions) -> Self {
         self.config.link = link;

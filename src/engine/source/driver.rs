@@ -11,7 +11,7 @@ use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
 use super::serve::{SourceFigures, SourceShared, send_page};
-use super::zero_scan::scan_zeros;
+use super::zero_scan::{KnownZeros, scan_zeros};
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Phase, Watch};
@@ -87,6 +87,8 @@ pub struct Driver {
     guest: GuestThread,
     push_lanes: Vec<PushLane>,
     link: Option<Link>,
+    /// As the last link's handshake measured it.
+    rtt: Option<Duration>,
     lane_tasks: Vec<JoinHandle<()>>,
     dial: Option<JoinHandle<()>>,
     captured: Option<Captured>,
@@ -94,6 +96,8 @@ pub struct Driver {
     settled: u64,
     network_faults: u64,
     wire_bytes: u64,
+    /// To connect again, while the link is lost.
+    attempts: u32,
     pinging: bool,
     next_ping: Duration,
     drain_at: Option<Duration>,
@@ -135,6 +139,7 @@ impl Driver {
         let shared = Arc::new(SourceShared {
             ledger: SourceLedger::new(pages),
             ram,
+            known: KnownZeros::new(pages),
             figures: SourceFigures::default(),
             notes: notes_tx,
             push_wake: tokio::sync::Notify::new(),
@@ -167,6 +172,7 @@ impl Driver {
             guest,
             push_lanes: Vec::new(),
             link: None,
+            rtt: None,
             lane_tasks: Vec::new(),
             dial: None,
             captured: None,
@@ -174,6 +180,7 @@ impl Driver {
             settled: 0,
             network_faults: 0,
             wire_bytes: 0,
+            attempts: 0,
             pinging: false,
             next_ping: Duration::ZERO,
             drain_at: None,
@@ -199,6 +206,7 @@ impl Driver {
                 let phase = self.phase();
                 self.perform(action).instrument(phase).await;
             }
+            self.note_pause();
             if self.outcome.is_some() {
                 break;
             }
@@ -260,6 +268,7 @@ impl Driver {
                 let rtt_initial = Some(link.transport.connection.rtt());
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
+                self.rtt = rtt_initial;
                 self.link = Some(*link);
                 if self.machine.state() == SourceState::Connecting {
                     // While the two sides agree, and not when the pause is asked for: it
@@ -320,7 +329,9 @@ impl Driver {
 
     async fn perform(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Connect { epoch, after } => self.connect(epoch, after).await,
+            SourceAction::Connect { epoch, after, answer_within } => {
+                self.connect(epoch, after, answer_within).await;
+            }
             SourceAction::DropLink(why) => {
                 self.watch.losing(&why);
                 self.diary.lost(self.now(), &why);
@@ -353,6 +364,7 @@ impl Driver {
                 match self.shared.ledger.resume_from(placed, epoch) {
                     Ok(again) => {
                         self.figures.resent += again;
+                        self.figures.outages.resent(again);
                         info!(pages = again, "sending again what the lost link did not deliver");
                     }
                     Err(error) => warn!(%error, "the ledger was not resumed"),
@@ -400,6 +412,7 @@ impl Driver {
         let (ram, shared) = (self.shared.ram.clone(), self.shared.clone());
         let scan = move || {
             let scanned = scan_zeros(ram, |run, kind| {
+                shared.known.add(run, kind);
                 let sent = zeros.send((run, kind)).is_ok();
                 shared.push_wake.notify_one();
                 sent
@@ -427,13 +440,12 @@ impl Driver {
     fn spawn_push_lanes(&mut self) {
         for index in 0..self.config.ticket.push_lanes() as u8 {
             let (commands, receiver) = unbounded_channel();
-            let (push, input, config) =
-                (self.push.clone(), self.input.clone(), self.config.clone());
+            let (push, input) = (self.push.clone(), self.input.clone());
             let ended = move |epoch, error| {
                 let _ = input.send(Input::LinkEnded { epoch, error });
             };
             let lane = LaneThread::spawn(format!("push-{index}"), move || {
-                link::push_lane(push, config, index, receiver, ended)
+                link::push_lane(push, index, receiver, ended)
             });
             match lane {
                 Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),

@@ -6,8 +6,9 @@ use super::push::PushShared;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
-use crate::transport::{self, Lane, Ticket};
+use crate::transport::{self, Lane, LinkOptions, Ticket};
 use quinn::{RecvStream, SendStream};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::sync::oneshot;
@@ -49,6 +50,8 @@ pub enum PushCommand {
         session: SessionId,
         /// Where to, and with what right: it may have been redirected.
         ticket: Box<Ticket>,
+        /// How.
+        options: LinkOptions,
         /// Told when the connection stands, or why not.
         done: oneshot::Sender<Result<(), LaneError>>,
     },
@@ -64,9 +67,10 @@ pub enum PushCommand {
     },
 }
 
-/// Connects the urgent lane, opens its streams and has all push lanes connect.
+/// Has all push lanes connect, and meanwhile connects the urgent lane and opens its streams.
 pub async fn dial(
     config: &SourceConfig,
+    options: &LinkOptions,
     session: SessionId,
     epoch: u32,
     push_lanes: &[UnboundedSender<PushCommand>],
@@ -78,8 +82,17 @@ pub async fn dial(
         let why = format!("the guest has {} vCPUs; a link has streams for {max}", config.vcpus);
         return Err(LaneError::Local(why));
     }
+    let pushing: Vec<_> = push_lanes
+        .iter()
+        .map(|lane| {
+            let (done, connected) = oneshot::channel();
+            let (ticket, options) = (Box::new(config.ticket.clone()), options.clone());
+            let _ = lane.send(PushCommand::Connect { epoch, session, ticket, options, done });
+            connected
+        })
+        .collect();
     let lost = LaneError::lost::<quinn::ConnectionError>;
-    let transport = connect(config, Lane::Urgent).await?;
+    let transport = connect(&config.ticket, options, Lane::Urgent).await?;
     failpoint!("source::after_urgent_connected", return Err(broken()));
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
@@ -93,10 +106,7 @@ pub async fn dial(
         greet(&mut pages, index).await?;
         demand.push((pages, requests));
     }
-    for lane in push_lanes {
-        let (done, connected) = oneshot::channel();
-        let ticket = Box::new(config.ticket.clone());
-        let _ = lane.send(PushCommand::Connect { epoch, session, ticket, done });
+    for connected in pushing {
         connected.await.map_err(|_| LaneError::Local("a push lane has ended".into()))??;
     }
     let control_in = Some(control_in);
@@ -110,15 +120,21 @@ async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
 /// A push lane's life: connect and push when told, until the commands end.
 pub async fn push_lane(
     shared: Arc<PushShared>,
-    mut config: SourceConfig,
     index: u8,
     mut commands: UnboundedReceiver<PushCommand>,
     ended: impl Fn(u32, LaneError),
 ) {
-    let mut link: Option<(transport::Link, SendStream)> = None;
+    let mut link: Option<Pushing> = None;
+    let mut connecting: Option<Connecting> = None;
     let mut linked_epoch = 0;
     let mut pushing = false;
     loop {
+        let connected = async {
+            match &mut connecting {
+                Some(connecting) => connecting.made.as_mut().await,
+                None => std::future::pending().await,
+            }
+        };
         let push = async {
             match &mut link {
                 Some((link, stream)) if pushing => {
@@ -130,16 +146,16 @@ pub async fn push_lane(
         tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(PushCommand::Connect { epoch, session, ticket, done }) => {
-                    pushing = false;
-                    config.ticket = *ticket;
-                    linked_epoch = epoch;
-                    let connected = connect_push(&config, index, epoch, session).await;
-                    let _ = done.send(connected.map(|made| link = Some(made)));
+                Some(PushCommand::Connect { epoch, session, ticket, options, done }) => {
+                    // An attempt that is still under way, and the link before, end here: what
+                    // follows is not to wait for them.
+                    (pushing, link, linked_epoch) = (false, None, epoch);
+                    let made = Box::pin(connect_push(ticket, options, index, epoch, session));
+                    connecting = Some(Connecting { made, done });
                 }
                 Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
                 Some(PushCommand::Stop { done }) => {
-                    pushing = false;
+                    (pushing, connecting) = (false, None);
                     if let Some((link, mut stream)) = link.take() {
                         let _ = stream.reset(CLOSE_DONE.into());
                         link.connection.close(CLOSE_DONE.into(), b"no page leaves any more");
@@ -148,6 +164,14 @@ pub async fn push_lane(
                 }
                 None => break,
             },
+            made = connected => {
+                // Nobody waits for one whose urgent lane could not be made: it is dropped.
+                if let Some(Connecting { done, .. }) = connecting.take()
+                    && !done.is_closed()
+                {
+                    let _ = done.send(made.map(|made| link = Some(made)));
+                }
+            }
             result = push => {
                 pushing = false;
                 if let Err(error) = result {
@@ -161,20 +185,34 @@ pub async fn push_lane(
     }
 }
 
-async fn connect(config: &SourceConfig, lane: Lane) -> Result<transport::Link, LaneError> {
-    transport::connect(&config.ticket, lane, &config.link)
+/// A push lane's connection and its stream.
+type Pushing = (transport::Link, SendStream);
+
+/// A push connection that is being made, and who waits for it.
+struct Connecting {
+    made: Pin<Box<dyn Future<Output = Result<Pushing, LaneError>>>>,
+    done: oneshot::Sender<Result<(), LaneError>>,
+}
+
+async fn connect(
+    ticket: &Ticket,
+    options: &LinkOptions,
+    lane: Lane,
+) -> Result<transport::Link, LaneError> {
+    transport::connect(ticket, lane, options)
         .await
         .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
 }
 
 async fn connect_push(
-    config: &SourceConfig,
+    ticket: Box<Ticket>,
+    options: LinkOptions,
     index: u8,
     epoch: u32,
     session: SessionId,
-) -> Result<(transport::Link, SendStream), LaneError> {
+) -> Result<Pushing, LaneError> {
     failpoint!("source::before_push_connected", return Err(broken()));
-    let link = connect(config, Lane::Push(index)).await?;
+    let link = connect(&ticket, &options, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;

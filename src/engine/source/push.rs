@@ -6,7 +6,7 @@ use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::pacing::Pacer;
-use crate::proto::page::PageRun;
+use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::prepaging::{self, LinkState, Policy, Suggestion};
 use crossbeam_channel::Receiver;
 use quinn::{Connection, SendStream};
@@ -91,14 +91,22 @@ impl PushShared {
         };
         // Pages are sent from where they lie, so a frame's must lie in one piece.
         let (_, run) = self.source.ram.first_part(suggestion.run);
-        // Another lane or a request may have been faster; then the policy is asked anew.
         failpoint!("source::before_push_claimed", return Err(broken()));
-        let Some(claim) = self.source.ledger.claim_within(run) else { return Ok(()) };
-        failpoint!("source::after_push_claimed", return Err(broken()));
-        let mut frame = self.source.frame(&claim, PageKind::Raw, origin, epoch);
-        stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-        failpoint!("source::after_push_sent", return Err(broken()));
-        self.source.sent(claim, PageKind::Raw, origin);
+        let mut rest = Some(run);
+        while let Some(run) = rest {
+            let (part, kind) = self.source.known.first_part(run);
+            if let Some(claim) = self.source.ledger.claim_within(part) {
+                failpoint!("source::after_push_claimed", return Err(broken()));
+                let mut frame = self.source.frame(&claim, kind, origin, epoch);
+                stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+                failpoint!("source::after_push_sent", return Err(broken()));
+                self.source.sent(claim, kind, origin);
+                return Ok(());
+            }
+            let left = run.end().saturating_sub(part.end());
+            rest = PageRun::new(PageIndex::new(part.end()), left);
+        }
+        // Another lane or a request was faster: the policy is asked anew.
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use super::SourceConfig;
 use super::serve::SourceShared;
+use crate::engine::outage::Outages;
 use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::engine::vm::Captured;
 use crate::proto::pacing::Pacer;
@@ -21,6 +22,8 @@ pub struct Observed {
     pub switchover_bytes: u64,
     /// Pages sent again in a later link epoch.
     pub resent: u64,
+    /// Losses of the link.
+    pub outages: Outages,
     /// Another process began the session: what happened before this one is not known.
     pub resumed: bool,
     mtu: Option<u16>,
@@ -65,24 +68,14 @@ pub fn report(facts: &Facts<'_>) -> Report {
             .inspect_err(|error| warn!(%error, "no report from the destination"))
             .ok()
     });
-    let late_at_source = facts.shared.figures.late_hits.load(Ordering::Relaxed);
-    let destination = destination.map(|mut part| {
-        // A request that met a page on its way was no network fault after all, which
-        // only this side knows.
-        part.network_faults = part.network_faults.map(|n| n.saturating_sub(late_at_source));
-        part.late_hits = part.late_hits.map(|n| n.saturating_add(late_at_source));
-        if facts.observed.resumed {
-            // And the process before this one took what it knew of them with it.
-            (part.network_faults, part.late_hits) = (None, None);
-        }
-        part
-    });
     Report::merge(heading(facts), source_part(facts), destination)
 }
 
 fn heading(facts: &Facts<'_>) -> Heading {
     let (outcome, reason) = match facts.outcome {
-        Outcome::Completed if facts.machine.epoch() > 0 => (schema::Outcome::Recovered, None),
+        Outcome::Completed if facts.observed.outages.ended() > 0 || facts.observed.resumed => {
+            (schema::Outcome::Recovered, None)
+        }
         Outcome::Completed => (schema::Outcome::Completed, None),
         Outcome::Aborted(why) => {
             let stranded =
@@ -112,7 +105,7 @@ fn heading(facts: &Facts<'_>) -> Heading {
             rtt_us: Some(facts.pacer.base_rtt().as_micros() as u64),
             mtu: facts.observed.mtu.map(u64::from),
             bandwidth_limit_bps: None,
-            epochs: Some(facts.machine.epoch() + 1),
+            epochs: Some(facts.observed.outages.ended() + 1),
         },
     }
 }
@@ -123,6 +116,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
         // from where is then the destination's to say.
         return SourcePart {
             pages: Pages { total: Some(facts.shared.ram.layout().pages()), ..Pages::default() },
+            outages: facts.observed.outages.of_source(),
             peak_rss_bytes: peak_rss_bytes(),
             ..SourcePart::default()
         };
@@ -153,6 +147,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
             sent_twice: Some(counts.sent_twice),
             placed_twice: None,
         },
+        outages: facts.observed.outages.of_source(),
         cpu_us: cpu_us(),
         peak_rss_bytes: peak_rss_bytes(),
         ..SourcePart::default()

@@ -1,5 +1,6 @@
 //! The source's urgent lane: page requests in, pages out, answered inline.
 
+use super::zero_scan::KnownZeros;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::memory::ram::{FrozenRun, GuestRam};
@@ -38,10 +39,6 @@ pub struct SourceFigures {
     pub zero: AtomicU64,
     /// Announced as holes.
     pub hole: AtomicU64,
-    /// Requests for a page that was on its way.
-    pub late_hits: AtomicU64,
-    /// Of those, by no vCPU.
-    pub late_hits_unattributed: AtomicU64,
 }
 
 /// What all threads of the source share.
@@ -51,6 +48,8 @@ pub struct SourceShared {
     pub ledger: SourceLedger,
     /// The guest's memory; nobody writes to it once it is served.
     pub ram: Arc<GuestRam>,
+    /// Pages that are zero, as far as the scan has come.
+    pub known: KnownZeros,
     /// Counters.
     pub figures: SourceFigures,
     /// Notes to the policy.
@@ -161,12 +160,6 @@ fn broken() -> LaneError {
 fn note(shared: &SourceShared, request: &PageRequest, page: PageIndex, sent: bool) {
     let vcpu = request.vcpu.map(u32::from);
     let fault = Fault { page, vcpu, at: shared.began.elapsed() };
-    if !sent {
-        shared.figures.late_hits.fetch_add(1, Ordering::Relaxed);
-        if vcpu.is_none() {
-            shared.figures.late_hits_unattributed.fetch_add(1, Ordering::Relaxed);
-        }
-    }
     // The channel is bounded: a policy that does not keep up misses hints, not pages.
     let note = if sent { FaultNote::Network(fault) } else { FaultNote::Late(fault) };
     let _ = shared.notes.try_send(note);

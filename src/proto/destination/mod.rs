@@ -97,6 +97,14 @@ impl DestinationSession {
         self.linked
     }
 
+    /// Whether the guest is, or may be, this side's and no link stands: this side keeps all that
+    /// it has and waits for the source to come back.
+    pub fn paused(&self) -> bool {
+        use DestinationState as S;
+        let ours = matches!(self.state, S::InDoubt | S::Starting | S::Running | S::Full);
+        ours && !self.linked
+    }
+
     /// Whether a [`ToDestination::Reattach`] on a new connection is this session's,
     /// in a later epoch. If not, that connection is to be closed and nothing else: an
     /// attempt that comes late must not cost the link that stands.

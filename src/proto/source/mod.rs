@@ -50,7 +50,7 @@ use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The first pause between two attempts to connect again; it doubles up to
+/// The first time between the beginnings of two attempts to connect again; it doubles up to
 /// [`SessionLimits::backoff_max`].
 pub const BACKOFF_MIN: Duration = Duration::from_millis(10);
 
@@ -78,6 +78,9 @@ pub struct SourceSession {
     placed: Option<PlacedPages>,
     pages: u64,
     backoff: Duration,
+    /// When the last attempt to connect again began, and how many there were since a link stood.
+    dialed_at: Duration,
+    attempts: u32,
     deadline: Option<Duration>,
     abort_reason: String,
     /// Why the destination gave the guest up, if it did while the commit was being made.
@@ -101,6 +104,8 @@ impl SourceSession {
             link: Link::Dialing,
             placed: None,
             backoff: Duration::ZERO,
+            dialed_at: Duration::ZERO,
+            attempts: 0,
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),
             lost: None,
@@ -109,7 +114,11 @@ impl SourceSession {
             report: None,
         };
         machine.timeline.stamp(Stamp::Begin, now);
-        machine.push(SourceAction::Connect { epoch: 0, after: Duration::ZERO });
+        machine.push(SourceAction::Connect {
+            epoch: 0,
+            after: Duration::ZERO,
+            answer_within: limits.handshake,
+        });
         machine
     }
 
@@ -131,6 +140,17 @@ impl SourceSession {
     /// Whether a link stands and the lanes are open.
     pub fn linked(&self) -> bool {
         self.link == Link::Up
+    }
+
+    /// Whether the guest is committed and no link stands: this side keeps all that it has and
+    /// tries to connect again.
+    pub fn paused(&self) -> bool {
+        matches!(self.state, SourceState::Committed | SourceState::Brownout) && !self.linked()
+    }
+
+    /// How often it has tried to connect again since a link stood.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
     }
 
     /// When each step happened.

@@ -11,6 +11,12 @@ use std::time::Duration;
 /// Why a destination is told that the guest is not its own after a commit.
 pub(super) const TAKEN_BACK: &str =
     "the source's operator took the guest back, which was not heard to run at the destination";
+/// How long an attempt to connect again may be left without any answer.
+const ANSWER: Duration = Duration::from_millis(300);
+/// How long every [`PATIENT_EVERY`]th one may: the other side may only be busy. A peer that is
+/// slower than this would not keep a link alive either.
+const ANSWER_SLOW: Duration = Duration::from_millis(1200);
+const PATIENT_EVERY: u32 = 4;
 
 impl SourceSession {
     /// A session that was committed by a process that has died since: it connects in
@@ -74,6 +80,8 @@ impl SourceSession {
             placed: None,
             pages: 0,
             backoff: Duration::ZERO,
+            dialed_at: Duration::ZERO,
+            attempts: 0,
             deadline: None,
             abort_reason: String::new(),
             lost: None,
@@ -110,6 +118,7 @@ impl SourceSession {
         } else {
             self.link = Link::Up;
             self.backoff = Duration::ZERO;
+            self.attempts = 0;
             self.deadline = None;
             self.push(SourceAction::ResumeLedger(placed));
             self.push(SourceAction::OpenLanes { epoch: self.epoch });
@@ -143,9 +152,17 @@ impl SourceSession {
         self.deadline.get_or_insert(now + self.limits.recovery);
         // A stored epoch may be any number; the destination refuses one that is not new.
         self.epoch = self.epoch.saturating_add(1);
-        let (epoch, after) = (self.epoch, self.backoff);
+        self.attempts = self.attempts.saturating_add(1);
+        let epoch = self.epoch;
+        // An attempt that was left without an answer has lasted longer than the pause: the
+        // next one follows it at once.
+        let pause = jittered(self.backoff, self.session, epoch);
+        let begins = now.max(self.dialed_at + pause);
+        self.dialed_at = begins;
         self.backoff = (self.backoff * 2).clamp(BACKOFF_MIN, self.limits.backoff_max);
-        self.push(SourceAction::Connect { epoch, after });
+        let patient = self.attempts.is_multiple_of(PATIENT_EVERY);
+        let answer_within = if patient { ANSWER_SLOW } else { ANSWER };
+        self.push(SourceAction::Connect { epoch, after: begins - now, answer_within });
     }
 
     /// The guest stays here, and the destination may be in doubt about that.
@@ -164,4 +181,21 @@ impl SourceSession {
             self.push(SourceAction::Say(ToDestination::Abort { reason }));
         }
     }
+}
+
+/// Between a half and all of `pause`, so that the sessions of many guests, whose links were
+/// lost at once, do not all come back in the same moments. The chance is the session's name,
+/// which was drawn at random: the same session waits the same times.
+fn jittered(pause: Duration, session: SessionId, epoch: u32) -> Duration {
+    let [low, high] = [0, 8].map(|at| {
+        session.0[at..at + 8].iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    });
+    // splitmix64's last steps: every bit of its input has a say in every bit of the output.
+    let mut mixed = low
+        .wrapping_add(high.wrapping_mul(0xd6e8_feb8_6659_fd93))
+        .wrapping_add(u64::from(epoch).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^= mixed >> 31;
+    pause / 2 + (pause / 2).mul_f64((mixed >> 11) as f64 / (1u64 << 53) as f64)
 }

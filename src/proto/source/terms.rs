@@ -14,9 +14,11 @@ pub struct SessionLimits {
     /// the agreement until the state arrives; and for the VMM to come back from a pause that
     /// is called off, or from the commit.
     pub restore: Duration,
-    /// How long a side without a link stays in doubt or in recovery before it gives up.
+    /// The patience: how long a side without a link stays paused, or in doubt, with all it
+    /// has of a committed guest before it gives up.
     pub recovery: Duration,
-    /// The longest pause between two attempts to connect again.
+    /// The longest time between the beginnings of two attempts to connect again, if the first
+    /// fails before.
     pub backoff_max: Duration,
 }
 
@@ -25,7 +27,7 @@ impl Default for SessionLimits {
         Self {
             handshake: Duration::from_secs(10),
             restore: Duration::from_secs(30),
-            recovery: Duration::from_secs(60),
+            recovery: Duration::from_secs(600),
             backoff_max: Duration::from_millis(300),
         }
     }
@@ -108,6 +110,10 @@ pub enum SourceAction {
         epoch: u32,
         /// How long to wait before.
         after: Duration,
+        /// How long the other side may leave the attempt without any answer. What was sent
+        /// into a link that is down is sent again later and later, so a new attempt finds the
+        /// link's return sooner than an old one.
+        answer_within: Duration,
     },
     /// Close the connection: the peer broke the protocol on it.
     DropLink(String),

@@ -80,6 +80,21 @@ impl Driver {
         self.diary.lost(self.now(), &error);
         self.drop_link(&error.to_string());
         self.handle(DestinationEvent::LinkLost(error.to_string()));
+        self.note_pause(&error.to_string());
+    }
+
+    /// The link may have been lost, for this reason.
+    pub(super) fn note_pause(&mut self, why: &str) {
+        if self.machine.as_ref().is_some_and(DestinationSession::paused) {
+            self.facts.outages.lost(why);
+        }
+    }
+
+    /// When the first page of the current link epoch was placed is in the figures.
+    pub(super) fn note_first_placed(&mut self) {
+        if let Some((epoch, Some(at))) = self.installer.as_ref().map(|i| i.first_placed()) {
+            self.facts.outages.first_placed(epoch, at);
+        }
     }
 
     pub(super) fn drop_link(&mut self, why: &str) {
@@ -106,12 +121,15 @@ impl Driver {
 
     /// Takes pages in and sends requests in this epoch from now on.
     pub(super) fn open_lanes(&mut self, epoch: u32) {
+        self.note_first_placed();
         let (Some(installer), Some(traps), Some(link), Some(hello)) =
             (&self.installer, &self.traps, &mut self.link, &self.hello)
         else {
             return;
         };
         traps.set_epoch(epoch);
+        installer.begin(epoch, &mut || traps.again());
+        self.facts.outages.up(epoch, 0);
         self.gate.open.send_replace(Some((installer.clone(), epoch)));
         let lanes = DemandLanes {
             connection: link.connection.clone(),

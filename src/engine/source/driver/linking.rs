@@ -7,22 +7,29 @@ use crate::engine::source::link::PushCommand;
 use crate::engine::source::serve::answer_requests;
 use crate::engine::source::{link, said};
 use crate::proto::message::{ToDestination, ToSource};
+use crate::transport::LinkOptions;
 use quinn::RecvStream;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+/// The least that a hello's round trip is taken for: the peer's own work is part of it.
+const RTT_MIN: Duration = Duration::from_millis(10);
+/// Round trips that an answer may take at least.
+const ANSWER_RTTS: u32 = 6;
+
 impl Driver {
-    pub(super) async fn connect(&mut self, epoch: u32, after: Duration) {
+    pub(super) async fn connect(&mut self, epoch: u32, after: Duration, answer_within: Duration) {
         self.drop_link("a new link is made").await;
         self.keep(|journal| journal.dials(epoch));
         self.diary.dials(self.now() + after);
         let (config, input) = (self.config.clone(), self.input.clone());
         let session = self.machine.session();
+        let options = self.options(answer_within);
         let lanes: Vec<_> = self.push_lanes.iter().map(|lane| lane.commands.clone()).collect();
         let dial = tokio::task::spawn_local(async move {
             tokio::time::sleep(after).await;
-            let input_of = match link::dial(&config, session, epoch, &lanes).await {
+            let input_of = match link::dial(&config, &options, session, epoch, &lanes).await {
                 Ok(link) => Input::Linked(Box::new(link)),
                 Err(error) => Input::LinkEnded { epoch, error },
             };
@@ -30,6 +37,18 @@ impl Driver {
         });
         if let Some(replaced) = self.dial.replace(dial) {
             replaced.abort();
+        }
+    }
+
+    /// How to connect: where the round trip is known, a lost hello is sent again soon.
+    fn options(&self, answer_within: Duration) -> LinkOptions {
+        let link = &self.config.link;
+        let rtt = self.rtt.map(|rtt| rtt.max(RTT_MIN));
+        let answer = answer_within.max(rtt.unwrap_or(link.rtt_initial) * ANSWER_RTTS);
+        LinkOptions {
+            rtt_initial: rtt.unwrap_or(link.rtt_initial),
+            answer_timeout: answer.min(link.answer_timeout),
+            ..link.clone()
         }
     }
 

@@ -35,4 +35,20 @@ impl Driver {
             elapsed: self.now(),
         }));
     }
+
+    /// Notes when the link is lost after the commit, and when the next one stands.
+    pub(super) fn note_pause(&mut self) {
+        match (self.machine.paused(), self.figures.outages.open()) {
+            (true, None) => {
+                let why = self.watch.why_lost().to_owned();
+                self.figures.outages.lost(&why);
+                self.attempts = self.machine.attempts();
+            }
+            (true, Some(_)) => self.attempts = self.machine.attempts(),
+            (false, Some(_)) if self.machine.linked() => {
+                self.figures.outages.up(self.machine.epoch(), self.attempts);
+            }
+            (false, _) => {}
+        }
+    }
 }
