@@ -4,8 +4,7 @@
 
 mod status;
 
-use clap::Parser;
-use postcopy::Event;
+use clap::{Parser, ValueEnum};
 use postcopy::fault_server::arguments::ServeArgs;
 use postcopy::fault_server::keeper;
 use postcopy::program::{exit, signals};
@@ -17,8 +16,8 @@ use std::process::ExitCode;
 /// Attaches to the VMM behind a control socket, has it pause its guest, sends the
 /// machine state to the destination that printed the ticket, tells the VMM that it may go
 /// once the guest runs there, and answers that destination's page faults until it has every
-/// page. A keeper, a process of its own, holds the memory meanwhile: if this one dies,
-/// another goes on by --resume.
+/// page. A keeper, a process of its own, holds the memory meanwhile: if this one dies in the
+/// middle, it starts another one, which goes on.
 ///
 /// Exit codes: 0 done; 1 failed before anything moved; 2 wrong arguments; 3 the
 /// migration was aborted and the guest runs on in its VMM; 4 the guest was lost: the link
@@ -53,12 +52,11 @@ fn main() -> ExitCode {
     }
     let format = arguments.status;
     let mut status = Status::new(format);
-    let watch = move |event| {
-        if let Event::Progress(now) = event {
-            status.update(now);
-        }
-    };
-    match arguments.serve.run("fault-server", watch, |report| status::end(format, report)) {
+    let watch = move |event| status.update(event);
+    let shown = format.to_possible_value().map(|value| value.get_name().to_owned());
+    let again = ["--log".to_owned(), arguments.log, "--status".to_owned()];
+    let again = again.into_iter().chain(shown).map(Into::into).collect();
+    match arguments.serve.run("fault-server", again, watch, |report| status::end(format, report)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report("fault-server", &error),
     }

@@ -2,8 +2,9 @@
 //! phase, as text or as JSON; and a last line that says how it ended.
 
 use clap::ValueEnum;
+use postcopy::engine::event::Pause;
 use postcopy::report::schema::Report;
-use postcopy::{Phase, Progress};
+use postcopy::{Event, Phase, Progress};
 use std::io::Write;
 use std::time::Duration;
 
@@ -24,18 +25,30 @@ pub enum Format {
 pub struct Status {
     format: Format,
     last: Option<(Phase, Duration)>,
+    why_paused: String,
 }
 
 impl Status {
     /// Nothing said yet.
     pub fn new(format: Format) -> Self {
-        Self { format, last: None }
+        Self { format, last: None, why_paused: String::new() }
     }
 
     /// Prints a line if it is time to.
-    pub fn update(&mut self, now: Progress) {
-        if let Some(line) = self.line(now) {
+    pub fn update(&mut self, event: Event) {
+        if let Some(line) = self.event(event) {
             print(&line);
+        }
+    }
+
+    fn event(&mut self, event: Event) -> Option<String> {
+        match event {
+            Event::Progress(now) => self.line(now),
+            Event::Paused { why } => {
+                self.why_paused = why;
+                None
+            }
+            _ => None,
         }
     }
 
@@ -50,23 +63,42 @@ impl Status {
         self.last = Some((phase, now.elapsed));
         Some(match self.format {
             Format::Text => format!(
-                "{:.1} s {phase}: {} of {} pages, {} network faults, {} MiB of pages",
+                "{:.1} s {phase}{}: {} of {} pages, {} network faults, {} MiB of pages",
                 now.elapsed.as_secs_f64(),
+                now.paused.map(|pause| self.pause(now.elapsed, pause)).unwrap_or_default(),
                 now.settled,
                 now.pages,
                 now.network_faults,
                 now.wire_bytes >> 20,
             ),
-            Format::Json => serde_json::json!({
-                "elapsed_us": now.elapsed.as_micros() as u64,
-                "phase": phase.name(),
-                "pages_settled": now.settled,
-                "pages_total": now.pages,
-                "network_faults": now.network_faults,
-                "page_bytes": now.wire_bytes,
-            })
-            .to_string(),
+            Format::Json => {
+                let mut line = serde_json::json!({
+                    "elapsed_us": now.elapsed.as_micros() as u64,
+                    "phase": phase.name(),
+                    "pages_settled": now.settled,
+                    "pages_total": now.pages,
+                    "network_faults": now.network_faults,
+                    "page_bytes": now.wire_bytes,
+                });
+                if let Some(pause) = now.paused {
+                    line["paused"] = serde_json::json!({
+                        "since_us": now.elapsed.saturating_sub(pause.lasts).as_micros() as u64,
+                        "attempts": pause.attempts,
+                        "why": self.why_paused,
+                    });
+                }
+                line.to_string()
+            }
         })
+    }
+
+    /// Since when, why, and that it is not over.
+    fn pause(&self, elapsed: Duration, pause: Pause) -> String {
+        let since = elapsed.saturating_sub(pause.lasts).as_secs_f64();
+        let (why, attempts) = (&self.why_paused, pause.attempts);
+        format!(
+            " since {since:.1} s, the link was lost ({why}), connecting again, attempt {attempts}"
+        )
     }
 }
 
@@ -114,7 +146,28 @@ mod tests {
             network_faults: 2,
             wire_bytes: 5 << 20,
             elapsed: Duration::from_millis(millis),
+            paused: None,
         }
+    }
+
+    #[test]
+    fn a_pause_says_since_when_and_why_and_that_it_is_not_over() {
+        let pause = Pause { lasts: Duration::from_millis(1500), attempts: 4 };
+        let now = Progress { paused: Some(pause), ..at(4000, Phase::Paused) };
+        let lost = Event::Paused { why: "cut".into() };
+        let mut text = Status::new(Format::Text);
+        assert_eq!(text.event(lost.clone()), None);
+        let line = text.event(Event::Progress(now)).unwrap();
+        let told =
+            "4.0 s paused since 2.5 s, the link was lost (cut), connecting again, attempt 4: 3 of";
+        assert!(line.starts_with(told), "{line}");
+        let mut json = Status::new(Format::Json);
+        json.event(lost);
+        let line = json.event(Event::Progress(now)).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["phase"], "paused");
+        let paused = serde_json::json!({"since_us": 2_500_000, "attempts": 4, "why": "cut"});
+        assert_eq!(value["paused"], paused);
     }
 
     #[test]

@@ -7,8 +7,9 @@
 use super::commit_word::{CommitWord, CommitWordError, Committed};
 use super::handover::{HandoverError, check_region_files, take_over};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo, Message, MessageError,
-    Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_KEEP_RECORD, CAPABILITY_SESSION_RECORD, DirtyRound, GuestInfo,
+    Message, MessageError, Paused, REPLY_BYTES_MAX, Reply, Request, Status, VERSION, Welcome,
+    reason,
 };
 use super::socket::{Connection, SocketError, connect};
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
@@ -283,7 +284,7 @@ impl Attached {
 
     /// Whether the VMM can tell which pages were written.
     pub fn has_dirty_log(&self) -> bool {
-        self.capabilities.iter().any(|name| name == CAPABILITY_DIRTY_LOG)
+        self.can(CAPABILITY_DIRTY_LOG)
     }
 
     /// Has the VMM remember which pages are written, while the guest runs. What was
@@ -328,9 +329,43 @@ impl Attached {
         }
     }
 
-    /// The record of the session that the memory belongs to. Only a keeper has one.
+    /// Whether a session's record is there: at a keeper always, at a VMM if a fault-server
+    /// has left one there and has gone after it committed the guest.
+    pub fn has_record(&self) -> bool {
+        self.can(CAPABILITY_SESSION_RECORD)
+    }
+
+    /// Has a VMM hold the record of the session, for a fault-server that comes later. One
+    /// of which that cannot be asked is left alone.
+    pub fn keep_record(&mut self, record: BorrowedFd<'_>) -> Result<(), AttachError> {
+        if !self.can(CAPABILITY_KEEP_RECORD) {
+            return Ok(());
+        }
+        let request = Request::KeepRecord;
+        send_with(&mut self.connection, &request, &[record], self.within)?;
+        match self.hear(request.name(), self.within)?.0 {
+            Reply::RecordKept => Ok(()),
+            other => Err(unexpected("KeepRecord", &other)),
+        }
+    }
+
+    /// Tells a keeper that this fault-server ends on purpose: nobody is started in its
+    /// place, and the memory is held on.
+    pub fn leave(mut self) -> Result<(), AttachError> {
+        match self.ask(&Request::Leave)? {
+            Reply::Left => Ok(()),
+            other => Err(unexpected("Leave", &other)),
+        }
+    }
+
+    fn can(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|name| name == capability)
+    }
+
+    /// The record of the session that the memory belongs to. Whoever asks a keeper for it
+    /// goes on with the session.
     pub fn record(&mut self) -> Result<OwnedFd, AttachError> {
-        if !self.capabilities.iter().any(|name| name == CAPABILITY_SESSION_RECORD) {
+        if !self.has_record() {
             return Err(AttachError::Lacks(CAPABILITY_SESSION_RECORD));
         }
         match self.exchange(&Request::Record)? {
@@ -396,11 +431,20 @@ fn send(
     request: &Request,
     within: Duration,
 ) -> Result<(), AttachError> {
+    send_with(connection, request, &[], within)
+}
+
+fn send_with(
+    connection: &mut Connection,
+    request: &Request,
+    descriptors: &[BorrowedFd<'_>],
+    within: Duration,
+) -> Result<(), AttachError> {
     let name = request.name();
     let bytes =
         request.encode().map_err(|source| AttachError::Message { request: name, source })?;
     connection
-        .send(&bytes, &[], within)
+        .send(&bytes, descriptors, within)
         .map_err(|source| AttachError::Socket { request: name, source })
 }
 

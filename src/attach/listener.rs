@@ -81,11 +81,19 @@ impl AsFd for PrivateListener {
     }
 }
 
-impl Drop for PrivateListener {
-    fn drop(&mut self) {
+impl PrivateListener {
+    /// Removes the socket's file: nobody finds it any more, and another one may take the
+    /// place.
+    pub fn hide(&self) {
         if identity(&self.path).is_ok_and(|file| file == self.file) {
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for PrivateListener {
+    fn drop(&mut self) {
+        self.hide();
     }
 }
 

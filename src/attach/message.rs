@@ -35,8 +35,10 @@ pub const CAPABILITY_BYTES_MAX: usize = 64;
 /// The VMM can tell which pages were written: `StartDirtyLog`, `DirtyRound`,
 /// `StopDirtyLog`.
 pub const CAPABILITY_DIRTY_LOG: &str = "dirty-log";
-/// A keeper, and not a VMM, is there: `Record`.
+/// It has the record of the session that the memory belongs to: `Record`.
 pub const CAPABILITY_SESSION_RECORD: &str = "session-record";
+/// The VMM holds a record for its fault-server: `KeepRecord`.
+pub const CAPABILITY_KEEP_RECORD: &str = "keep-record";
 
 /// What the attached process asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,8 +73,15 @@ pub enum Request {
     DirtyRound,
     /// Remember no more.
     StopDirtyLog,
-    /// To a keeper: the record of the session that the memory belongs to.
+    /// The record of the session that the memory belongs to. Whoever asks a keeper for it
+    /// goes on with the session: another one is to follow if it dies.
     Record,
+    /// To a keeper: this fault-server ends, and on purpose. Nobody is to follow it by
+    /// itself; the memory stays until an operator decides.
+    Leave,
+    /// To a VMM: hold this record, which comes with it as a memfd, for a fault-server that
+    /// comes later, as long as the guest's memory is held for one.
+    KeepRecord,
 }
 
 /// What the VMM answers.
@@ -117,6 +126,10 @@ pub enum Reply {
     DirtyLogStopped,
     /// To `Record`; comes with the memfd that holds it.
     Record,
+    /// To `Leave`. The connection ends.
+    Left,
+    /// To `KeepRecord`.
+    RecordKept,
 }
 
 /// The guest that the VMM has.
@@ -284,6 +297,8 @@ impl Message for Request {
             Request::DirtyRound => "DirtyRound",
             Request::StopDirtyLog => "StopDirtyLog",
             Request::Record => "Record",
+            Request::Leave => "Leave",
+            Request::KeepRecord => "KeepRecord",
         }
     }
 }
@@ -333,6 +348,8 @@ impl Message for Reply {
             Reply::DirtyRound(_) => "DirtyRound",
             Reply::DirtyLogStopped => "DirtyLogStopped",
             Reply::Record => "Record",
+            Reply::Left => "Left",
+            Reply::RecordKept => "RecordKept",
         }
     }
 }

@@ -5,7 +5,8 @@
 //! then on asks: pause, resume, let go. The memory thereby outlives the VMM's
 //! process. [`message`] has the messages, [`socket`] carries them and their file
 //! descriptors, [`handover`] says in which files a guest's memory lies,
-//! [`commit_word`] decides between "the guest has left" and "the guest stays". `docs/attach.md` shows the conversation on one page.
+//! [`keep`] is the server of a process
+//! that has only the memory, and [`commit_word`] decides between "the guest has left" and "the guest stays". `docs/attach.md` shows the conversation on one page.
 //!
 //! It does not move pages, knows no guest (that is behind
 //! [`AttachedVm`](server::AttachedVm)) and never crosses hosts.
@@ -13,6 +14,7 @@
 pub mod client;
 pub mod commit_word;
 pub mod handover;
+pub mod keep;
 pub mod listener;
 pub mod message;
 pub mod server;

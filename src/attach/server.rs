@@ -7,13 +7,12 @@
 //! it is stopped, is behind [`AttachedVm`]; one client's conversation is in
 //! `session`.
 
-use super::commit_word::{CommitWord, CommitWordError};
+use super::commit_word::CommitWordError;
 use super::handover::MemoryFiles;
 use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
 use super::session::{Attempt, Ending, Session, SessionError};
 use super::socket::{Connection, SocketError, poll_timeout};
-use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
@@ -141,7 +140,7 @@ pub enum ServerError {
 /// A socket at which fault-servers attach. Its file goes when it is dropped.
 #[derive(Debug)]
 pub struct Server {
-    listener: PrivateListener,
+    pub(super) listener: PrivateListener,
     pub(super) patience: Patience,
 }
 
@@ -174,10 +173,12 @@ impl Server {
         loop {
             let Some(connection) = self.next_client(None)? else { continue };
             let pid = connection.peer_pid().unwrap_or_default();
-            match Session::new(self, connection, &mut attempt, vm).run() {
+            match Session::new(self, connection, &mut attempt, vm).run(self.patience.hello) {
                 Ok(Ending::Released) => return Ok(ServeEnd::Released),
                 Ok(Ending::Stopped) => return Ok(ServeEnd::Stopped),
-                Ok(Ending::GivenBack) => tracing::info!(pid, "attach client gave the guest back"),
+                Ok(Ending::GivenBack | Ending::Left) => {
+                    tracing::info!(pid, "attach client gave the guest back");
+                }
                 Err(SessionError::Server(error)) => return Err(error),
                 Err(SessionError::Socket(SocketError::Closed)) => {
                     tracing::info!(pid, "attach client left");
@@ -188,41 +189,11 @@ impl Server {
         }
     }
 
-    /// Serves what a fault-server left to a keeper: the memory of a guest whose commit
-    /// word is `word`. `first` is that fault-server's own connection; while it is there
-    /// nobody else is let in. Once it is gone, a guest that was given away is kept for the
-    /// next client as long as it takes; any other is its VMM's, and `linger` says for how
-    /// long a client may still come for the session's sake.
-    pub fn keep(
-        &self,
-        first: Connection,
-        vm: &mut dyn AttachedVm,
-        word: CommitWord,
-        linger: impl Fn() -> Duration,
-    ) -> Result<ServeEnd, ServerError> {
-        let mut attempt = Attempt::kept(word);
-        let mut until = None;
-        let mut client = Some(first);
-        while let Some(connection) = client {
-            match Session::new(self, connection, &mut attempt, vm).run() {
-                Ok(Ending::Released) => return Ok(ServeEnd::Released),
-                Ok(Ending::Stopped) => return Ok(ServeEnd::Stopped),
-                Ok(Ending::GivenBack) => return Ok(ServeEnd::GivenBack),
-                Err(SessionError::Server(error)) => return Err(error),
-                Err(error) => tracing::info!("the fault-server is gone: {}", one_line(&error)),
-            }
-            failpoint!("keeper::before_abort_word");
-            if !attempt.is_committed() {
-                failpoint!("keeper::after_abort_word");
-                until.get_or_insert_with(|| Instant::now() + linger());
-            }
-            client = self.next_client(until)?;
-        }
-        Ok(ServeEnd::GivenBack)
-    }
-
     /// The next client; none if it has not come at `deadline`.
-    fn next_client(&self, deadline: Option<Instant>) -> Result<Option<Connection>, ServerError> {
+    pub(super) fn next_client(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Connection>, ServerError> {
         loop {
             let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
                 None => PollTimeout::NONE,

@@ -8,15 +8,15 @@
 
 use super::commit_word::{AlreadyCommitted, CommitWord, Decision};
 use super::message::{
-    CAPABILITY_DIRTY_LOG, CAPABILITY_SESSION_RECORD, DirtyRound, MAGIC, Message, MessageError,
-    Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
+    CAPABILITY_DIRTY_LOG, CAPABILITY_KEEP_RECORD, CAPABILITY_SESSION_RECORD, DirtyRound, MAGIC,
+    Message, MessageError, Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
 };
 use super::monotonic_ns;
 use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
 use super::socket::{Connection, SocketError};
 use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// How a conversation came to a good end.
@@ -28,6 +28,8 @@ pub(super) enum Ending {
     Stopped,
     /// The client aborted, and the guest runs.
     GivenBack,
+    /// The client of a keeper has ended on purpose.
+    Left,
 }
 
 /// Why a conversation ended otherwise.
@@ -59,16 +61,28 @@ pub(super) struct Attempt {
     dirty: Option<DirtyBitmap>,
     /// Only the guest's memory is here; it was paused, if it was, in another process.
     kept: bool,
+    /// The session's record, if a fault-server has left one with this VMM.
+    record: Option<OwnedFd>,
+    /// A keeper's client has asked for the record since this was last looked at.
+    taken_over: bool,
 }
 
 impl Attempt {
     pub(super) fn new() -> Result<Self, ServerError> {
-        Ok(Self { word: CommitWord::create()?, paused: None, dirty: None, kept: false })
+        let word = CommitWord::create()?;
+        let (paused, dirty, record) = (None, None, None);
+        Ok(Self { word, paused, dirty, kept: false, record, taken_over: false })
     }
 
     /// The attempt of a keeper, under a word that the VMM has made.
     pub(super) fn kept(word: CommitWord) -> Self {
-        Self { word, paused: None, dirty: None, kept: true }
+        let (paused, dirty, record) = (None, None, None);
+        Self { word, paused, dirty, kept: true, record, taken_over: false }
+    }
+
+    /// Whether a client has taken the session over since this was asked last.
+    pub(super) fn was_taken_over(&mut self) -> bool {
+        std::mem::take(&mut self.taken_over)
     }
 
     /// Whether the guest has been given away. If not, it never will be any more.
@@ -149,13 +163,15 @@ impl<'a> Session<'a> {
         Self { server, connection, attempt, vm }
     }
 
-    /// Answers requests until the conversation ends. After an error the attempt has
+    /// Answers requests until the conversation ends, which begins with a Hello within so
+    /// long. After an error the attempt has
     /// yet to be settled.
-    pub(super) fn run(&mut self) -> Result<Ending, SessionError> {
-        self.greet()?;
+    pub(super) fn run(&mut self, hello_max: Duration) -> Result<Ending, SessionError> {
+        self.greet(hello_max)?;
         loop {
             self.wait_for_request()?;
-            let ending = match self.receive(self.server.patience.message)? {
+            let (request, descriptor) = self.receive(self.server.patience.message)?;
+            let ending = match request {
                 Request::Hello { .. } => {
                     self.reply(&Reply::refused("Hello was said already"))?;
                     return Err(SessionError::SecondHello);
@@ -170,6 +186,8 @@ impl<'a> Session<'a> {
                 Request::DirtyRound => self.dirty_round()?,
                 Request::StopDirtyLog => self.stop_dirty_log()?,
                 Request::Record => self.record()?,
+                Request::Leave => self.leave()?,
+                Request::KeepRecord => self.keep_record(descriptor)?,
             };
             if let Some(ending) = ending {
                 return Ok(ending);
@@ -177,8 +195,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn greet(&mut self) -> Result<(), SessionError> {
-        let (magic, version) = match self.receive(self.server.patience.hello)? {
+    fn greet(&mut self, hello_max: Duration) -> Result<(), SessionError> {
+        let (magic, version) = match self.receive(hello_max)?.0 {
             Request::Hello { magic, version } => (magic, version),
             other => {
                 self.reply(&Reply::refused("the first message must be Hello"))?;
@@ -221,8 +239,13 @@ impl<'a> Session<'a> {
 
     fn capabilities(&self) -> Vec<String> {
         let dirty_log = self.vm.has_dirty_log().then_some(CAPABILITY_DIRTY_LOG);
-        let record = self.vm.record().map(|_| CAPABILITY_SESSION_RECORD);
-        [dirty_log, record].into_iter().flatten().map(str::to_owned).collect()
+        let record = self.session_record().map(|_| CAPABILITY_SESSION_RECORD);
+        let keep = (!self.attempt.kept).then_some(CAPABILITY_KEEP_RECORD);
+        [dirty_log, record, keep].into_iter().flatten().map(str::to_owned).collect()
+    }
+
+    fn session_record(&self) -> Option<BorrowedFd<'_>> {
+        self.vm.record().or(self.attempt.record.as_ref().map(AsFd::as_fd))
     }
 
     /// Waits without limit while the guest runs or has been given away; while it is
@@ -408,21 +431,45 @@ impl<'a> Session<'a> {
     }
 
     fn record(&mut self) -> Result<Option<Ending>, SessionError> {
-        match self.vm.record() {
+        let record = self.vm.record().or(self.attempt.record.as_ref().map(AsFd::as_fd));
+        match record {
             Some(record) => {
                 let within = self.server.patience.message;
                 send(&mut self.connection, &Reply::Record, &[record], within)?;
+                self.attempt.taken_over = true;
                 Ok(None)
             }
             None => self.reply(&Reply::failed("there is no session record here")),
         }
     }
 
-    fn receive(&mut self, within: Duration) -> Result<Request, SessionError> {
+    fn leave(&mut self) -> Result<Option<Ending>, SessionError> {
+        if !self.attempt.kept {
+            return self.reply(&Reply::failed("this is no keeper"));
+        }
+        // It has said it, whether or not it still hears the answer.
+        let _ = self.reply(&Reply::Left);
+        Ok(Some(Ending::Left))
+    }
+
+    fn keep_record(&mut self, record: Option<OwnedFd>) -> Result<Option<Ending>, SessionError> {
+        if self.attempt.kept {
+            return self.reply(&Reply::failed("a keeper has the record that it was made with"));
+        }
+        self.attempt.record = record;
+        self.reply(&Reply::RecordKept)
+    }
+
+    /// A request, and the descriptor that belongs to it, if one does.
+    fn receive(&mut self, within: Duration) -> Result<(Request, Option<OwnedFd>), SessionError> {
         let received = self.connection.receive(REQUEST_BYTES_MAX, within)?;
         let request = Request::decode(&received.bytes)?;
+        if let Request::KeepRecord = request {
+            let [record] = received.descriptors()?;
+            return Ok((request, Some(record)));
+        }
         let [] = received.descriptors::<0>()?;
-        Ok(request)
+        Ok((request, None))
     }
 
     fn reply(&mut self, reply: &Reply) -> Result<Option<Ending>, SessionError> {

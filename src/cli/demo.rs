@@ -5,7 +5,7 @@ use super::guest_args::GuestArgs;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
-use postcopy::program::exit::{Failure, write_report};
+use postcopy::program::exit::{Failure, both, write_report};
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
@@ -131,7 +131,7 @@ impl Demo {
             true => Ok(()),
             false => Err(Failure::Wrong(wrong.join("; ")).into()),
         };
-        write_report("postcopy", &report, self.report.as_deref(), session)
+        both("postcopy", session, write_report(&report, self.report.as_deref()))
     }
 
     fn patience(&self) -> String {

@@ -18,12 +18,19 @@ pub struct Migrate {
 }
 
 impl Migrate {
-    /// Migrates.
-    pub fn run(self) -> anyhow::Result<()> {
+    /// Migrates, and logs what `log` lets through.
+    pub fn run(self, log: String) -> anyhow::Result<()> {
         let mode = if self.quiet { ProgressMode::Quiet } else { ProgressMode::Auto };
         let mut display = Progress::new(mode);
         let watch = move |event: Event| {
-            let Event::Progress(now) = event else { return };
+            let now = match event {
+                Event::Progress(now) => now,
+                Event::Paused { why } => {
+                    return display.note(&format!("the link is lost: {why}; connecting again"));
+                }
+                Event::LinkUp { epoch: 1.. } => return display.note("the link is back"),
+                _ => return,
+            };
             display.update(Snapshot {
                 phase: now.phase.name(),
                 pages_done: now.settled,
@@ -31,9 +38,12 @@ impl Migrate {
                 bytes: now.wire_bytes,
                 network_faults: now.network_faults,
                 elapsed: now.elapsed,
+                paused: now.paused.map(|pause| (pause.lasts, pause.attempts)),
             });
         };
-        self.serve.run("postcopy", watch, |report| {
+        // Nobody looks at the display of a process that was started in this one's place.
+        let again = ["--log", &log, "migrate", "--quiet"].map(Into::into).to_vec();
+        self.serve.run("postcopy", again, watch, |report| {
             if !self.quiet {
                 println!("{}", render(report));
             }

@@ -66,7 +66,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Demo(demo) => demo.run(),
         Command::Run(run) => run.run(),
         Command::Receive(receive) => receive.run(),
-        Command::Migrate(migrate) => migrate.run(),
+        Command::Migrate(migrate) => migrate.run(arguments.log),
         Command::Session(session) => session.run(),
         Command::Check(check) => check.run(),
     };

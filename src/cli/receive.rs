@@ -2,11 +2,10 @@
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use postcopy::DestinationBuilder;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::operator::desk::Desk;
-use postcopy::program::exit::{Failure, Side, write_report};
+use postcopy::program::exit::{Failure, Side, both, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
@@ -18,6 +17,7 @@ use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
 use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::{DestinationBuilder, Event};
 use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -85,6 +85,15 @@ impl Receive {
         if let Some(host) = &self.public_host {
             destination = destination.public_host(host.to_string());
         }
+        if !self.quiet {
+            destination = destination.on_event(|event| match event {
+                Event::Paused { why } => {
+                    eprintln!("the link is lost: {why}; waiting for the source to come back");
+                }
+                Event::LinkUp { epoch: 1.. } => eprintln!("the link is back"),
+                _ => {}
+            });
+        }
         let receiver = destination.build()?;
         let desk = self.operator.as_ref().map(|path| Desk::open(path, receiver.operator()));
         let desk = desk.transpose().context("cannot make the operator socket")?;
@@ -93,10 +102,12 @@ impl Receive {
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
-        on_interrupt("postcopy", move || {
+        let stop = move || {
             seen.store(true, Ordering::SeqCst);
             canceller.cancel("interrupted by the user");
-        });
+        };
+        // What it has of a guest goes with it.
+        on_interrupt("postcopy", stop, || {});
         let arrival = Arrival::default();
         let end = receiver.run(Box::new(arrival.clone()))?;
         drop(desk);
@@ -182,7 +193,7 @@ impl Receive {
     }
 
     fn end(&self, report: &Report, session: anyhow::Result<()>) -> anyhow::Result<()> {
-        write_report("postcopy", report, self.report.as_deref(), session)
+        both("postcopy", session, write_report(report, self.report.as_deref()))
     }
 }
 

@@ -3,7 +3,9 @@
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Subcommand};
 use postcopy::engine::operator::{Answer, Request, SessionStatus};
-use postcopy::fault_server::FaultServer;
+use postcopy::fault_server::keeper::Occupied;
+use postcopy::fault_server::take_back::TakeBackError;
+use postcopy::fault_server::{FaultServer, FaultServerError};
 use postcopy::operator::client::{AskError, ask};
 use postcopy::operator::socket_path;
 use postcopy::program::exit::Failure;
@@ -173,8 +175,26 @@ impl Redirect {
     }
 }
 
+/// How often a fault server that is there, and not yet at its operator socket, is tried.
+const TRIES: u32 = 25;
+/// How long in between.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// Whether it is refused because a fault server goes on with the session.
+fn at_work(error: &anyhow::Error) -> bool {
+    let busy = |cause: &TakeBackError| {
+        use FaultServerError::Kept;
+        matches!(cause, TakeBackError::FaultServer(Kept { state: Occupied::Busy, .. }))
+    };
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(busy))
+}
+
 impl TakeBack {
     fn run(self) -> anyhow::Result<()> {
+        self.ask(TRIES)
+    }
+
+    fn ask(&self, again: u32) -> anyhow::Result<()> {
         let acknowledged = self.yes_it_runs_nowhere_else.then_some(Risk::TwoRunningGuests);
         let asked = ask(&self.at.path(), &Request::TakeBack { acknowledged });
         match (asked, &self.at.control) {
@@ -183,7 +203,14 @@ impl TakeBack {
                 return Err(anyhow::Error::from(refusal).context("not taken back"));
             }
             (Err(AskError::Connect { .. }), Some(control)) => {
-                return alone(control, acknowledged);
+                return match alone(control, acknowledged) {
+                    // Its keeper has just started another fault server in the dead one's place.
+                    Err(error) if at_work(&error) && again > 0 => {
+                        std::thread::sleep(AGAIN);
+                        self.ask(again - 1)
+                    }
+                    done => done,
+                };
             }
             (Ok(Answer::Status(_)), _) => bail!("the session answered something else"),
             (Err(error), _) => return Err(error.into()),
@@ -202,8 +229,10 @@ fn alone(control: &Path, acknowledged: Option<Risk>) -> anyhow::Result<()> {
     };
     println!("looking for the destination, to tell it; an interrupt ends that");
     let canceller = session.canceller();
-    on_interrupt("postcopy", move || canceller.cancel("interrupted by the user"));
-    let end = session.run(|_| {})?;
+    let stop = move || canceller.cancel("interrupted by the user");
+    on_interrupt("postcopy", stop, session.deserter());
+    let (end, last) = session.run(|_| {})?;
+    let _holds_on = last.say();
     match (end.outcome, end.stranded) {
         (Outcome::Aborted(why), Some(stranded)) => Err(Failure::Stranded { why, stranded }.into()),
         (Outcome::Aborted(why), None) => {

@@ -1,5 +1,4 @@
-//! The source's VMM in another process, reached through the attach protocol; and the
-//! keeper beside it, which holds the memory of a guest whose VMM has gone.
+//! The source's VMM in another process, reached through the attach protocol.
 
 use super::error_chain;
 use super::vm::{Captured, SourceVm, VmError};
@@ -8,15 +7,10 @@ use crate::attach::commit_word::{CommitWord, Committed, Decision};
 use crate::attach::message::Status;
 use crate::attach::socket::SocketError;
 use crate::failpoint::failpoint;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::Child;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-/// How long a keeper's process may take to end once it has said that it will.
-const KEEPER_END_MAX: Duration = Duration::from_secs(2);
 /// How long a VMM may take to answer where the session can go on without.
 const LOOK_MAX: Duration = Duration::from_secs(2);
 
@@ -33,70 +27,19 @@ pub struct GivenAway;
 #[error("its VMM is gone, and the guest with it")]
 pub struct VmmGone;
 
-/// A keeper of the guest's memory, attached to.
-#[derive(Debug)]
-pub struct Keeper {
-    attached: Attached,
-    /// Says when its process has ended, if it is a child of this one.
-    ended: Option<Receiver<()>>,
-}
-
-impl Keeper {
-    /// The keeper behind `attached`; `process`, if it is a child of this one, which may live
-    /// on for long: nothing of it stays in the list of processes whenever it ends.
-    pub fn new(attached: Attached, process: Option<Child>) -> Self {
-        let (tell, ended) = channel();
-        let reap = |mut process: Child| {
-            let reaper = std::thread::Builder::new().name("keeper's end".into());
-            let wait = move || {
-                let _ = process.wait();
-                let _ = tell.send(());
-            };
-            reaper.spawn(wait).ok().map(|_thread| ended)
-        };
-        Self { attached, ended: process.and_then(reap) }
-    }
-
-    /// Its socket, on which nothing but its end comes unasked.
-    pub fn socket(&self) -> std::io::Result<OwnedFd> {
-        self.attached.socket().try_clone_to_owned()
-    }
-
-    /// Nobody needs the memory any more.
-    fn drained(mut self, proof: &Committed) -> Result<(), AttachError> {
-        let told = self.attached.committed(proof);
-        drop(self.attached);
-        wait_for(self.ended);
-        told
-    }
-
-    /// The operator has given the guest up.
-    fn discard(self) -> Result<(), AttachError> {
-        let told = self.attached.stop("its operator gave the guest up");
-        wait_for(self.ended);
-        told
-    }
-
-    /// The VMM has its guest.
-    fn aborted(self) -> Result<(), AttachError> {
-        let told = self.attached.resume();
-        wait_for(self.ended);
-        told
-    }
-}
-
-/// Waits for a keeper's process, which has said that it ends.
-fn wait_for(ended: Option<Receiver<()>>) {
-    if let Some(ended) = ended {
-        let _ = ended.recv_timeout(KEEPER_END_MAX);
-    }
+/// Whoever holds the guest's memory beside the VMM.
+pub trait Beside: Send + std::fmt::Debug {
+    /// The VMM has its guest, and nobody else needs the memory. May be called twice.
+    fn given_back(&mut self);
+    /// The operator has given the guest up: nobody is to go on with it.
+    fn given_up(&mut self) -> Result<(), VmError>;
 }
 
 /// A VMM that this process is attached to.
 #[derive(Debug)]
 pub struct AttachedVmm {
     vmm: Option<Attached>,
-    keeper: Option<Keeper>,
+    beside: Option<Box<dyn Beside>>,
     word: Arc<CommitWord>,
     /// The VMM's control socket, where it is looked for again.
     control: Option<PathBuf>,
@@ -117,10 +60,7 @@ impl AttachedVmm {
     /// session that was committed is gone on with by [`AttachedVmm::left`].
     pub fn new(attached: Attached) -> Result<Self, GivenAway> {
         match attached.word.decision() {
-            Decision::Undecided | Decision::Aborted => {
-                let vmm = Self::nobody(&attached, attached.path().map(Path::to_owned));
-                Ok(Self { vmm: Some(attached), ..vmm })
-            }
+            Decision::Undecided | Decision::Aborted => Ok(Self::committed(attached)),
             Decision::Committed
             | Decision::Running
             | Decision::TakenBack
@@ -128,31 +68,26 @@ impl AttachedVmm {
         }
     }
 
-    /// The same, with a keeper that is told when the memory may go.
-    pub fn kept_by(mut self, keeper: Keeper) -> Self {
-        self.keeper = Some(keeper);
+    /// A VMM that holds a guest which was committed before, for a session that is gone on
+    /// with.
+    pub fn committed(attached: Attached) -> Self {
+        let control = attached.path().map(Path::to_owned);
+        let nobody = Self::left(attached.word.clone(), attached.guest.pid, control);
+        Self { vmm: Some(attached), ..nobody }
+    }
+
+    /// The same, with `beside` told when the VMM has its guest back.
+    pub fn held_by(mut self, beside: Box<dyn Beside>) -> Self {
+        self.beside = Some(beside);
         self
     }
 
-    /// What is left of a guest whose commit word has decided, for a session that is gone on
-    /// with: its keeper. `control` is the socket of its VMM, which may still be there, and is
-    /// not looked for before it is needed.
-    pub fn left(keeper: Keeper, control: PathBuf) -> Self {
-        let left = Self::nobody(&keeper.attached, Some(control));
-        Self { keeper: Some(keeper), ..left }
-    }
-
-    /// The guest of `attached`, without anybody to talk to.
-    fn nobody(attached: &Attached, control: Option<PathBuf>) -> Self {
-        Self {
-            vmm: None,
-            keeper: None,
-            word: attached.word.clone(),
-            control,
-            pid: attached.guest.pid,
-            resumed: false,
-            releasing: false,
-        }
+    /// A guest whose commit word has decided, for a session that is gone on with. `control`
+    /// is the socket of its VMM, process `pid`, which may still be there, and is not looked
+    /// for before it is needed.
+    pub fn left(word: Arc<CommitWord>, pid: u32, control: Option<PathBuf>) -> Self {
+        let (vmm, beside) = (None, None);
+        Self { vmm, beside, word, control, pid, resumed: false, releasing: false }
     }
 
     fn attached(&mut self) -> Result<&mut Attached, VmError> {
@@ -198,12 +133,9 @@ impl AttachedVmm {
         Ok(())
     }
 
-    /// The guest is its VMM's, and its memory needs no keeper.
-    fn leave_keeper(&mut self) {
-        if let Some(keeper) = self.keeper.take()
-            && let Err(error) = keeper.aborted()
-        {
-            tracing::debug!(%error, "the keeper was not told that it may go");
+    fn given_back(&mut self) {
+        if let Some(beside) = &mut self.beside {
+            beside.given_back();
         }
     }
 
@@ -270,9 +202,7 @@ impl SourceVm for AttachedVmm {
             Decision::Aborted => None,
             _ => Some(vmm.resume()),
         };
-        // The next migration of this guest needs one of its own, and may begin while this
-        // one is still telling its destination.
-        self.leave_keeper();
+        self.given_back();
         match told {
             Some(Ok(())) => {}
             None | Some(Err(AttachError::Socket { source: SocketError::Closed, .. })) => {
@@ -299,28 +229,22 @@ impl SourceVm for AttachedVmm {
     }
 
     fn drained(&mut self) -> Result<(), VmError> {
-        failpoint!("source::before_keeper_released", return Err("a failpoint".into()));
-        let proof = self.proof()?;
-        let kept = self.keeper.take().map_or(Ok(()), |keeper| keeper.drained(&proof));
-        failpoint!("source::after_keeper_released");
+        let _proof = self.proof()?;
         if (self.vmm.is_some() || !self.releasing)
             && let Err(error) = self.release()
         {
             let error = error_chain(error.as_ref());
             tracing::warn!(error, "the VMM does not answer; it is left with a guest that is gone");
         }
-        Ok(kept?)
+        Ok(())
     }
 
     fn given_up(&mut self) -> Result<(), VmError> {
-        match self.keeper.take() {
-            Some(keeper) => Ok(keeper.discard()?),
-            None => Ok(()),
-        }
+        self.beside.as_mut().map_or(Ok(()), |beside| beside.given_up())
     }
 
     fn aborted(&mut self) -> Result<(), VmError> {
-        self.leave_keeper();
+        self.given_back();
         if self.resumed {
             return Ok(());
         }

@@ -20,6 +20,10 @@ pub enum Phase {
     Blackout,
     /// The guest runs at the destination, and pages are missing.
     TargetBrownout,
+    /// The guest is committed and no link stands: both sides keep all that they have, and the
+    /// source tries to connect again. At the destination the guest runs, as far as it has its
+    /// pages, unless the commit is in doubt there.
+    Paused,
     /// All pages are there, or the migration has failed: the two sides let go.
     Release,
 }
@@ -32,6 +36,7 @@ impl Phase {
             Self::Handshake => "handshake",
             Self::Blackout => "blackout",
             Self::TargetBrownout => "target brownout",
+            Self::Paused => "paused",
             Self::Release => "release",
         }
     }
@@ -90,6 +95,17 @@ pub struct Progress {
     pub wire_bytes: u64,
     /// Since the session began.
     pub elapsed: Duration,
+    /// Set while it is paused.
+    pub paused: Option<Pause>,
+}
+
+/// A committed guest without a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// For how long there has been none.
+    pub lasts: Duration,
+    /// How often this side has tried to connect again; the destination does not.
+    pub attempts: u32,
 }
 
 /// Something happened. More kinds may come.
@@ -110,6 +126,12 @@ pub enum Event {
         /// Its epoch.
         epoch: u32,
         /// What ended it.
+        why: String,
+    },
+    /// The link of a committed guest is lost: the migration is paused, and goes on by itself
+    /// with the next [`Event::LinkUp`]. It ends when the patience of this side is over.
+    Paused {
+        /// What ended the link.
         why: String,
     },
     /// A step was made: [`Stamp::Captured`] when the guest is paused at the source,
@@ -138,6 +160,7 @@ pub(super) struct Watch {
     epoch: Option<u32>,
     told: Timeline,
     why_lost: String,
+    why_paused: String,
 }
 
 impl fmt::Debug for Watch {
@@ -178,6 +201,7 @@ impl Watch {
         if self.epoch != epoch {
             if let Some(epoch) = self.epoch {
                 let why = std::mem::take(&mut self.why_lost);
+                self.why_paused.clone_from(&why);
                 self.tell(Event::LinkLost { epoch, why });
             }
             if let Some(epoch) = epoch {
@@ -196,6 +220,10 @@ impl Watch {
         if self.phase != Some(phase) {
             self.phase = Some(phase);
             self.tell(Event::Phase(phase));
+            if phase == Phase::Paused {
+                let why = std::mem::take(&mut self.why_paused);
+                self.tell(Event::Paused { why });
+            }
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
-use super::keeper::{self, KeeperCommand, Occupied};
+use super::keeper::{self, KeeperCommand, RestartCommand};
 use super::{FaultServer, PushPlan};
 use crate::engine::event::Event;
-use crate::program::exit::{Failure, Side, write_report};
-use crate::program::signals::on_interrupt;
+use crate::program::exit::{Failure, Side, both, write_report};
+use crate::program::signals::{complain, on_interrupt};
 use crate::program::units::parse_time;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
@@ -14,6 +14,7 @@ use crate::transport::ticket::TICKET_BYTES_MAX;
 use anyhow::Context;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -29,22 +30,32 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TICKET", required_unless_present_any = ["resume", "discard"])]
     ticket: Option<String>,
     /// Go on with the session of a fault server that has died: all that it knew is in its
-    /// keeper. If the guest was committed, the destination gets the memory that it misses,
-    /// and must hear of it before its own patience is over; if not, it is told that the guest
-    /// stayed in its VMM.
+    /// keeper; or, if that died, too, in a VMM that still holds the guest. If the guest was
+    /// committed, the destination gets the memory that it misses, and must hear of it before
+    /// its own patience is over; if not, it is told that the guest stayed in its VMM. Needed
+    /// only if the keeper does not do it: after --no-supervise, after a session that was lost,
+    /// or if fault servers have died 10 times within a minute.
     #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
                                       "patience"])]
     resume: bool,
+    /// The keeper that has started this process is at the other end of standard input.
+    #[arg(long, hide = true, requires = "resume", conflicts_with = "report")]
+    restarted: bool,
     /// Have the keeper of a guest that is lost end, and free the memory that it holds:
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
-                                      "no_keeper", "report", "patience"])]
+                                      "no_keeper", "no_supervise", "report", "patience"])]
     discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
     /// its VMM may have ended well.
     #[arg(long)]
     no_keeper: bool,
+    /// If this process dies in the middle of a session, have its keeper only hold the memory
+    /// for --resume, and not start another fault server that goes on at once, with the same
+    /// standard output and error.
+    #[arg(long)]
+    no_supervise: bool,
     /// How long to try to connect again if the link is lost after the guest was committed.
     /// Then it is given up for lost; until then nothing is. Give the destination the same.
     /// [default: 10m]
@@ -52,7 +63,7 @@ pub struct ServeArgs {
     patience: Option<Duration>,
     #[command(flatten)]
     policy: PolicyArgs,
-    /// Write the report as JSON.
+    /// Write the report as JSON. A fault server that goes on with the session does it, too.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }
@@ -95,7 +106,9 @@ impl PolicyArgs {
 
 impl ServeArgs {
     /// Attaches, migrates, and writes the report if one was asked for; an interrupt
-    /// stops it before the commit. `watch` shows how it goes on, `show` the report.
+    /// stops it before the commit. `watch` shows how it goes on, `show` the report. `again`
+    /// are the arguments, beside these, with which this program does the same once more: it
+    /// is started with them if it dies in the middle.
     ///
     /// # Errors
     /// A [`Failure`] if the migration did not complete or its report does not add up;
@@ -103,6 +116,7 @@ impl ServeArgs {
     pub fn run(
         &self,
         program: &'static str,
+        again: Vec<OsString>,
         watch: impl FnMut(Event) + Send + 'static,
         show: impl FnOnce(&Report),
     ) -> anyhow::Result<()> {
@@ -110,11 +124,13 @@ impl ServeArgs {
             let path = keeper::socket_path(&self.control);
             return keeper::discard(&path).context("cannot discard a guest's memory");
         }
-        let server = self.server()?;
+        let server = self.server(again)?;
         let ticket = server.ticket().clone();
         let canceller = server.canceller();
-        on_interrupt(program, move || canceller.cancel("interrupted by the user"));
-        let end = server.run(watch)?;
+        let stop = move || canceller.cancel("interrupted by the user");
+        on_interrupt(program, stop, server.deserter());
+        let report = server.report().map(ToOwned::to_owned);
+        let (end, last_word) = server.run(watch)?;
         show(&end.report);
         let mut session = Failure::of(&end.outcome, Side::Source);
         if let (Outcome::Aborted(why), Some(stranded)) = (&end.outcome, end.stranded) {
@@ -126,33 +142,40 @@ impl ServeArgs {
             // The other host's clock decided; this one's helps to explain.
             why.push_str(" (by this host's clock the ticket has expired)");
         }
-        if let Err(Failure::Lost(why)) = &mut session {
-            let path = keeper::socket_path(&self.control);
-            if keeper::look(&path) == Some(Occupied::Committed) {
-                let at = path.display();
-                why.push_str(&format!(
-                    "; a keeper at {at} still holds the memory here: --resume tries again, \
-                     --discard frees it"
-                ));
-            }
-        }
         if session.is_ok() && !end.report.has_destination_part() {
-            eprintln!("{program}: the destination's part of the report did not come");
+            complain(program, "the destination's part of the report did not come");
         }
         let wrong = end.report.check();
         if session.is_ok() && !wrong.is_empty() {
             session = Err(Failure::Wrong(wrong.join("; ")));
         }
-        write_report(program, &end.report, self.report.as_deref(), session.map_err(Into::into))
+        let reported = write_report(&end.report, report.as_deref());
+        // All that was promised is done.
+        let held = last_word.say();
+        if let (Err(Failure::Lost(why)), true) = (&mut session, held) {
+            let at = keeper::socket_path(&self.control);
+            why.push_str(&format!(
+                "; a keeper at {} still holds the memory here: --resume tries again, \
+                 --discard frees it",
+                at.display(),
+            ));
+        }
+        both(program, session.map_err(Into::into), reported)
     }
 }
 
 impl ServeArgs {
-    fn server(&self) -> anyhow::Result<FaultServer> {
+    fn server(&self, again: Vec<OsString>) -> anyhow::Result<FaultServer> {
+        let keeper = (!self.no_keeper).then(|| self.keeper(again));
+        let (keeper, report) = (keeper.as_ref(), self.report.as_deref());
         let Some(ticket) = &self.ticket else {
+            let server = if self.restarted {
+                FaultServer::restarted(&self.control, keeper)
+            } else {
+                FaultServer::resume(&self.control, report, keeper)
+            };
             let at = self.control.display();
-            return FaultServer::resume(&self.control)
-                .with_context(|| format!("cannot resume a session of the guest at {at}"));
+            return server.with_context(|| format!("cannot resume a session of the guest at {at}"));
         };
         let ticket = read_ticket(ticket)?;
         let plan = PushPlan {
@@ -161,9 +184,17 @@ impl ServeArgs {
             drain_after: self.policy.drain_after,
             patience: self.patience,
         };
-        let keeper = (!self.no_keeper).then(KeeperCommand::default);
-        FaultServer::attach(&self.control, ticket, plan, keeper.as_ref())
+        FaultServer::attach(&self.control, ticket, plan, report, keeper)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))
+    }
+
+    /// A keeper, and what it starts.
+    fn keeper(&self, mut again: Vec<OsString>) -> KeeperCommand {
+        let control = keeper::at_any_directory(self.control.clone()).into_os_string();
+        again.extend(["--control".into(), control, "--resume".into(), "--restarted".into()]);
+        let restart = RestartCommand { program: "/proc/self/exe".into(), arguments: again };
+        let restart = (!self.no_supervise).then_some(restart);
+        KeeperCommand { restart, ..KeeperCommand::default() }
     }
 }
 

@@ -7,17 +7,19 @@
 //! needed to use it.
 
 pub mod arguments;
+mod holding;
 pub mod keeper;
+mod legacy;
 pub mod record;
 pub mod take_back;
 mod watch;
 
 use crate::attach::client::{AttachError, Attached};
-use crate::attach::commit_word::Decision;
+use crate::attach::commit_word::{CommitWord, Decision};
 use crate::attach::handover::MemoryFiles;
 use crate::attach::message::GuestInfo;
 use crate::engine::ConfigError;
-use crate::engine::attached::{AttachedVmm, GivenAway, Keeper};
+use crate::engine::attached::{AttachedVmm, GivenAway};
 use crate::engine::event::Event;
 use crate::engine::operator::Operator;
 use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
@@ -26,15 +28,19 @@ use crate::operator::desk::Desk;
 use crate::operator::socket_path;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
-use crate::proto::source::SessionLimits;
+use crate::proto::source::{Outcome, SessionLimits};
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{LinkOptions, Ticket, TransportError};
+use holding::Holding;
+pub use holding::Keeper;
 use keeper::{KeeperCommand, KeeperError, Occupied};
+use legacy::Legacy;
 use record::{RecordError, RecordFile, SessionRecord};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
-use watch::KeeperWatch;
+use watch::{KeeperWatch, Making};
 
 /// Which pages are pushed and when, and how long a lost link is waited for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,8 +125,11 @@ pub enum FaultServerError {
 pub struct FaultServer {
     vmm: AttachedVmm,
     migration: Migration,
+    holding: Holding,
     keeper: Option<KeeperWatch>,
+    word: Arc<CommitWord>,
     ticket: Ticket,
+    report: Option<PathBuf>,
     /// Where its operator finds it.
     desk: PathBuf,
 }
@@ -128,7 +137,8 @@ pub struct FaultServer {
 impl FaultServer {
     /// Attaches to the VMM whose control socket is at `control`, and has a keeper started
     /// as `keeper` says; without one the guest's memory is lost if this process dies
-    /// before the destination has it all. The guest runs on.
+    /// before the destination has it all. `report` is where its report was promised, which
+    /// whoever goes on with the session is told. The guest runs on.
     ///
     /// # Errors
     /// As [`Attached::connect`], if there is no keeper, and if the guest has left already.
@@ -136,6 +146,7 @@ impl FaultServer {
         control: &Path,
         ticket: Ticket,
         plan: PushPlan,
+        report: Option<&Path>,
         keeper: Option<&KeeperCommand>,
     ) -> Result<Self, FaultServerError> {
         let kept = |error| match keeper::look(&keeper::socket_path(control)) {
@@ -146,7 +157,7 @@ impl FaultServer {
             Err(error @ AttachError::Connect { .. }) => return Err(kept(error.into())),
             attached => attached?,
         };
-        let attached = match attached.word.decision() {
+        let mut attached = match attached.word.decision() {
             Decision::Undecided | Decision::Aborted => attached,
             // Whoever took it back did not come to having it resumed.
             Decision::TakenBack => {
@@ -160,57 +171,81 @@ impl FaultServer {
         let config =
             config(ticket.clone(), plan.clone(), attached.machine.clone(), attached.guest.clone())?;
         let migration = Migration::new(config, attached.ram.clone());
-        let desk = socket_path(control);
-        let Some(command) = keeper else {
-            let vmm = AttachedVmm::new(attached)?;
-            return Ok(Self { vmm, migration, keeper: None, ticket, desk });
-        };
         failpoint!("source::after_attached", return Err(RecordError::TooLong(0).into()));
         let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
+        let report = report.map(absolute);
         let record = RecordFile::create(SessionRecord {
             session: migration.session(),
             last_epoch: 0,
             state_left: false,
+            runs_since_ns: None,
+            drained: false,
             ticket: ticket.to_string(),
             layout: attached.layout().clone(),
             memory: memory.regions().to_vec(),
             machine: attached.machine.clone(),
             guest: attached.guest.clone(),
             plan,
+            report: report.clone().map(Into::into),
         })?;
-        let keeper = keeper::start(command, control, &attached, &record)?;
-        let watch = KeeperWatch::new(&keeper, keeper::socket_path(control));
-        Ok(Self {
-            vmm: AttachedVmm::new(attached)?.kept_by(keeper),
-            migration: migration.with_journal(Box::new(record)),
-            keeper: watch,
-            ticket,
-            desk,
-        })
+        let legacy = Legacy::of(&memory, &attached.word, &record)?;
+        let (holding, keeper) = held(control, legacy, keeper)?;
+        attached.keep_record(record.memfd())?;
+        let word = attached.word.clone();
+        let vmm = AttachedVmm::new(attached)?.held_by(Box::new(holding.clone()));
+        let migration = migration.with_journal(Box::new(record));
+        let desk = socket_path(control);
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Goes on with the session that a fault server which has died has left to the keeper
-    /// of the guest behind `control`. If it was committed, the destination is served what it
-    /// misses; if not, it is told that the guest stayed.
+    /// of the guest behind `control`; or, if there is none, to its VMM, which holds a guest
+    /// that was committed until it is told that it runs. If it was committed, the destination
+    /// is served what it misses; if not, it is told that the guest stayed. `report` is where
+    /// the report goes, if not where it was promised; `keeper` how one is started in the
+    /// place of one that has ended.
     ///
     /// # Errors
-    /// If there is no keeper, or another fault server is at work.
-    pub fn resume(control: &Path) -> Result<Self, FaultServerError> {
+    /// If there is neither, or another fault server is at work.
+    pub fn resume(
+        control: &Path,
+        report: Option<&Path>,
+        keeper: Option<&KeeperCommand>,
+    ) -> Result<Self, FaultServerError> {
         let path = keeper::socket_path(control);
-        let attached = match keeper::connect(&path) {
+        match keeper::connect(&path) {
             Err(source @ AttachError::Connect { .. }) => {
-                return Err(FaultServerError::NothingLeft { why: without_keeper(control), source });
+                let vmm = left_with_vmm(control)
+                    .map_err(|why| FaultServerError::NothingLeft { why, source })?;
+                Self::go_on(vmm, control, report, keeper, Place::Vmm)
             }
             Err(AttachError::Refused { .. }) => {
-                return Err(FaultServerError::Kept { path, state: Occupied::Busy });
+                Err(FaultServerError::Kept { path, state: Occupied::Busy })
             }
-            attached => attached?,
-        };
-        Self::go_on(attached, control)
+            kept => Self::go_on(kept?, control, report, keeper, Place::Keeper),
+        }
     }
 
-    /// The session that the keeper behind `attached` has.
-    fn go_on(mut attached: Attached, control: &Path) -> Result<Self, FaultServerError> {
+    /// The same in a process that a keeper has started, as its [`RestartCommand`] says: the
+    /// keeper is at the other end of standard input.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn restarted(
+        control: &Path,
+        keeper: Option<&KeeperCommand>,
+    ) -> Result<Self, FaultServerError> {
+        let attached = keeper::at_standard_input()?;
+        Self::go_on(attached, control, None, keeper, Place::Keeper)
+    }
+
+    fn go_on(
+        mut attached: Attached,
+        control: &Path,
+        report: Option<&Path>,
+        keeper: Option<&KeeperCommand>,
+        place: Place,
+    ) -> Result<Self, FaultServerError> {
         failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
         let committed = attached.word.abort().is_err();
@@ -218,27 +253,54 @@ impl FaultServer {
             Decision::Damaged(found) => return Err(FaultServerError::Word(found)),
             decision => decision == Decision::TakenBack,
         };
-        let record = RecordFile::open(attached.record()?)?;
-        let SessionRecord { session, last_epoch, ticket, plan, machine, guest, .. } =
+        let mut record = RecordFile::open(attached.record()?)?;
+        if let Some(report) = report.map(absolute) {
+            record.change(|record| record.report = Some(report.into()))?;
+        }
+        let SessionRecord { session, last_epoch, drained, ticket, plan, machine, guest, .. } =
             record.record().clone();
+        let report = record.record().report.clone().map(PathBuf::from);
+        let runs_for = record
+            .record()
+            .runs_since_ns
+            .map(|since| Duration::from_nanos(crate::attach::monotonic_ns().saturating_sub(since)));
         let ticket: Ticket = ticket.parse()?;
-        let left = Left { session, last_epoch, committed, taken_back };
+        let left = Left { session, last_epoch, committed, taken_back, runs_for, drained };
         let config = config(ticket.clone(), plan, machine, guest)?;
         let migration = Migration::resume(config, attached.ram.clone(), left);
-        let keeper = Keeper::new(attached, None);
-        let watch = KeeperWatch::new(&keeper, keeper::socket_path(control));
-        Ok(Self {
-            vmm: AttachedVmm::left(keeper, control.to_owned()),
-            migration: migration.with_journal(Box::new(record)),
-            keeper: watch,
-            ticket,
-            desk: socket_path(control),
-        })
+        let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
+        let legacy = Legacy::of(&memory, &attached.word, &record)?;
+        let (word, pid) = (attached.word.clone(), attached.guest.pid);
+        let (vmm, holding, keeper) = match place {
+            Place::Vmm => {
+                let (holding, keeper) = held(control, legacy, keeper)?;
+                (AttachedVmm::committed(attached), holding, keeper)
+            }
+            Place::Keeper => {
+                let holding = Holding::of(Keeper::new(attached, None));
+                let making = |command: &KeeperCommand| Making {
+                    command: command.clone(),
+                    control: control.to_owned(),
+                    legacy,
+                };
+                let watch = keeper.map(making).map(|made| KeeperWatch::new(holding.clone(), made));
+                (AttachedVmm::left(word.clone(), pid, Some(control.to_owned())), holding, watch)
+            }
+        };
+        let vmm = vmm.held_by(Box::new(holding.clone()));
+        let migration = migration.with_journal(Box::new(record));
+        let desk = socket_path(control);
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Where it goes, and with what right.
     pub fn ticket(&self) -> &Ticket {
         &self.ticket
+    }
+
+    /// Where its report was promised.
+    pub fn report(&self) -> Option<&Path> {
+        self.report.as_deref()
     }
 
     /// A handle for its operator, whom it also answers at
@@ -252,15 +314,22 @@ impl FaultServer {
         self.migration.canceller()
     }
 
+    /// To be called when this process ends in the middle of a session because somebody wants
+    /// it to: nobody is started in its place then.
+    pub fn deserter(&self) -> impl Fn() + Send + 'static {
+        let holding = self.holding.clone();
+        move || holding.desert()
+    }
+
     /// Moves the guest. Blocks until the session is over; `watch` is called with each
-    /// event, and must return at once.
+    /// event, and must return at once. The keeper is there until the [`LastWord`] is said.
     ///
     /// # Errors
     /// As [`Migration::run`]: only if no thread could be made.
     pub fn run(
         self,
         mut watch: impl FnMut(Event) + Send + 'static,
-    ) -> Result<SourceEnd, TransportError> {
+    ) -> Result<(SourceEnd, LastWord), TransportError> {
         let mut keeper = self.keeper;
         let watch = move |event: Event| {
             if let (Some(keeper), Event::Progress(now)) = (&mut keeper, &event) {
@@ -276,22 +345,70 @@ impl FaultServer {
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.
         end.vm = None;
-        Ok(end)
+        let outcome = end.outcome.clone();
+        Ok((end, LastWord { holding: self.holding, word: self.word, outcome }))
     }
 }
 
-/// What there is at `control` if there is no keeper.
-fn without_keeper(control: &Path) -> &'static str {
-    match Attached::connect(control).map(|vmm| vmm.word.decision()) {
-        Ok(Decision::Undecided | Decision::Aborted | Decision::TakenBack) => {
-            "the guest runs in its VMM"
+/// What a fault server says to its keeper when it has done all that it promised, its report
+/// included. One that is gone without has died: another one is started, and does it.
+#[derive(Debug)]
+#[must_use = "without it, the session is gone on with by another process"]
+pub struct LastWord {
+    holding: Holding,
+    word: Arc<CommitWord>,
+    outcome: Outcome,
+}
+
+impl LastWord {
+    /// Says it. The memory goes, unless the guest was lost: then it waits for an operator;
+    /// true if it does.
+    pub fn say(self) -> bool {
+        self.holding.part(&self.outcome, &self.word)
+    }
+}
+
+/// Where what is gone on with was left.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Keeper,
+    Vmm,
+}
+
+/// Has `legacy` held by a keeper, if there is to be one.
+fn held(
+    control: &Path,
+    legacy: Legacy,
+    keeper: Option<&KeeperCommand>,
+) -> Result<(Holding, Option<KeeperWatch>), KeeperError> {
+    let Some(command) = keeper else { return Ok((Holding::default(), None)) };
+    let making = Making { command: command.clone(), control: control.to_owned(), legacy };
+    let holding = Holding::of(making.start()?);
+    Ok((holding.clone(), Some(KeeperWatch::new(holding, making))))
+}
+
+/// A path that means the same to a process elsewhere.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// The VMM at `control`, if it holds a guest that was given to a destination, and the
+/// session's record; or what there is instead.
+fn left_with_vmm(control: &Path) -> Result<Attached, &'static str> {
+    let vmm = match Attached::connect(control) {
+        Ok(vmm) => vmm,
+        Err(AttachError::Refused { .. }) => {
+            return Err("the guest is in its VMM, and somebody is attached");
         }
-        Ok(_) => {
-            "the VMM holds the memory of a guest that was given to a destination, but the \
-             session's record went with its fault server and keeper"
+        Err(_) => return Err("there is neither a VMM nor a keeper"),
+    };
+    match vmm.word.decision() {
+        Decision::Undecided | Decision::Aborted | Decision::TakenBack => {
+            Err("the guest runs in its VMM")
         }
-        Err(AttachError::Refused { .. }) => "the guest is in its VMM, and somebody is attached",
-        Err(_) => "there is neither a VMM nor a keeper",
+        _ if vmm.has_record() => Ok(vmm),
+        _ => Err("the VMM holds the memory of a guest that was given to a destination, but has \
+                  no record of the session"),
     }
 }
 

@@ -15,13 +15,16 @@ use crate::proto::layout::MemoryLayout;
 use crate::proto::message::SessionId;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 /// First bytes of a slot, the format's version included.
-const MAGIC: [u8; 8] = *b"pc-rec01";
+const MAGIC: [u8; 8] = *b"pc-rec02";
+/// Of them, those that are the same in all versions.
+const MAGIC_ANY: &[u8] = b"pc-rec";
 /// Magic, sequence number, length, checksum.
 const HEADER_BYTES: usize = 24;
 /// Room for a record and its header: the longest texts that a VMM may give fit in.
@@ -38,6 +41,12 @@ pub struct SessionRecord {
     /// The guest was told to pause, so the machine state may have left: without a word from
     /// here the destination waits.
     pub state_left: bool,
+    /// When the guest's first instruction at the destination was heard of: a reading of the
+    /// host's [`monotonic_ns`](crate::attach::monotonic_ns).
+    pub runs_since_ns: Option<u64>,
+    /// The destination has said that it has every page: whatever comes now, the guest is
+    /// not lost.
+    pub drained: bool,
     /// The ticket's line, with the address where the destination was looked for last.
     pub ticket: String,
     /// Where the guest's memory lies.
@@ -50,6 +59,8 @@ pub struct SessionRecord {
     pub guest: GuestInfo,
     /// How its pages are pushed.
     pub plan: PushPlan,
+    /// Where a report was promised: an absolute path.
+    pub report: Option<OsString>,
 }
 
 impl std::fmt::Debug for SessionRecord {
@@ -80,6 +91,17 @@ pub enum RecordError {
     /// A record that cannot be encoded.
     #[error("the session record cannot be encoded")]
     Encode(#[source] postcard::Error),
+    /// It was written by another version of this crate.
+    #[error(
+        "the session record is of version {theirs}, and this is version {ours}: go on with \
+             the version that began"
+    )]
+    Version {
+        /// Its version.
+        theirs: String,
+        /// This one.
+        ours: String,
+    },
     /// No slot holds a whole record.
     #[error("the session record is damaged")]
     Damaged,
@@ -111,8 +133,10 @@ impl RecordFile {
         let read = (0..SLOTS).filter_map(|slot| read_slot(&file, slot).transpose());
         let slots: Vec<_> = read.collect::<Result<_, _>>().map_err(system("read"))?;
         let newest = slots.into_iter().max_by_key(|(sequence, _)| *sequence);
-        let (sequence, record) = newest.ok_or(RecordError::Damaged)?;
-        Ok(Self { file, sequence, record })
+        match newest {
+            Some((sequence, record)) => Ok(Self { file, sequence, record }),
+            None => Err(foreign_version(&file).unwrap_or(RecordError::Damaged)),
+        }
     }
 
     /// The record as it was read, or written last.
@@ -165,6 +189,29 @@ impl Journal for RecordFile {
         failpoint!("source::after_pause_kept");
         Ok(())
     }
+
+    fn guest_runs(&mut self) -> io::Result<()> {
+        let now = crate::attach::monotonic_ns();
+        self.change(|record| record.runs_since_ns = Some(now)).map_err(io::Error::other)
+    }
+
+    fn drained(&mut self) -> io::Result<()> {
+        self.change(|record| record.drained = true).map_err(io::Error::other)
+    }
+}
+
+/// What is wrong with a file in which no slot is of this version, if one is of another.
+fn foreign_version(file: &File) -> Option<RecordError> {
+    let version = |slot: u64| {
+        let mut magic = [0; MAGIC.len()];
+        file.read_exact_at(&mut magic, slot * SLOT_BYTES as u64).ok()?;
+        let theirs =
+            magic.strip_prefix(MAGIC_ANY).filter(|theirs| magic != MAGIC && theirs.is_ascii())?;
+        Some(String::from_utf8_lossy(theirs).into_owned())
+    };
+    let theirs = (0..SLOTS).find_map(version)?;
+    let ours = String::from_utf8_lossy(&MAGIC[MAGIC_ANY.len()..]).into_owned();
+    Some(RecordError::Version { theirs, ours })
 }
 
 fn encode(sequence: u64, record: &SessionRecord) -> Result<Vec<u8>, RecordError> {
@@ -234,6 +281,9 @@ mod tests {
             machine: "m".repeat(300),
             guest: GuestInfo { kind: "none".into(), vcpus: 1, workload_json: "{}".into(), pid: 1 },
             plan: PushPlan::default(),
+            runs_since_ns: None,
+            drained: false,
+            report: Some("/r\u{fc}ckblick.json".into()),
         }
     }
 
@@ -281,6 +331,16 @@ mod tests {
             assert_eq!(reader(&file).unwrap().record().last_epoch, 1, "byte {byte}");
             file.file.write_all_at(&slot, at).unwrap();
         }
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_refused_by_name() {
+        let file = RecordFile::create(record()).unwrap();
+        for slot in 0..SLOTS {
+            file.file.write_all_at(b"pc-rec01", slot * SLOT_BYTES as u64).unwrap();
+        }
+        let error = reader(&file).unwrap_err();
+        assert!(error.to_string().contains("of version 01, and this is version 02"), "{error}");
     }
 
     #[test]

@@ -1,46 +1,119 @@
-//! An eye on the keeper: the migration goes on without it, but an operator is to know.
+//! An eye on the keeper. The migration goes on without it, but must not stay without: a new
+//! one is started in the place of one that has ended.
 
-use crate::attach::listener::sweep;
-use crate::engine::attached::Keeper;
+use super::holding::{Holding, Keeper};
+use super::keeper::{self, KeeperCommand, KeeperError, Restarts};
+use super::legacy::Legacy;
+use crate::attach::commit_word::Decision;
+use crate::engine::error_chain;
 use crate::engine::event::Phase;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Instant;
+use tracing::{info, warn};
 
-/// Notices a keeper's end.
+/// How a keeper is made.
 #[derive(Debug)]
-pub struct KeeperWatch {
-    socket: OwnedFd,
-    path: PathBuf,
-    gone: bool,
+pub(super) struct Making {
+    pub command: KeeperCommand,
+    /// The control socket of the guest's VMM.
+    pub control: PathBuf,
+    pub legacy: Legacy,
+}
+
+impl Making {
+    pub fn start(&self) -> Result<Keeper, KeeperError> {
+        keeper::start(&self.command, &self.control, &self.legacy)
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    /// It is there, at the other end of this socket.
+    There(OwnedFd),
+    /// It has ended.
+    Ended,
+    /// Another one is being started.
+    Coming(Receiver<Result<Keeper, KeeperError>>),
+    /// Nobody is looked after any more.
+    GivenUp,
+}
+
+/// Notices a keeper's end, and replaces it.
+#[derive(Debug)]
+pub(super) struct KeeperWatch {
+    holding: Holding,
+    making: Arc<Making>,
+    restarts: Restarts,
+    state: State,
 }
 
 impl KeeperWatch {
-    /// Watches `keeper`, which listens at `path`. None if it cannot be watched.
-    pub fn new(keeper: &Keeper, path: PathBuf) -> Option<Self> {
-        let socket = keeper.socket().inspect_err(|error| {
-            tracing::warn!(%error, "the keeper cannot be watched");
-        });
-        Some(Self { socket: socket.ok()?, path, gone: false })
+    /// Watches the keeper of `holding`.
+    pub fn new(holding: Holding, making: Making) -> Self {
+        let state = holding.socket().map_or(State::Ended, State::There);
+        Self { holding, making: Arc::new(making), restarts: Restarts::default(), state }
     }
 
-    /// Looks, and says so once if it has ended before it was told to.
+    /// Looks, and does what is to be done; never waits.
     pub fn look(&mut self, phase: Phase) {
-        if self.gone || phase == Phase::Release {
+        let aborted = self.making.legacy.word().decision() == Decision::Aborted;
+        if phase == Phase::Release || aborted || self.holding.is_left() {
             return;
         }
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
-        let hung_up = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
-        if hung_up {
-            self.gone = true;
-            tracing::warn!(
-                "the keeper has ended: if this process dies before the destination has all \
-                 memory, the guest is lost"
-            );
-            // One that was killed leaves its socket's file. Not here, where faults are served:
-            // the directory may be locked.
-            let path = self.path.clone();
-            let _ = std::thread::Builder::new().name("sweep".into()).spawn(move || sweep(&path));
+        match &mut self.state {
+            State::There(socket) if ended(socket) => {
+                warn!(
+                    "the keeper has ended: until another one is there, a death of this process \
+                     loses the guest"
+                );
+                self.state = State::Ended;
+            }
+            State::Ended => match self.restarts.due(Instant::now()) {
+                Some(due) if due <= Instant::now() => self.start(),
+                Some(_) => {}
+                None => {
+                    warn!("keepers end too often; none is started any more");
+                    self.state = State::GivenUp;
+                }
+            },
+            State::Coming(answer) => match answer.try_recv() {
+                Ok(Ok(keeper)) => {
+                    info!("a keeper holds the guest's memory again");
+                    self.holding.renew(keeper);
+                    self.state = self.holding.socket().map_or(State::Ended, State::There);
+                }
+                Ok(Err(error)) => {
+                    warn!(error = error_chain(&error), "no other keeper can be started");
+                    self.state = State::Ended;
+                }
+                Err(TryRecvError::Disconnected) => self.state = State::Ended,
+                Err(TryRecvError::Empty) => {}
+            },
+            State::There(_) | State::GivenUp => {}
         }
     }
+
+    /// Starts one, on a thread of its own: faults are served on this one.
+    fn start(&mut self) {
+        self.restarts.started(Instant::now());
+        let (tell, answer) = channel();
+        let making = self.making.clone();
+        let make = move || {
+            let _ = tell.send(making.start());
+        };
+        let thread = std::thread::Builder::new().name("keeper's start".into()).spawn(make);
+        match thread {
+            Ok(_) => self.state = State::Coming(answer),
+            Err(error) => warn!(%error, "no thread to start a keeper on"),
+        }
+    }
+}
+
+fn ended(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }

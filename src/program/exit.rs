@@ -5,6 +5,7 @@
 //! run on; 5 the memory or the report is
 //! not what it should be; 6 done, but the report could not be written.
 
+use super::signals::complain;
 use crate::proto::message::printable;
 use crate::proto::source::Outcome;
 use crate::report::schema::Report;
@@ -94,23 +95,29 @@ impl Failure {
     }
 }
 
-/// Writes the report as JSON, if that was asked for. How the session went still comes
-/// last and decides the exit code: a report that cannot be written must not hide it.
-pub fn write_report(
+/// Writes the report as JSON, if that was asked for.
+pub fn write_report(report: &Report, path: Option<&Path>) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    report.write(path).map_err(|error| {
+        let why = format!("cannot write the report {}: {error}", path.display());
+        Failure::Unreported(why)
+    })
+}
+
+/// How `program` ends if the session and its report went like this. The session comes last
+/// and decides the exit code: a report that cannot be written must not hide it.
+pub fn both(
     program: &str,
-    report: &Report,
-    path: Option<&Path>,
     session: anyhow::Result<()>,
+    reported: Result<(), Failure>,
 ) -> anyhow::Result<()> {
-    let Some(path) = path else { return session };
-    let Err(error) = report.write(path) else { return session };
-    let why = format!("cannot write the report {}: {error}", path.display());
-    match session {
-        Ok(()) => Err(Failure::Unreported(why).into()),
-        Err(failure) => {
-            eprintln!("{program}: {}", printable(why));
+    match (session, reported) {
+        (Ok(()), reported) => Ok(reported?),
+        (Err(failure), Err(Failure::Unreported(why))) => {
+            complain(program, &printable(why));
             Err(failure)
         }
+        (Err(failure), _) => Err(failure),
     }
 }
 
@@ -124,7 +131,7 @@ pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
         }
     }
     // Paths, arguments and peers may hold anything; this is one line all the same.
-    eprintln!("{program}: {}", printable(line));
+    complain(program, &printable(line));
     let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
     ExitCode::from(code.map_or(1, Failure::code))
 }

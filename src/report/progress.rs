@@ -37,6 +37,8 @@ pub struct Snapshot {
     pub network_faults: u64,
     /// Time since the migration began.
     pub elapsed: Duration,
+    /// For how long there has been no link, and how often a new one was tried, while it is so.
+    pub paused: Option<(Duration, u32)>,
 }
 
 /// The display of one migration.
@@ -107,6 +109,17 @@ impl Progress {
         }
     }
 
+    /// Says something beside the line that it redraws.
+    pub fn note(&mut self, line: &str) {
+        match &mut self.display {
+            Display::Quiet => {}
+            Display::Bar(bar) => bar.println(line),
+            Display::Lines { out } => {
+                let _ = writeln!(out, "{line}");
+            }
+        }
+    }
+
     /// Ends the display with a last line.
     pub fn finish(self, message: &str) {
         match self.display {
@@ -134,7 +147,10 @@ fn bar(target: ProgressDrawTarget) -> ProgressBar {
 fn figures(now: &Snapshot, done: u64, rate: Option<f64>, eta: Option<Duration>) -> String {
     let percent = (u128::from(done) * 100).checked_div(u128::from(now.pages_total)).unwrap_or(0);
     let mut text = format!("{percent:3} %");
-    if let Some(eta) = eta {
+    if let Some((lasts, attempts)) = now.paused {
+        let seconds = lasts.as_secs_f64();
+        text += &format!(", no link for {seconds:.1} s, connecting again, attempt {attempts}");
+    } else if let Some(eta) = eta {
         text += &format!(", {} s left", eta.as_secs_f64().ceil());
     }
     text += &format!(", {} pages", HumanCount(done));
@@ -226,6 +242,7 @@ mod tests {
             bytes: done * 4096,
             network_faults: done / 1000,
             elapsed: Duration::from_millis(millis),
+            paused: None,
         }
     }
 

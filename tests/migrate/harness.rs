@@ -212,9 +212,19 @@ impl Running {
 
     /// Waits until it is gone, and leaves it where it is; its exit code, if it has one.
     pub fn wait_code(&mut self) -> Option<i32> {
-        poll("the end of a process", SOON, || {
+        self.wait_code_within(SOON)
+    }
+
+    /// As [`wait_code`](Self::wait_code), for one that has a reason to stay for a while.
+    pub fn wait_code_within(&mut self, within: Duration) -> Option<i32> {
+        poll("the end of a process", within, || {
             Some(self.child.try_wait().expect("a child can be waited for")?.code())
         })
+    }
+
+    /// How many lines with `text` in them it has said.
+    pub fn said_count(&self, text: &str) -> usize {
+        lock(&self.stderr.0.0).lines.iter().filter(|line| line.contains(text)).count()
     }
 
     /// Whether it has said something with `text` in it.
@@ -310,23 +320,44 @@ pub struct Guest {
 }
 
 /// Kills the keeper of a guest at the end: one that holds a guest's memory for a fault
-/// server to come outlives all other processes.
-struct KeeperSweep(String);
+/// server to come outlives all other processes. So does the fault server that it has started.
+struct KeeperSweep {
+    control: String,
+    keeper: String,
+}
 
 impl Drop for KeeperSweep {
     fn drop(&mut self) {
-        for pid in processes_with(&self.0) {
-            let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        // Each starts the other one.
+        for _ in 0..20 {
+            let left = [processes_with(&self.keeper), restarted(&self.control)].concat();
+            if left.is_empty() {
+                return;
+            }
+            for pid in left {
+                let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            std::thread::sleep(POLL);
         }
     }
 }
 
 /// The processes that run and have `argument` among their arguments.
 pub fn processes_with(argument: &str) -> Vec<i32> {
+    processes_with_all(&[argument])
+}
+
+/// The fault servers that the keeper of the guest at `control` has started.
+pub fn restarted(control: &str) -> Vec<i32> {
+    processes_with_all(&[control, "--restarted"])
+}
+
+fn processes_with_all(arguments: &[&str]) -> Vec<i32> {
     let has = |pid: &i32| {
         // That of a process that has ended and was not waited for is empty.
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|part| part == argument.as_bytes())
+        let parts: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        arguments.iter().all(|argument| parts.contains(&argument.as_bytes()))
     };
     let folders = std::fs::read_dir("/proc").expect("a /proc").flatten();
     folders.filter_map(|folder| folder.file_name().to_str()?.parse().ok()).filter(has).collect()
@@ -348,6 +379,11 @@ impl Guest {
         Self::start_permitted(Some(permit()), command, arguments)
     }
 
+    /// The same, for a test that itself limits how many guests run.
+    pub fn start_unlimited(command: Command, arguments: &[&str]) -> Self {
+        Self::start_permitted(None, command, arguments)
+    }
+
     /// A second small guest, under the first one's permit: a test that waited for another
     /// one while it holds one could wait for ever.
     pub fn start_another(&self) -> Self {
@@ -363,7 +399,7 @@ impl Guest {
             Running::start_as(command, &[&["run", "--control", &control], arguments].concat());
         let line = process.line();
         assert!(line.contains("runs as process"), "{line}");
-        let _keeper = KeeperSweep(format!("{control}.keeper"));
+        let _keeper = KeeperSweep { keeper: format!("{control}.keeper"), control };
         Self { folder, process, _keeper, _permit: permit }
     }
 

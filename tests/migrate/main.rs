@@ -27,8 +27,12 @@ mod frozen;
 mod bad_arguments;
 // Tickets that are wrong, used or expired, and strangers at the port.
 mod bad_ticket;
+// A link that is lost after the commit, wholly or in part, and comes back or does not.
+mod link_loss;
 // A VMM that leaves early, a fault server that dies, and the keeper between them.
 mod keeper;
+// A fault server that dies, and the one that is started in its place.
+mod supervise;
 // The commit word of another process.
 #[allow(dead_code)] // Its other test uses the rest.
 #[path = "../torture/commit_word.rs"]

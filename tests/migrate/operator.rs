@@ -66,7 +66,9 @@ impl Pair {
 
     /// Migrates until a quarter of the pages has come, then loses the link.
     fn cut_in_the_middle(&mut self) -> Running {
-        let migration = self.guest.migrate(&self.ticket, &["--report", &self.guest.path("r")]);
+        let migration = self
+            .guest
+            .migrate(&self.ticket, &["--no-supervise", "--report", &self.guest.path("r")]);
         poll("pages on the link", SOON, || {
             let bytes = self.relay.stats().to_target.forwarded_bytes;
             (bytes > MEMORY / 4).then_some(())
@@ -79,7 +81,7 @@ impl Pair {
     /// Migrates until the commit is made, and loses the link before the destination hears it.
     fn cut_in_doubt(&mut self) -> Running {
         let word = CommitWord::of(self.guest.process.pid());
-        let migration = self.guest.migrate(&self.ticket, &[]);
+        let migration = self.guest.migrate(&self.ticket, &["--no-supervise"]);
         word.committed();
         self.relay.blackhole(true);
         let now = until(&self.here(), |now| !now.linked);
@@ -411,7 +413,7 @@ fn without_a_fault_server_only_a_commit_in_doubt_is_taken_back() {
     // One that was heard to run there, and whose VMM has not been let go.
     let pair = Pair::prepare(SLOW, LONG);
     let word = CommitWord::of(pair.guest.process.pid());
-    let mut migration = pair.guest.migrate(&pair.ticket, &[]);
+    let mut migration = pair.guest.migrate(&pair.ticket, &["--no-supervise"]);
     word.committed();
     pair.guest.process.signal(Signal::SIGSTOP);
     poll("Running", SOON, || (word.decision() == Decision::Running).then_some(()));

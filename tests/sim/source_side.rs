@@ -55,6 +55,7 @@ pub struct Source<L> {
 pub enum SourceStep {
     Dial {
         epoch: u32,
+        answer_within: Duration,
     },
     DialFailed {
         epoch: u32,
@@ -133,7 +134,7 @@ impl<L: Ledger> World<L> {
             self.trace.line(self.now, format_args!("source step {step:?}"));
         }
         match step {
-            SourceStep::Dial { epoch } => self.dial(epoch),
+            SourceStep::Dial { epoch, answer_within } => self.dial(epoch, answer_within),
             SourceStep::DialFailed { epoch } => {
                 if self.source.session.as_ref().is_some_and(|s| s.epoch() == epoch) {
                     self.source_event(SourceEvent::LinkLost("no connection".into()));
@@ -227,13 +228,13 @@ impl<L: Ledger> World<L> {
         let incarnation = self.source.incarnation;
         let step = |step| Event::Source { incarnation, step };
         match action {
-            SourceAction::Connect { epoch, after, .. } => {
+            SourceAction::Connect { epoch, after, answer_within } => {
                 self.source.stored_epoch = epoch;
                 if epoch > 0 {
                     self.mark("dials again".into());
                 }
                 self.close_source_link();
-                self.after(after, step(SourceStep::Dial { epoch }));
+                self.after(after, step(SourceStep::Dial { epoch, answer_within }));
             }
             SourceAction::DropLink(_) => {
                 if let Some(connection) = self.source.connection {
@@ -351,9 +352,9 @@ impl<L: Ledger> World<L> {
         }
     }
 
-    fn dial(&mut self, epoch: u32) {
+    fn dial(&mut self, epoch: u32, answer_within: Duration) {
         let incarnation = self.source.incarnation;
-        let delay = self.network.handshake();
+        let mut delay = self.network.handshake();
         let unlucky = self.random.percent(if epoch == 0 { 1 } else { 10 });
         if unlucky {
             self.harm();
@@ -363,6 +364,10 @@ impl<L: Ledger> World<L> {
         let step = if reachable {
             SourceStep::Linked { connection: self.network.connect(epoch) }
         } else {
+            if self.random.percent(50) {
+                // Nobody even says no.
+                delay = answer_within;
+            }
             SourceStep::DialFailed { epoch }
         };
         self.after(delay, Event::Source { incarnation, step });

@@ -18,9 +18,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-/// After the last fault, and the guest's workload, a session is over within this time: the longest chain of
-/// limits (restore, then recovery) and some for the delays.
-const END_WITHIN: Duration = Duration::from_secs(100);
+/// After the last fault, and the guest's workload, a session is over within its patience and
+/// this time: the longest chain of limits and some for the delays.
+const END_WITHIN: Duration = Duration::from_secs(40);
 /// Once the guest is committed, after the last fault and the workload, all its pages are
 /// there within this time.
 const WHOLE_WITHIN: Duration = Duration::from_secs(10);
@@ -160,8 +160,6 @@ pub struct World<L> {
     queued: u64,
     steps: u64,
     plans: Vec<Plan>,
-    /// An outage may outlast what the sides wait for: the guest may be lost.
-    long: bool,
     /// The destination could not go on with a guest which it may have been given.
     pub may_be_lost: bool,
     last_fault: Duration,
@@ -189,7 +187,10 @@ impl<L: Ledger> World<L> {
         let memory: Vec<u64> = (0..pages)
             .map(|page| if random.percent(never_written) { 0 } else { u64::MAX - page })
             .collect();
-        let limits = SessionLimits::default();
+        // The usual patience outlasts every fault.
+        let patience = random.pick(&[60, 60, 60, 600]);
+        let recovery = Duration::from_secs(patience);
+        let limits = SessionLimits { recovery, ..SessionLimits::default() };
         let mut world = Self {
             now: Duration::ZERO,
             pages,
@@ -207,7 +208,6 @@ impl<L: Ledger> World<L> {
             queued: 0,
             steps: 0,
             plans,
-            long,
             may_be_lost: false,
             last_fault: Duration::ZERO,
             committed_at: Duration::ZERO,
@@ -217,7 +217,9 @@ impl<L: Ledger> World<L> {
             random,
         };
         let plans = world.plans.clone();
-        world.trace.line(world.now, format_args!("{pages} pages, long {long}, {plans:?}"));
+        world
+            .trace
+            .line(world.now, format_args!("{pages} pages, patience {patience} s, {plans:?}"));
         world.start_vcpus();
         world.start_source();
         world
@@ -239,9 +241,10 @@ impl<L: Ledger> World<L> {
                 self.checker.fail("too many events: something goes round in circles");
             }
             let quiet_since = self.last_fault.max(self.network.outage_until);
-            let bound = quiet_since.max(self.guest.workload_max) + END_WITHIN;
+            let within = self.limits.recovery + END_WITHIN;
+            let bound = quiet_since.max(self.guest.workload_max) + within;
             if over_at.is_none() && self.now > bound {
-                self.checker.fail(format!("not over {END_WITHIN:?} after the last fault"));
+                self.checker.fail(format!("not over {within:?} after the last fault"));
             }
             self.look_for_progress(quiet_since);
         }
@@ -260,7 +263,8 @@ impl<L: Ledger> World<L> {
 
     /// Once the guest is the destination's and nothing is in the way, its pages come.
     fn look_for_progress(&mut self, quiet_since: Duration) {
-        let from = quiet_since.max(self.guest.workload_max).max(self.committed_at);
+        // A policy may wait for the workload, which goes on only where the guest runs.
+        let from = quiet_since.max(self.committed_at) + self.guest.workload_max;
         let due = self.vmm.committed() && self.now > from + WHOLE_WITHIN;
         if due && !self.patience_may_be_over() && self.destination.missing() > 0 {
             let missing = self.destination.missing();
@@ -274,7 +278,7 @@ impl<L: Ledger> World<L> {
     /// Whether a side may rightly have given up.
     fn patience_may_be_over(&self) -> bool {
         let patience = self.limits.recovery * 3 / 4;
-        self.long || self.may_be_lost || self.disturbed > patience || self.checker.overridden()
+        self.may_be_lost || self.disturbed > patience || self.checker.overridden()
     }
 
     /// Something is going wrong.
@@ -313,7 +317,11 @@ impl<L: Ledger> World<L> {
         if source_lost && !may_be_lost {
             return self.checker.fail("the source gave the guest up");
         }
-        if destination_lost && !may_be_lost && !self.source.may_leave_in_doubt {
+        // A source that has aborted stays only so long to tell it.
+        let untold = aborted(self.checker.outcome(Side::Source))
+            && self.disturbed > self.limits.handshake * 3 / 4;
+        let in_doubt = self.source.may_leave_in_doubt || untold;
+        if destination_lost && !may_be_lost && !in_doubt {
             return self.checker.fail("the destination gave the guest up");
         }
         let duplicates = self.destination.duplicates();

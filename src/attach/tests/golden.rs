@@ -19,6 +19,8 @@ fn requests() -> Vec<Request> {
         Request::DirtyRound,
         Request::StopDirtyLog,
         Request::Record,
+        Request::Leave,
+        Request::KeepRecord,
     ]
 }
 
@@ -64,6 +66,8 @@ fn replies() -> Vec<Reply> {
         Reply::DirtyRound(DirtyRound { pages: 5, began_at_ns: 301, ended_at_ns: 1 << 14 }),
         Reply::DirtyLogStopped,
         Reply::Record,
+        Reply::Left,
+        Reply::RecordKept,
     ]
 }
 

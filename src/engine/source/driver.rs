@@ -14,7 +14,7 @@ use super::serve::{SourceFigures, SourceShared, send_page};
 use super::zero_scan::{KnownZeros, scan_zeros};
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
-use crate::engine::event::{Event, Phase, Watch};
+use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::operator::{Asked, LinkDiary};
 use crate::engine::vm::{Captured, SourceVm};
@@ -101,6 +101,8 @@ pub struct Driver {
     pinging: bool,
     next_ping: Duration,
     drain_at: Option<Duration>,
+    /// The guest was heard to run at the destination, in this process or one before it.
+    ran: bool,
     next_watch: Duration,
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
@@ -160,6 +162,8 @@ impl Driver {
         let (input, inputs) = inputs;
         let guest = guest::spawn(vm, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
+        let drain_at = |ran| Some(config.drain_after?.saturating_sub(ran));
+        let drain_at = beginning.ran_for().and_then(drain_at);
         Ok(Self {
             config,
             machine,
@@ -183,7 +187,8 @@ impl Driver {
             attempts: 0,
             pinging: false,
             next_ping: Duration::ZERO,
-            drain_at: None,
+            drain_at,
+            ran: beginning.ran_for().is_some(),
             next_watch: Duration::ZERO,
             outcome: None,
             phase: None,
@@ -312,8 +317,12 @@ impl Driver {
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
-            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
+            ToSource::Running { .. }
+                if self.machine.state() == SourceState::Committed && !self.ran =>
+            {
+                self.ran = true;
                 self.drain_at = self.config.drain_after.map(|after| now + after);
+                self.keep(|journal| journal.guest_runs());
             }
             _ => {}
         }
@@ -372,7 +381,10 @@ impl Driver {
             }
             SourceAction::StartPush => self.start_push(),
             SourceAction::ReleaseGuest => self.guest.tell(GuestCommand::Release),
-            SourceAction::ReleaseMemory => self.guest.tell(GuestCommand::Drained),
+            SourceAction::ReleaseMemory => {
+                self.keep(|journal| journal.drained());
+                self.guest.tell(GuestCommand::Drained);
+            }
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
         }
     }
@@ -462,7 +474,7 @@ impl Driver {
         let outcome = self.outcome.take().expect("the loop ends with an outcome");
         info!(?outcome, "the session is over");
         self.tell_progress();
-        let phase = Phase::from(self.machine.state());
+        let phase = self.public_phase();
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
         if let Some(dial) = self.dial.take() {

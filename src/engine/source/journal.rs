@@ -19,6 +19,11 @@ pub trait Journal: Send + std::fmt::Debug {
     /// The guest is told to pause: its state follows, and the destination may be in doubt
     /// from then on.
     fn guest_pauses(&mut self) -> io::Result<()>;
+    /// The guest's first instruction at the destination has been heard of.
+    fn guest_runs(&mut self) -> io::Result<()>;
+    /// The destination has every page. What is left to do is to tell it that it may forget
+    /// the source, and to hear its report.
+    fn drained(&mut self) -> io::Result<()>;
 }
 
 /// How a session begins.
@@ -30,6 +35,16 @@ pub enum Beginning {
     Left(Left),
 }
 
+impl Beginning {
+    /// How long ago the guest was heard to run at the destination, if it was.
+    pub(super) fn ran_for(&self) -> Option<Duration> {
+        match self {
+            Self::New(_) => None,
+            Self::Left(left) => left.runs_for,
+        }
+    }
+}
+
 /// What a process that has died left of its session.
 #[derive(Clone, Copy, Debug)]
 pub struct Left {
@@ -39,6 +54,10 @@ pub struct Left {
     pub last_epoch: u32,
     /// Whether the guest is the destination's, by the commit word; if not, it is its VMM's.
     pub committed: bool,
+    /// How long ago the guest's first instruction at the destination was heard of, if it was.
+    pub runs_for: Option<Duration>,
+    /// Whether the destination has said that it has every page.
+    pub drained: bool,
     /// Whether it is its VMM's because an operator took it back after the commit.
     pub taken_back: bool,
 }
@@ -46,7 +65,7 @@ pub struct Left {
 impl Left {
     /// The machine that goes on with it.
     pub(super) fn machine(&self, pages: u64, limits: SessionLimits) -> SourceSession {
-        let Self { session, last_epoch, committed, taken_back } = *self;
+        let Self { session, last_epoch, committed, taken_back, .. } = *self;
         if taken_back {
             return SourceSession::recover_taken_back(session, last_epoch, limits, Duration::ZERO);
         }
@@ -55,6 +74,15 @@ impl Left {
         }
         // A link that is lost before the commit ends the session, so there was one only.
         let record = CommitRecord { session, epoch: 0 };
+        if self.drained {
+            return SourceSession::recover_drained(
+                record,
+                last_epoch,
+                pages,
+                limits,
+                Duration::ZERO,
+            );
+        }
         SourceSession::recover(record, last_epoch, pages, limits, Duration::ZERO)
     }
 }

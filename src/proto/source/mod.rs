@@ -85,6 +85,8 @@ pub struct SourceSession {
     abort_reason: String,
     /// Why the destination gave the guest up, if it did while the commit was being made.
     lost: Option<String>,
+    /// The destination had every page before this process began.
+    drained: bool,
     actions: VecDeque<SourceAction>,
     timeline: Timeline,
     report: Option<Vec<u8>>,
@@ -109,6 +111,7 @@ impl SourceSession {
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),
             lost: None,
+            drained: false,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -383,6 +386,7 @@ impl SourceSession {
             S::Blackout => {
                 self.abort(now, "the destination did not restore the state in time".into());
             }
+            S::Committed | S::Brownout if self.drained => self.complete(now),
             S::Committed | S::Brownout => {
                 let why = "the link did not come back after the commit".into();
                 self.finish(now, Outcome::Lost(why));

@@ -36,6 +36,22 @@ impl SourceSession {
         machine
     }
 
+    /// A session of which the process that died knew already that the destination has every
+    /// page: there is nothing left to lose. It tells the destination so if it finds it, and
+    /// ends completed whether or not it does.
+    pub fn recover_drained(
+        record: CommitRecord,
+        last_epoch: u32,
+        pages: u64,
+        limits: SessionLimits,
+        now: Duration,
+    ) -> Self {
+        let mut machine = Self::recover(record, last_epoch, pages, limits, now);
+        machine.drained = true;
+        machine.deadline = Some(now + limits.handshake);
+        machine
+    }
+
     /// A session whose process has died before the commit, once the VMM has taken its
     /// guest back (the commit word says so): it connects only to tell the destination,
     /// which may be in doubt, and ends aborted whether or not it gets through.
@@ -85,6 +101,7 @@ impl SourceSession {
             deadline: None,
             abort_reason: String::new(),
             lost: None,
+            drained: false,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -149,7 +166,8 @@ impl SourceSession {
 
     pub(super) fn dial_again(&mut self, now: Duration) {
         self.link = Link::Dialing;
-        self.deadline.get_or_insert(now + self.limits.recovery);
+        let most = if self.drained { self.limits.handshake } else { self.limits.recovery };
+        self.deadline.get_or_insert(now + most);
         // A stored epoch may be any number; the destination refuses one that is not new.
         self.epoch = self.epoch.saturating_add(1);
         self.attempts = self.attempts.saturating_add(1);

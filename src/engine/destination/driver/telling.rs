@@ -2,7 +2,7 @@
 //! it is.
 
 use super::Driver;
-use crate::engine::event::{Event, Phase, Progress};
+use crate::engine::event::{Event, Pause, Phase, Progress};
 use crate::proto::destination::DestinationState;
 use crate::proto::message::ToSource;
 use crate::proto::page::PAGE_SIZE;
@@ -21,7 +21,7 @@ impl Driver {
     }
 
     pub(super) fn tell_watcher(&mut self) {
-        let phase = self.state().map_or(Phase::Waiting, Phase::from);
+        let phase = self.public_phase();
         let nothing = Timeline::default();
         let (timeline, epoch) = match &self.machine {
             Some(machine) => (machine.timeline(), machine.epoch()),
@@ -30,16 +30,33 @@ impl Driver {
         self.watch.observe(phase, timeline, self.link.is_some().then_some(epoch));
     }
 
+    /// Where the migration is, for whoever watches.
+    fn public_phase(&self) -> Phase {
+        match &self.machine {
+            None => Phase::Waiting,
+            // It has all its pages: nothing waits for the link but the farewell.
+            Some(machine) if machine.paused() && machine.state() != DestinationState::Full => {
+                Phase::Paused
+            }
+            Some(machine) => Phase::from(machine.state()),
+        }
+    }
+
     pub(super) fn tell_progress(&mut self) {
         let Some(installer) = &self.installer else { return };
         let demanded = installer.arrivals.demanded.load(Ordering::Relaxed) * PAGE_SIZE as u64;
         let progress = Progress {
-            phase: self.state().map_or(Phase::Waiting, Phase::from),
+            phase: self.public_phase(),
             settled: installer.ledger.pages() - installer.ledger.missing(),
             pages: installer.ledger.pages(),
             network_faults: self.faults.requests.load(Ordering::Relaxed),
             wire_bytes: self.gate.pushed_bytes.load(Ordering::Relaxed) + demanded,
             elapsed: self.now(),
+            paused: self
+                .facts
+                .outages
+                .open()
+                .map(|(since, _)| Pause { lasts: since.elapsed(), attempts: 0 }),
         };
         self.watch.tell(Event::Progress(progress));
     }

@@ -4,28 +4,36 @@
 //! [`start`] makes one before the guest is paused; [`run`] is its life, from `main` of
 //! whatever program it is started as. It is an attach server on the socket beside the
 //! VMM's ([`socket_path`]), with one client at a time, the first of which is the fault
-//! server that started it. It maps no guest memory. It ends when it is told to; and when
+//! server that started it. It maps no guest memory. If its client dies in the middle of a
+//! session, it starts another one ([`RestartCommand`]). It ends when it is told to; and when
 //! the fault server is gone and the guest was not given away, since the VMM has it then.
 
-use super::record::{RecordError, RecordFile, SessionRecord};
+mod process;
+mod restarts;
+mod supervisor;
+
+use super::holding::Keeper;
+use super::legacy::Legacy;
+use super::record::RecordError;
 use crate::attach::client::{AttachError, Attached};
-use crate::attach::commit_word::{CommitWord, CommitWordError, Decision};
-use crate::attach::handover::{HandoverError, MemoryFiles, check_region_files};
+use crate::attach::commit_word::{CommitWordError, Decision};
+use crate::attach::handover::HandoverError;
 use crate::attach::listener::sweep;
-use crate::attach::message::{Paused, Status};
-use crate::attach::server::{AttachedVm, Description, ServeEnd, Server, ServerError};
-use crate::attach::socket::{Connection, Received, SocketError};
-use crate::engine::attached::Keeper;
+use crate::attach::server::ServerError;
+use crate::attach::socket::{Connection, SocketError};
 use crate::failpoint::failpoint;
-use std::ffi::{OsStr, OsString};
+pub use process::{run, run_if_asked};
+pub(super) use restarts::Restarts;
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+pub use supervisor::RestartCommand;
 
 /// The first argument of a program that is to be a keeper.
 pub const ARGUMENT: &str = "--keep-guest-memory";
@@ -34,7 +42,7 @@ const NAME: &str = "postcopy-keeper";
 /// How long either side of the hand-over waits for the other.
 const HAND_OVER_MAX: Duration = Duration::from_secs(10);
 /// The most bytes of a message of the hand-over.
-const MESSAGE_MAX: usize = 8192;
+const MESSAGE_MAX: usize = 64 << 10;
 /// How long the kernel and a keeper may take to notice that a fault server is dead.
 const NOTICE_MAX: Duration = Duration::from_secs(2);
 
@@ -46,12 +54,15 @@ pub struct KeeperCommand {
     pub program: PathBuf,
     /// Its arguments; the socket's path follows them, for those who look at processes.
     pub arguments: Vec<OsString>,
+    /// What it starts where a fault server has died in the middle of a session. None: the
+    /// memory is held until an operator has somebody go on.
+    pub restart: Option<RestartCommand>,
 }
 
 impl Default for KeeperCommand {
-    /// This very program, as [`run_if_asked`] expects it.
+    /// This very program, as [`run_if_asked`] expects it. It starts nothing.
     fn default() -> Self {
-        Self { program: "/proc/self/exe".into(), arguments: vec![ARGUMENT.into()] }
+        Self { program: "/proc/self/exe".into(), arguments: vec![ARGUMENT.into()], restart: None }
     }
 }
 
@@ -82,6 +93,9 @@ pub enum KeeperError {
     /// The same of the record.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// What it is to start.
+    #[error("what it is to start in a fault server's place cannot be understood")]
+    Orders(#[source] postcard::Error),
     /// It was started and cannot be attached to.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -137,6 +151,25 @@ pub fn connect(path: &Path) -> Result<Attached, AttachError> {
     }
 }
 
+/// The keeper that has started this process, at the other end of standard input. Nothing
+/// that is started from here has it as its own.
+pub(super) fn at_standard_input() -> Result<Attached, AttachError> {
+    let broke = |source| AttachError::Socket { request: "Hello", source };
+    let taken = take_standard_input().map_err(|error| {
+        let source = nix::Error::from_raw(error.raw_os_error().unwrap_or_default());
+        broke(SocketError::System { action: "take over", source })
+    })?;
+    Attached::over(Connection::new(UnixStream::from(taken)).map_err(broke)?)
+}
+
+/// What standard input was; it leads nowhere from now on.
+fn take_standard_input() -> io::Result<OwnedFd> {
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let nothing = std::fs::File::open("/dev/null")?;
+    nix::unistd::dup2_stdin(&nothing)?;
+    Ok(socket)
+}
+
 /// Whether a keeper is at `path`, and what it does. None if it keeps nothing that anybody
 /// can go on with.
 pub fn look(path: &Path) -> Option<Occupied> {
@@ -167,15 +200,14 @@ pub fn discard(path: &Path) -> Result<(), KeeperError> {
     }
 }
 
-/// Starts a keeper for the guest of `attached`, whose VMM listens at `control`.
+/// Starts a keeper for the guest whose VMM listens, or listened, at `control`.
 ///
 /// # Errors
 /// If there is none: the guest should not be paused then.
 pub fn start(
     command: &KeeperCommand,
     control: &Path,
-    attached: &Attached,
-    record: &RecordFile,
+    legacy: &Legacy,
 ) -> Result<Keeper, KeeperError> {
     let path = at_any_directory(socket_path(control));
     make_room(&path)?;
@@ -190,7 +222,7 @@ pub fn start(
         .stderr(Stdio::null())
         .spawn()
         .map_err(|source| KeeperError::Start { program: command.program.clone(), source })?;
-    match hand_over(ours, &path, attached, record) {
+    match hand_over(ours, &path, legacy, command.restart.as_ref()) {
         Ok(kept) => {
             let (pid, path) = (process.id(), path.display());
             tracing::info!(pid, %path, "a keeper holds the guest's memory");
@@ -206,9 +238,9 @@ pub fn start(
     }
 }
 
-/// The path as a keeper finds it that leaves the working directory, unless it is too long
+/// The path as a process finds it that leaves the working directory, unless it is too long
 /// then for a socket's.
-fn at_any_directory(path: PathBuf) -> PathBuf {
+pub(super) fn at_any_directory(path: PathBuf) -> PathBuf {
     let absolute = std::path::absolute(&path).ok();
     let fits = |path: &PathBuf| nix::sys::socket::UnixAddr::new(path).is_ok();
     absolute.filter(fits).unwrap_or(path)
@@ -217,16 +249,19 @@ fn at_any_directory(path: PathBuf) -> PathBuf {
 fn hand_over(
     socket: UnixStream,
     path: &Path,
-    attached: &Attached,
-    record: &RecordFile,
+    legacy: &Legacy,
+    restart: Option<&RestartCommand>,
 ) -> Result<Attached, KeeperError> {
     let mut connection = Connection::new(socket)?;
     failpoint!("source::before_hand_over", return Err(SocketError::Closed.into()));
-    let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
     let path = framed(path.as_os_str().as_bytes());
-    connection.send(&path, &[record.memfd()], HAND_OVER_MAX)?;
-    let memory_and_word = [memory.files(), &[attached.word.memfd()]].concat();
+    connection.send(&path, &[legacy.record().memfd()], HAND_OVER_MAX)?;
+    let memory_and_word = [legacy.memory(), vec![legacy.word().memfd()]].concat();
     connection.send(&framed(MEMORY), &memory_and_word, HAND_OVER_MAX)?;
+    let orders = framed(&postcard::to_allocvec(&restart).map_err(KeeperError::Orders)?);
+    let (stdout, stderr) = (io::stdout(), io::stderr());
+    let outputs = [stdout.as_fd(), stderr.as_fd()];
+    connection.send(&orders, if restart.is_some() { &outputs } else { &[] }, HAND_OVER_MAX)?;
     let answer = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?.bytes;
     if answer != OK {
         return Err(KeeperError::Refused(String::from_utf8_lossy(&answer).into_owned()));
@@ -263,102 +298,6 @@ fn make_room(path: &Path) -> Result<(), KeeperError> {
     Ok(())
 }
 
-/// To be called first in `main`: if this process was started as a keeper, it is one until
-/// its end, whose exit code this returns.
-pub fn run_if_asked() -> Option<ExitCode> {
-    if std::env::args_os().nth(1).as_deref() != Some(OsStr::new(ARGUMENT)) {
-        return None;
-    }
-    Some(match run() {
-        Ok(_) => ExitCode::SUCCESS,
-        // Its standard error leads nowhere: whoever started it has been told.
-        Err(_) => ExitCode::FAILURE,
-    })
-}
-
-/// The life of a keeper, which [`start`] has started with a socket as standard input. It
-/// closes every other descriptor of the process: nothing may have been opened before.
-///
-/// # Errors
-/// If it was started otherwise, or cannot serve.
-pub fn run() -> Result<ServeEnd, KeeperError> {
-    let mut connection = Connection::new(leave_home()?)?;
-    failpoint!("keeper::before_hand_over", return Err(SocketError::Closed.into()));
-    let mut received = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
-    let path = PathBuf::from(OsString::from_vec(std::mem::take(&mut received.bytes)));
-    let [record] = received.descriptors()?;
-    if path.is_absolute() {
-        // Its file system can be unmounted, say.
-        nix::unistd::chdir("/").map_err(|errno| system("leave the directory")(errno.into()))?;
-    }
-    let memory = connection.receive(MESSAGE_MAX, HAND_OVER_MAX)?;
-    let (server, mut kept, word) = match prepare(&path, record, memory) {
-        Ok(ready) => ready,
-        Err(error) => {
-            let why = crate::engine::error_chain(&error);
-            let why = &why.as_bytes()[..why.len().min(MESSAGE_MAX)];
-            connection.send(&framed(why), &[], HAND_OVER_MAX)?;
-            return Err(error);
-        }
-    };
-    failpoint!("keeper::before_kept_sent", return Err(SocketError::Closed.into()));
-    connection.send(&framed(OK), &[], HAND_OVER_MAX)?;
-    failpoint!("keeper::after_kept_sent", return Err(SocketError::Closed.into()));
-    let record = kept.record.share()?;
-    let linger = || linger(&record);
-    Ok(server.keep(connection, &mut kept, word, linger)?)
-}
-
-/// Leaves the session, the terminal and the process group of whoever started it; returns
-/// the socket to it.
-fn leave_home() -> Result<UnixStream, KeeperError> {
-    // Fails only for the leader of a group, which is at home nowhere else.
-    let _ = nix::unistd::setsid();
-    let _ = nix::sys::prctl::set_name(c"postcopy-keeper");
-    close_inherited().map_err(system("close what was inherited"))?;
-    let socket = io::stdin().as_fd().try_clone_to_owned();
-    let socket = socket.map_err(system("take the socket over"))?;
-    let nothing = std::fs::File::open("/dev/null").map_err(system("open /dev/null"))?;
-    nix::unistd::dup2_stdin(&nothing)
-        .map_err(|errno| system("close the standard input")(errno.into()))?;
-    Ok(UnixStream::from(socket))
-}
-
-/// Whatever the starter had open for its children: a lock, or a pipe whose reader waits for
-/// its end. A keeper may outlive them all.
-fn close_inherited() -> io::Result<()> {
-    let open = std::fs::read_dir("/proc/self/fd")?;
-    let numbers = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let numbers: Vec<RawFd> = numbers.filter(|&number| number > 2).collect();
-    for number in numbers {
-        // The directory's own is closed by now.
-        let _ = nix::unistd::close(number);
-    }
-    Ok(())
-}
-
-fn prepare(
-    path: &Path,
-    record: OwnedFd,
-    memory: Received,
-) -> Result<(Server, Kept, CommitWord), KeeperError> {
-    let record = RecordFile::open(record)?;
-    let SessionRecord { layout, memory: places, .. } = record.record();
-    let files = check_region_files(layout, places)?;
-    let mut memory = memory.all_descriptors(files + 1)?;
-    let none = SocketError::Descriptors { got: 0, more: false, expected: files + 1 };
-    let word = CommitWord::from_fd(memory.pop().ok_or(none)?)?;
-    Ok((Server::bind(path)?, Kept { memory, record }, word))
-}
-
-/// How long a session that was aborted may still be of use to somebody.
-fn linger(record: &RecordFile) -> Duration {
-    let newest = record.memfd().try_clone_to_owned().ok().and_then(|fd| RecordFile::open(fd).ok());
-    let in_doubt = newest.filter(|newest| newest.record().state_left);
-    // After that a destination as patient as this side has given up by itself.
-    in_doubt.map_or(Duration::ZERO, |newest| newest.record().plan.patience())
-}
-
 /// A message of the hand-over with its length.
 fn framed(bytes: &[u8]) -> Vec<u8> {
     [&(bytes.len() as u32).to_le_bytes(), bytes].concat()
@@ -366,53 +305,4 @@ fn framed(bytes: &[u8]) -> Vec<u8> {
 
 fn system(action: &'static str) -> impl Fn(io::Error) -> KeeperError {
     move |source| KeeperError::System { action, source }
-}
-
-/// A guest of which only the memory is here.
-struct Kept {
-    memory: Vec<OwnedFd>,
-    record: RecordFile,
-}
-
-const ONLY_MEMORY: &str = "this is a keeper: it has the guest's memory and not the guest";
-
-impl AttachedVm for Kept {
-    fn describe(&self) -> Description {
-        let record = self.record.record();
-        Description {
-            layout: record.layout.clone(),
-            machine: record.machine.clone(),
-            guest: record.guest.clone(),
-        }
-    }
-
-    fn memory(&self) -> MemoryFiles<'_> {
-        let SessionRecord { layout, memory: places, .. } = self.record.record();
-        let files = self.memory.iter().map(AsFd::as_fd).collect();
-        MemoryFiles::new(layout, places.clone(), files).expect("checked when they came")
-    }
-
-    fn pause_and_capture(&mut self) -> Result<Paused, String> {
-        Err(ONLY_MEMORY.into())
-    }
-
-    fn resume(&mut self) -> Result<(), String> {
-        Err(ONLY_MEMORY.into())
-    }
-
-    fn released(&mut self) {}
-
-    fn status(&mut self) -> Status {
-        Status { running: false, steps: 0, failure: None }
-    }
-
-    fn reset_instruments(&mut self) -> Result<(), String> {
-        Err(ONLY_MEMORY.into())
-    }
-
-    fn stop(&mut self) {}
-
-    fn record(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.record.memfd())
-    }
 }

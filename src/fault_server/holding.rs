@@ -1,0 +1,165 @@
+//! What holds a guest's memory beside this process: the keeper that this fault server talks
+//! to, and how they part.
+
+use crate::attach::client::{AttachError, Attached};
+use crate::attach::commit_word::{CommitWord, Committed};
+use crate::attach::message::{Message, Request};
+use crate::engine::attached::Beside;
+use crate::engine::vm::VmError;
+use crate::failpoint::failpoint;
+use crate::proto::source::Outcome;
+use nix::sys::socket::{MsgFlags, send};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::Child;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long a keeper's process may take to end once it has said that it will.
+const END_MAX: Duration = Duration::from_secs(2);
+
+/// A keeper of the guest's memory, attached to.
+#[derive(Debug)]
+pub struct Keeper {
+    attached: Attached,
+    /// Says when its process has ended, if it is a child of this one.
+    ended: Option<Receiver<()>>,
+}
+
+impl Keeper {
+    /// The keeper behind `attached`; `process`, if it is a child of this one, which may live
+    /// on for long: nothing of it stays in the list of processes whenever it ends.
+    pub(super) fn new(attached: Attached, process: Option<Child>) -> Self {
+        let (tell, ended) = channel();
+        let reap = |mut process: Child| {
+            let reaper = std::thread::Builder::new().name("keeper's end".into());
+            let wait = move || {
+                let _ = process.wait();
+                let _ = tell.send(());
+            };
+            reaper.spawn(wait).ok().map(|_thread| ended)
+        };
+        Self { attached, ended: process.and_then(reap) }
+    }
+
+    /// Nobody needs the memory any more.
+    fn drained(mut self, proof: &Committed) -> Result<(), AttachError> {
+        let told = self.attached.committed(proof);
+        drop(self.attached);
+        wait_for(self.ended);
+        told
+    }
+
+    /// The operator has given the guest up.
+    fn discard(self) -> Result<(), AttachError> {
+        let told = self.attached.stop("its operator gave the guest up");
+        wait_for(self.ended);
+        told
+    }
+
+    /// The VMM has its guest.
+    fn given_back(self) -> Result<(), AttachError> {
+        let told = self.attached.resume();
+        wait_for(self.ended);
+        told
+    }
+}
+
+/// Waits for a keeper's process, which has said that it ends.
+fn wait_for(ended: Option<Receiver<()>>) {
+    if let Some(ended) = ended {
+        let _ = ended.recv_timeout(END_MAX);
+    }
+}
+
+/// The keeper, if there is one, for all threads that have to do with it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Holding(Arc<Mutex<Option<Keeper>>>);
+
+impl Holding {
+    pub fn of(keeper: Keeper) -> Self {
+        Self(Arc::new(Mutex::new(Some(keeper))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Keeper>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<Keeper> {
+        self.lock().take()
+    }
+
+    /// The socket to it, on which nothing but its end comes unasked.
+    pub fn socket(&self) -> Option<OwnedFd> {
+        self.lock().as_ref()?.attached.socket().try_clone_to_owned().ok()
+    }
+
+    /// Another one has taken the place of one that has ended; of no use if that was left.
+    pub fn renew(&self, keeper: Keeper) {
+        if let Some(held) = self.lock().as_mut() {
+            *held = keeper;
+        }
+    }
+
+    /// Whether there is none any more.
+    pub fn is_left(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    /// Tells it that this process ends, and that an operator wants it so: nobody is to be
+    /// started in its place. Whatever else is being said to it.
+    pub fn desert(&self) {
+        let Ok(bytes) = Request::Leave.encode() else { return };
+        // The lock may be held by somebody who waits for an answer.
+        let socket = self.0.try_lock().ok().and_then(|held| {
+            let socket = held.as_ref()?.attached.socket();
+            socket.try_clone_to_owned().ok()
+        });
+        if let Some(socket) = socket {
+            // A few bytes: all of them, or none.
+            let _ =
+                send(socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+        }
+    }
+
+    /// The last word to it, when all that was promised is done; true if it holds on.
+    pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> bool {
+        let Some(keeper) = self.take() else { return false };
+        failpoint!("source::before_keeper_released", return false);
+        let parted = match outcome {
+            Outcome::Completed => match word.commit() {
+                Ok(proof) => keeper.drained(&proof),
+                // Nobody completes what was not committed.
+                Err(_) => keeper.given_back(),
+            },
+            Outcome::Aborted(_) => keeper.given_back(),
+            Outcome::Lost(_) => keeper.attached.leave(),
+        };
+        failpoint!("source::after_keeper_released");
+        if let Err(error) = parted {
+            let error = crate::engine::error_chain(&error);
+            tracing::warn!(error, "the keeper was not told; the guest's memory may still be held");
+            return false;
+        }
+        matches!(outcome, Outcome::Lost(_))
+    }
+}
+
+/// The guest is its VMM's again, and its memory needs no keeper: the next migration needs
+/// one of its own, and may begin while this one is still telling its destination.
+impl Beside for Holding {
+    fn given_up(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            Some(keeper) => Ok(keeper.discard()?),
+            None => Ok(()),
+        }
+    }
+
+    fn given_back(&mut self) {
+        if let Some(keeper) = self.take()
+            && let Err(error) = keeper.given_back()
+        {
+            tracing::debug!(%error, "the keeper was not told that it may go");
+        }
+    }
+}
