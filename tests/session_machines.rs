@@ -181,7 +181,13 @@ mod source {
             ("Brownout, reattaching", and(&brownout, &[lost(), LinkUp])),
             ("Brownout, half reattached", and(&brownout, &[lost(), LinkUp, placed(1)[0].clone()])),
             ("Releasing", and(&brownout, &[drained()])),
-            ("Over", and(&brownout, &[drained(), lost()])),
+            ("Releasing, dialing", and(&brownout, &[drained(), lost()])),
+            ("Releasing, reattaching", and(&brownout, &[drained(), lost(), LinkUp])),
+            ("Releasing, reattached", {
+                let lost = and(&brownout, &[drained(), lost(), LinkUp]);
+                and(&lost, &placed(1))
+            }),
+            ("Over", and(&brownout, &[drained(), said(ToSource::Report(vec![b'{', b'}']))])),
         ]
     }
 

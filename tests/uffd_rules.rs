@@ -14,8 +14,8 @@ use postcopy::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use postcopy::uffd::DestinationBacking::{Anonymous, MemfdContinue, MemfdCopy};
 use postcopy::uffd::open::open;
 use postcopy::uffd::{
-    DestinationBacking, OpenError, Placed, Placer, RegisterError, Stop, Trap, TrapEvent,
-    UffdOptions, register,
+    DestinationBacking, OpenError, PlaceError, Placed, Placer, RegisterError, Stop, Trap,
+    TrapEvent, UffdOptions, register,
 };
 use std::fs::File;
 use std::mem::ManuallyDrop;
@@ -464,27 +464,44 @@ fn memory_in_use_stays_trapped_if_its_registration_is_dropped_unfinished() {
     }
 }
 
+/// With the kernel's poison where it has it, and without.
 #[test]
-fn a_page_that_is_given_up_is_an_error_and_not_a_wait() {
+fn a_page_that_is_lost_is_an_error_and_not_a_wait_also_after_the_end() {
     let Some(_limit) = begin() else { return };
-    if !open(UffdOptions::for_process(), false, false).unwrap().can_poison() {
+    let can_poison = open(UffdOptions::for_process(), false, false).unwrap().can_poison();
+    if !can_poison {
         println!("SKIPPED: this kernel has no UFFDIO_POISON (Linux 6.6)");
-        return;
     }
-    for backing in BACKINGS {
-        let guest = Guest::new(backing, 4);
+    type Poison = fn(&Placer, PageRun) -> Result<Placed, PlaceError>;
+    let poison: &[(&str, Poison)] = &[("cover", Placer::cover), ("poison", Placer::poison)];
+    for ((how, poison), backing) in
+        poison.iter().flat_map(|how| BACKINGS.map(|backing| (how, backing)))
+    {
+        let guest = Guest::new(backing, 8);
         // The kernel's access gives an error where the guest's would give SIGBUS.
         let (_, waiting) = guest.kernel_read(1);
         assert!(matches!(guest.event(), TrapEvent::Fault { .. }));
-        guest.placer.give_up(PageIndex::new(1)).unwrap();
-        assert_eq!(waiting.join().unwrap(), Err(Errno::EFAULT), "{backing}");
-        let (_, later) = guest.kernel_read(1);
-        assert_eq!(later.join().unwrap(), Err(Errno::EFAULT), "{backing}");
+        let three = Placed { pages: 3, stop: None };
+        assert_eq!(poison(&guest.placer, run(1, 3)).unwrap(), three, "{how} {backing}");
+        assert_eq!(waiting.join().unwrap(), Err(Errno::EFAULT), "{how} {backing}");
+        let is_lost = |page| guest.kernel_read(page).1.join().unwrap() == Err(Errno::EFAULT);
+        assert!(is_lost(1) && is_lost(3), "{how} {backing}");
         assert_eq!(guest.events(), []);
+        guest.placer.wake(run(1, 3)).unwrap();
+        assert!(is_lost(2), "{how} {backing}");
 
-        assert_eq!(guest.placer.place(run(2, 1), &filled(1, 4)).unwrap(), ALL);
-        let error = guest.placer.give_up(PageIndex::new(2)).unwrap_err();
-        assert_eq!(error.source, Errno::EEXIST, "{backing}");
+        assert_eq!(guest.placer.place(run(4, 1), &filled(1, 4)).unwrap(), ALL);
+        if *how == "poison" && can_poison {
+            let exists = Placed { pages: 0, stop: Some(Stop::Exists) };
+            assert_eq!(guest.placer.poison(run(4, 1)).unwrap(), exists, "{backing}");
+            assert_eq!(guest.placer.poison(run(5, 2)).unwrap().pages, 2);
+            assert!(is_lost(5));
+        }
+        guest.placer.unregister().unwrap();
+        assert_eq!(guest.first_bytes(0, 1), [0]);
+        assert_eq!(guest.first_bytes(4, 1), [4]);
+        assert!((1..4).all(is_lost), "{how} {backing}: it reads as zero after the end");
+        assert_eq!(guest.first_bytes(7, 1), [0]);
     }
 }
 

@@ -12,6 +12,7 @@ use super::message::{
     reason,
 };
 use super::socket::{Connection, SocketError, connect};
+use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::{DirtyBitmap, DirtyBitmapError};
 use crate::memory::ram::GuestRam;
 use crate::proto::layout::MemoryLayout;
@@ -219,6 +220,10 @@ impl Attached {
             other => return Err(unexpected("Pause", &other)),
         };
         let pages = self.layout().pages();
+        failpoint!(
+            "source::after_pause",
+            return Err(AttachError::Seed { page: PageIndex::new(pages), pages })
+        );
         match paused.seeds.iter().find(|page| page.get() >= pages) {
             Some(&page) => Err(AttachError::Seed { page, pages }),
             None => Ok(paused),

@@ -158,8 +158,17 @@ impl SourceVm for AttachedVmm {
 
     fn pause(&mut self) -> Result<Captured, VmError> {
         failpoint!("source::before_pause", return Err("a failpoint".into()));
-        let paused = self.attached()?.pause()?;
-        failpoint!("source::after_pause", return Err("a failpoint".into()));
+        let paused = match self.attached()?.pause() {
+            Ok(paused) => paused,
+            // It says itself that its guest runs on.
+            Err(error @ AttachError::Failed { .. }) => return Err(error.into()),
+            Err(error) => {
+                // The guest may be paused all the same. A VMM takes it back when the
+                // conversation ends, and before it lets anybody else in.
+                self.vmm = None;
+                return Err(error.into());
+            }
+        };
         Ok(Captured {
             state: paused.state,
             seeds: paused.seeds,
@@ -172,6 +181,11 @@ impl SourceVm for AttachedVmm {
         failpoint!("source::before_commit_word", return Err("a failpoint".into()));
         let written = self.word.commit().is_ok();
         failpoint!("source::after_commit_word");
+        if !written {
+            // The VMM has its guest already, or a keeper took this process for dead: then the
+            // VMM takes it back when the conversation ends, which is not to be waited for.
+            self.vmm = None;
+        }
         Ok(written)
     }
 
@@ -195,7 +209,7 @@ impl SourceVm for AttachedVmm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        failpoint!("source::before_resume", return Err("a failpoint".into()));
+        failpoint!("source::before_resume");
         let vmm = self.vmm.take().ok_or("the VMM was left already")?;
         let told = match vmm.word.decision() {
             // It loses patience with a fault-server that is silent, and has then resumed it.
@@ -222,7 +236,15 @@ impl SourceVm for AttachedVmm {
         let proof = self.proof()?;
         self.say_committed(&proof)?;
         let Some(vmm) = &mut self.vmm else { return Ok(()) };
-        vmm.hear_released(LOOK_MAX)?;
+        let heard = vmm.hear_released(LOOK_MAX);
+        if let Err(AttachError::Socket { source, .. }) = &heard
+            && !matches!(source, SocketError::Timeout)
+        {
+            // The conversation has broken, and the VMM waits for another one.
+            self.vmm = None;
+            self.releasing = false;
+        }
+        heard?;
         failpoint!("source::after_release");
         self.vmm = None;
         Ok(())

@@ -3,6 +3,7 @@
 //! Nothing here decides anything: the events are read off the session machine after
 //! each of its steps.
 
+use super::lost_pages::LostPages;
 use crate::proto::destination::DestinationState;
 use crate::proto::source::{Outcome, SourceState};
 use crate::proto::timeline::{Stamp, Timeline};
@@ -143,6 +144,14 @@ pub enum Event {
         /// When, since the session began on this side.
         at: Duration,
     },
+    /// Pages of guest memory that the source could not read: at the destination, touching one
+    /// is a memory error. Told of the first 64 runs of such pages; the report counts all.
+    MemoryLost {
+        /// The guest physical address of the first one.
+        address: u64,
+        /// How many there are from there on.
+        pages: u64,
+    },
     /// How far it is; some times a second.
     Progress(Progress),
     /// The session is over; nothing follows.
@@ -179,6 +188,13 @@ impl Watch {
     pub(super) fn tell(&mut self, event: Event) {
         if let Some(on_event) = &mut self.on_event {
             on_event(event);
+        }
+    }
+
+    /// Tells which pages were found to be lost since this was called last.
+    pub(super) fn lost(&mut self, lost: &LostPages) {
+        for (address, pages) in lost.take_untold() {
+            self.tell(Event::MemoryLost { address, pages });
         }
     }
 

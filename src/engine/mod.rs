@@ -18,6 +18,7 @@ mod control;
 pub mod destination;
 pub mod event;
 mod lane;
+mod lost_pages;
 pub mod operator;
 mod outage;
 mod process_figures;

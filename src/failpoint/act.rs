@@ -3,9 +3,8 @@
 use crate::proto::source::SessionLimits;
 use fail::{FailScenario, fail_point};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, raise};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::sync::Once;
@@ -16,6 +15,9 @@ use std::time::Duration;
 const LOG: &str = "POSTCOPY_FAILPOINT_LOG";
 /// Other time limits for tests: `handshake=3000 restore=5000`, in milliseconds.
 const LIMITS: &str = "POSTCOPY_TEST_LIMITS";
+
+/// How long a message takes to be on the wire, for what happens behind it.
+pub const ON_ITS_WAY: Duration = Duration::from_millis(20);
 
 /// The way of a datagram, as this process sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +94,9 @@ fn note(point: &str, action: &str) -> bool {
 }
 
 fn signal_self(signal: Signal) {
-    kill(Pid::this(), signal).expect("a process may signal itself");
+    // To this thread, which takes it before it goes on. Another one would take a signal to the
+    // process a moment later.
+    raise(signal).expect("a process may signal itself");
 }
 
 fn monotonic_ns() -> u64 {

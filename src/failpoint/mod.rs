@@ -34,7 +34,7 @@ mod act;
 mod points;
 
 #[cfg(feature = "failpoints")]
-pub use act::{Direction, drops, hit, limits};
+pub use act::{Direction, ON_ITS_WAY, drops, hit, limits};
 #[cfg(feature = "failpoints")]
 pub use points::{POINTS, Point, Process};
 

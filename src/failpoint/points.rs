@@ -76,7 +76,7 @@ pub const POINTS: &[Point] = &[
     plain(Process::Source, "source::after_keeper_released"),
     fails(Process::Source, "source::before_released_sent"),
     fails(Process::Source, "source::after_released_sent"),
-    fails(Process::Source, "source::before_resume"),
+    plain(Process::Source, "source::before_resume"),
     plain(Process::Source, "source::after_resume"),
     fails(Process::Source, "source::before_abort_sent"),
     fails(Process::Source, "source::after_abort_sent"),

@@ -10,6 +10,7 @@ use crate::failpoint::failpoint;
 use crate::proto::source::Outcome;
 use nix::sys::socket::{MsgFlags, send};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::Child;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,14 +23,17 @@ const END_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Keeper {
     attached: Attached,
+    /// Where it listens.
+    path: PathBuf,
     /// Says when its process has ended, if it is a child of this one.
     ended: Option<Receiver<()>>,
 }
 
 impl Keeper {
-    /// The keeper behind `attached`; `process`, if it is a child of this one, which may live
-    /// on for long: nothing of it stays in the list of processes whenever it ends.
-    pub(super) fn new(attached: Attached, process: Option<Child>) -> Self {
+    /// The keeper behind `attached`, which listens at `path`; `process`, if it is a child of
+    /// this one, which may live on for long: nothing of it stays in the list of processes
+    /// whenever it ends.
+    pub(super) fn new(attached: Attached, path: PathBuf, process: Option<Child>) -> Self {
         let (tell, ended) = channel();
         let reap = |mut process: Child| {
             let reaper = std::thread::Builder::new().name("keeper's end".into());
@@ -39,13 +43,19 @@ impl Keeper {
             };
             reaper.spawn(wait).ok().map(|_thread| ended)
         };
-        Self { attached, ended: process.and_then(reap) }
+        Self { attached, path, ended: process.and_then(reap) }
     }
 
     /// Nobody needs the memory any more.
     fn drained(mut self, proof: &Committed) -> Result<(), AttachError> {
-        let told = self.attached.committed(proof);
+        let mut told = self.attached.committed(proof);
         drop(self.attached);
+        if let Err(AttachError::Socket { .. }) = told
+            && let Ok(mut again) = Attached::connect_within(&self.path, END_MAX)
+        {
+            // Only the conversation had broken: it would hold the memory for ever.
+            told = again.committed(proof);
+        }
         wait_for(self.ended);
         told
     }

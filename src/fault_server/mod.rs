@@ -277,7 +277,8 @@ impl FaultServer {
                 (AttachedVmm::committed(attached), holding, keeper)
             }
             Place::Keeper => {
-                let holding = Holding::of(Keeper::new(attached, None));
+                let holding =
+                    Holding::of(Keeper::new(attached, keeper::socket_path(control), None));
                 let making = |command: &KeeperCommand| Making {
                     command: command.clone(),
                     control: control.to_owned(),

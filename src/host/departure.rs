@@ -50,10 +50,13 @@ impl Departure {
         self.instruments().map(|of| of.get(control::STEPS)).sum()
     }
 
-    fn try_pause(&mut self) -> Result<Paused, GuestError> {
+    fn pause(&mut self) -> Result<(), GuestError> {
         failpoint!("vmm::before_pause", return Err(self.broken("pause it")));
-        let asked = Instant::now();
-        self.guest.pause()?;
+        self.guest.pause()
+    }
+
+    /// What there is to know of a guest that is paused, and was asked to be at `asked`.
+    fn capture(&mut self, asked: Instant) -> Result<Paused, GuestError> {
         failpoint!("vmm::after_pause", return Err(self.broken("pause it")));
         let pause = asked.elapsed();
         let paused_at_ns = monotonic_ns();
@@ -102,8 +105,10 @@ impl AttachedVm for Departure {
     }
 
     fn pause_and_capture(&mut self) -> Result<Paused, String> {
-        let paused = self.try_pause();
-        match paused {
+        let asked = Instant::now();
+        // One that cannot be paused runs on.
+        self.pause().map_err(|error| error_chain(&error))?;
+        match self.capture(asked) {
             Ok(paused) => {
                 self.running = false;
                 Ok(paused)

@@ -1,6 +1,7 @@
 //! Guest memory as this process has it mapped.
 
 pub mod dirty_bitmap;
+pub mod guarded;
 pub mod limits;
 pub mod ram;
 pub mod scan;

@@ -15,6 +15,7 @@
 //!   ever touched. Reading one that was not would map the shared zero page, which
 //!   costs page tables only, but for all of memory they add up.
 
+use super::guarded::{Guarded, Look};
 use super::ram::GuestRam;
 use super::segment::Segment;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -52,6 +53,7 @@ pub struct ScanError {
 /// A walk over guest memory, in rising page order, that finds all zero pages.
 pub struct ZeroScan {
     ram: Arc<GuestRam>,
+    guarded: Guarded,
     /// Only if some memory has no file.
     pagemap: Option<File>,
     /// The next page to look at.
@@ -70,7 +72,9 @@ impl ZeroScan {
             let opened = File::open("/proc/self/pagemap");
             Some(opened.map_err(|source| ScanError { at, source })?)
         };
-        Ok(Self { ram, pagemap, next: 0, data_end: 0 })
+        let guarded =
+            Guarded::new().map_err(|source| ScanError { at: PageIndex::new(0), source })?;
+        Ok(Self { ram, guarded, pagemap, next: 0, data_end: 0 })
     }
 
     /// The next zero pages, in rising order, neighbours of a kind as one run.
@@ -111,22 +115,7 @@ impl ZeroScan {
     }
 
     fn page_is_zero(&self, page: u64) -> bool {
-        // Words are read one at a time, volatile: the content is a guest's, and
-        // though it is paused, no reference to it may exist.
-        let words = self.ram.page_ptr(PageIndex::new(page)).cast::<u64>();
-        const WORDS: usize = PAGE_SIZE / 8;
-        const STEP: usize = 8;
-        for step in (0..WORDS).step_by(STEP) {
-            let mut any = 0;
-            for word in step..step + STEP {
-                // SAFETY: the page is mapped, readable and aligned, and the word in it.
-                any |= unsafe { words.add(word).read_volatile() };
-            }
-            if any != 0 {
-                return false;
-            }
-        }
-        true
+        self.guarded.look(&self.ram, PageIndex::new(page)) == Look::Zero
     }
 
     /// The data at or behind `page`, up to where it is sure to be data; up to it there is a
@@ -154,8 +143,13 @@ fn data_in_file(segment: &Segment, page: u64) -> Result<Option<u64>, ScanError> 
     match lseek(file, offset as i64, Whence::SeekData) {
         // It may be in another segment's part of the file, or behind all of them.
         Ok(found) => Ok(segment.page_of_file(found as u64).map(PageIndex::get)),
-        // No data behind here.
-        Err(Errno::ENXIO) => Ok(None),
+        // No data behind here. What the file has lost since it was mapped is no hole: it
+        // cannot be read, which shows when it is.
+        Err(Errno::ENXIO) => {
+            let lost = segment.first_behind_file(at);
+            let lost = lost.map_err(|source| ScanError { at, source: source.into() })?;
+            Ok(lost.map(PageIndex::get))
+        }
         Err(errno) => Err(ScanError { at, source: errno.into() }),
     }
 }
@@ -209,16 +203,6 @@ fn push(found: &mut Vec<(PageRun, Kind)>, first: u64, end: u64, kind: Kind) {
     } else if let Some(run) = PageRun::new(PageIndex::new(first), end.saturating_sub(first)) {
         found.push((run, kind));
     }
-}
-
-/// Whether all of `bytes` are zero. It stops soon after the first that is not.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    const CHUNK: usize = 128;
-    let (chunks, rest) = bytes.as_chunks::<CHUNK>();
-    chunks.iter().all(|chunk| {
-        let (words, _) = chunk.as_chunks::<16>();
-        words.iter().fold(0, |any, word| any | u128::from_ne_bytes(*word)) == 0
-    }) && rest.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]
@@ -300,17 +284,5 @@ mod tests {
         let layout = MemoryLayout::flat(4).unwrap();
         let short = Arc::new(GuestRam::attach_read_only(layout, vec![file]).unwrap());
         assert_eq!(scan_all(&short, 100), vec![(run(0, 2), Kind::Hole), (run(3, 1), Kind::Hole)]);
-    }
-
-    #[test]
-    fn one_byte_anywhere_makes_a_page_nonzero() {
-        let mut page = vec![0; PAGE_SIZE];
-        assert!(is_zero(&page) && is_zero(&[]));
-        for at in 0..PAGE_SIZE {
-            page[at] = 0x80;
-            assert!(!is_zero(&page), "byte {at}");
-            assert!(is_zero(&page[..at]) && is_zero(&page[at + 1..]), "around byte {at}");
-            page[at] = 0;
-        }
     }
 }

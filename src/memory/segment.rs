@@ -134,6 +134,16 @@ impl Segment {
         self.run.first().checked_add(pages).filter(|page| self.run.contains(*page))
     }
 
+    /// The first page at or behind `page` that its file does not reach any more, though it
+    /// did when this segment was made.
+    pub(super) fn first_behind_file(&self, page: PageIndex) -> nix::Result<Option<PageIndex>> {
+        let Some(file) = self.file() else { return Ok(None) };
+        let size = fstat(file.file())?.st_size as u64;
+        let pages = size.saturating_sub(file.start()).div_ceil(PAGE_SIZE as u64);
+        let lost = self.run.first().checked_add(pages).map(|lost| lost.max(page));
+        Ok(lost.filter(|lost| self.run.contains(*lost)))
+    }
+
     /// The page that a host address lies in, if it is one of this segment.
     #[inline]
     pub(super) fn page_of_host(&self, address: usize) -> Option<PageIndex> {

@@ -29,6 +29,8 @@ pub enum PageKind {
     Hole = 2,
     /// Compressed. Reserved: refused as long as no feature bit offers it.
     Compressed = 3,
+    /// Not at all: the source cannot read them. Whoever touches one gets a memory error.
+    Poison = 4,
 }
 
 /// Why a page was sent.
@@ -139,6 +141,7 @@ impl FrameHeader {
             0 => PageKind::Raw,
             1 => PageKind::Zero,
             2 => PageKind::Hole,
+            4 => PageKind::Poison,
             other => return Err(FrameError::Kind(other)),
         };
         let origin = match bytes[1] {
@@ -158,7 +161,7 @@ impl FrameHeader {
         let expected = match kind {
             PageKind::Raw if count > RUN_PAGES_MAX => return Err(FrameError::TooManyPages(count)),
             PageKind::Raw => count * PAGE_SIZE as u32,
-            PageKind::Zero | PageKind::Hole | PageKind::Compressed => 0,
+            PageKind::Zero | PageKind::Hole | PageKind::Compressed | PageKind::Poison => 0,
         };
         if length != expected {
             return Err(FrameError::Length { count, length });
@@ -267,6 +270,8 @@ mod tests {
             FrameHeader::parse(&bytes, LIMITS).unwrap_err()
         };
         assert_eq!(parse(|b| b[0] = 3), FrameError::Kind(3));
+        assert_eq!(parse(|b| b[0] = 5), FrameError::Kind(5));
+        assert!(matches!(parse(|b| b[0] = 4), FrameError::Length { length: 8192, .. }));
         assert_eq!(parse(|b| b[1] = 9), FrameError::Origin(9));
         assert_eq!(parse(|b| b[2] = 1), FrameError::Reserved);
         assert_eq!(parse(|b| b[4] = 6), FrameError::Epoch { got: 6, current: 7 });
@@ -280,10 +285,11 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_parsed_again(
-            first in 0u64..1000, count in 1u64..=64, zero: bool, vcpu in proptest::option::of(0u16..8)
+            first in 0u64..1000, count in 1u64..=64, kind in 0usize..4, vcpu in proptest::option::of(0u16..8)
         ) {
             prop_assume!(first + count <= LIMITS.pages);
-            let frame = header(if zero { PageKind::Zero } else { PageKind::Raw }, first, count);
+            let kinds = [PageKind::Raw, PageKind::Zero, PageKind::Hole, PageKind::Poison];
+            let frame = header(kinds[kind], first, count);
             prop_assert_eq!(FrameHeader::parse(&frame.encode(), LIMITS), Ok(frame));
             let request = PageRequest { run: frame.run, vcpu, epoch: 7 };
             prop_assert_eq!(PageRequest::parse(&request.encode(), LIMITS), Ok(request));

@@ -119,15 +119,24 @@ impl Report {
 
     fn check_origins(&self, wrong: &mut Vec<String>) {
         let pages = &self.pages;
-        let origins =
-            [pages.seeded, pages.demanded, pages.pushed, pages.drained, pages.zero, pages.hole];
+        let origins = [
+            pages.seeded,
+            pages.demanded,
+            pages.pushed,
+            pages.drained,
+            pages.zero,
+            pages.hole,
+            // Not in reports that are older than it.
+            Some(pages.poisoned.unwrap_or(0)),
+        ];
         let again = u128::from(pages.resent_after_link_loss.unwrap_or(0));
         match (sum(&origins), pages.total) {
             (Some(sum), Some(total)) if sum == u128::from(total) + again => {}
             (Some(sum), Some(total)) => {
                 let but = if again == 0 { "" } else { " and those sent again" };
                 wrong.push(format!(
-                    "seeded + demanded + pushed + drained + zero + hole is {sum}, not {total}{but}"
+                    "seeded + demanded + pushed + drained + zero + hole + poisoned is {sum}, not \
+                     {total}{but}"
                 ));
             }
             _ => wrong.push("a count of pages is absent".to_owned()),

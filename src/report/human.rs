@@ -114,6 +114,7 @@ fn pages(report: &Report, page: &mut Paper) {
     for (label, count) in [
         ("  zero", pages.zero),
         ("  holes", pages.hole),
+        ("  lost", pages.poisoned.filter(|count| *count > 0)),
         ("  pre-copied", pages.precopied),
         ("  seeded", pages.seeded),
         ("  demanded", pages.demanded),

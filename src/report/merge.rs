@@ -261,6 +261,7 @@ impl Pages {
             total: self.total.or(other.total),
             zero: self.zero.or(other.zero),
             hole: self.hole.or(other.hole),
+            poisoned: self.poisoned.or(other.poisoned),
             seeded: self.seeded.or(other.seeded),
             demanded: self.demanded.or(other.demanded),
             pushed: self.pushed.or(other.pushed),

@@ -264,6 +264,10 @@ pub struct Pages {
     /// Never touched by the guest; not sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hole: Option<u64>,
+    /// Those that the source could not read: touching one at the destination is a memory
+    /// error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poisoned: Option<u64>,
     /// Sent with the switchover.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seeded: Option<u64>,

@@ -6,9 +6,13 @@
 
 use super::ioctl;
 use super::register::{DestinationBacking, Registration, errno_of};
-use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use crate::proto::layout::MemoryLayout;
+use crate::proto::page::{PAGE_SIZE, PageRun};
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use std::ffi::c_void;
+use std::num::NonZero;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use userfaultfd_sys as sys;
@@ -81,6 +85,11 @@ impl Placer {
     /// What the memory is made of.
     pub fn backing(&self) -> DestinationBacking {
         self.registration.backing()
+    }
+
+    /// The memory's layout.
+    pub fn layout(&self) -> &MemoryLayout {
+        self.registration.ram().layout()
     }
 
     /// Places the pages of `run` with this content.
@@ -181,23 +190,52 @@ impl Placer {
         self.registration.unregister()
     }
 
-    /// Gives up a page: whoever waits for it or touches it gets `SIGBUS` (a vCPU
-    /// may see an exit instead), and its thread is no longer stuck in the kernel.
-    /// `EOPNOTSUPP` before Linux 6.6; `EEXIST` if the page is placed.
+    /// Gives pages up, for their content is lost: whoever waits for one or touches it, now
+    /// and after [`unregister`](Self::unregister), gets `SIGBUS`, and its thread is no longer
+    /// stuck in the kernel. (KVM passes it on, or `KVM_RUN` ends with `EFAULT`.) A page that
+    /// is placed gives [`Stop::Exists`].
+    ///
+    /// It holds for this mapping: in a memfd the page stays the hole that it is.
     ///
     /// # Panics
-    /// If the page is not in the layout.
-    pub fn give_up(&self, page: PageIndex) -> Result<(), PlaceError> {
-        let run = PageRun::single(page);
-        self.check(run);
-        let failed = |source| PlaceError { operation: "UFFDIO_POISON", run, placed: 0, source };
+    /// If the run is not in the layout.
+    pub fn poison(&self, run: PageRun) -> Result<Placed, PlaceError> {
         if !self.registration.can_poison() {
-            return Err(failed(Errno::EOPNOTSUPP));
+            return self.cover(run);
         }
-        let mut request = sys::uffdio_poison { range: self.range(run), mode: 0, updated: 0 };
-        // SAFETY: the argument is the structure that the ioctl reads and writes; the
-        // page has no content yet that anybody could have a reference to.
-        unsafe { ioctl::poison(self.raw_fd(), &mut request) }.map(drop).map_err(failed)
+        self.check(run);
+        self.fill("UFFDIO_POISON", run, |rest| {
+            let mut request = sys::uffdio_poison { range: self.range(rest), mode: 0, updated: 0 };
+            // SAFETY: the argument is the structure that the ioctl reads and writes; the
+            // pages have no content yet that anybody could have a reference to.
+            let done = unsafe { ioctl::poison(self.raw_fd(), &mut request) };
+            progress(done, request.updated, rest)
+        })
+    }
+
+    /// The same where the kernel has no `UFFDIO_POISON` (before Linux 6.6): an empty file is
+    /// mapped over the pages, which is an error to touch. It looks at no page that is there.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn cover(&self, run: PageRun) -> Result<Placed, PlaceError> {
+        self.check(run);
+        let failed = |source| PlaceError { operation: "mmap", run, placed: 0, source };
+        let empty = memfd_create(c"lost-memory", MFdFlags::MFD_CLOEXEC).map_err(failed)?;
+        for (_, part) in self.registration.ram().parts(run) {
+            let at = NonZero::new(self.address(part) as usize).zip(NonZero::new(part.bytes()));
+            let (at, bytes) = at.ok_or(failed(Errno::EFAULT))?;
+            let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+            // SAFETY: it replaces whole pages of the guest's mapping, which are missing, so
+            // that nobody can have a reference to them; the mapping as a whole is unmapped
+            // by its owner as before.
+            unsafe { mmap(Some(at), bytes, protection, flags, &empty, 0) }.map_err(failed)?;
+            // Whoever waits here looks again, and finds no userfaultfd any more.
+            let woken = self.registration.uffd().wake(self.address(part), part.bytes());
+            woken.map_err(|error| failed(errno_of(&error)))?;
+        }
+        Ok(Placed { pages: run.count(), stop: None })
     }
 
     /// One `UFFDIO_COPY`; returns the bytes copied.
@@ -261,6 +299,8 @@ impl Placer {
                 Ok(Placed { stop: None | Some(Stop::Again), .. }) => None,
                 // Removed since (a hole). Whoever waits faults anew, as missing.
                 Err(PlaceError { source: Errno::EFAULT, .. }) => None,
+                // Covered: nobody is trapped there any more.
+                Err(PlaceError { source: Errno::ENOENT, .. }) => None,
                 Err(error) => return Err(error),
             };
         }

@@ -68,7 +68,8 @@ pub trait Guest: Send {
     /// Pages that each vCPU needs for its first instructions: its code, stack,
     /// tables and control pages. At most 32.
     fn seeds(&self) -> Vec<PageIndex>;
-    /// Stops every vCPU; none runs guest code after this returns.
+    /// Stops every vCPU; none runs guest code after this returns. After an error all of them
+    /// run on, as before.
     fn pause(&mut self) -> Result<(), GuestError>;
     /// The complete state of a paused guest, memory apart, in its envelope.
     fn capture(&mut self) -> Result<Vec<u8>, GuestError>;

@@ -41,7 +41,7 @@ mod tally;
 
 use plan::{Failure, Phase, Plan, Who};
 use postcopy::vmm::kvm::kvm_available;
-use scene::Scene;
+use scene::{Scene, kill_all, mark_of};
 use std::panic::AssertUnwindSafe;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -86,8 +86,6 @@ fn migration(plan: &Plan, attempt: u64) -> (Vec<HitSeen>, Outcome) {
     for hit in &plan.hits {
         let how = strike(&mut scene, hit, &mut pending);
         if hit.failure == Failure::Kill(Who::FaultServer) && how.did() {
-            scene.server().wait_code();
-            std::thread::sleep(plan.restart_after);
             scene.resume();
         }
         struck.push(how);
@@ -126,6 +124,7 @@ fn until_proven(seed: u64, attempt: u64, kvm: bool, tally: &Mutex<Tally>) {
                 tally.redrawn += 1;
             }
             Err(panic) => {
+                kill_all(&mark_of(seed, attempt));
                 let why = panic.downcast_ref::<String>().cloned();
                 let why = why.or_else(|| panic.downcast_ref().map(|text: &&str| text.to_string()));
                 let why = why.unwrap_or_default();

@@ -129,7 +129,9 @@ pub struct Plan {
     pub loss: f64,
     /// In the order of the phases.
     pub hits: Vec<Hit>,
-    /// How long a fault server that was killed is not missed.
+    /// Whether its keeper is to start a fault server again, or somebody else.
+    pub supervised: bool,
+    /// How long that somebody does not miss one that was killed.
     pub restart_after: Duration,
 }
 
@@ -173,6 +175,7 @@ impl Plan {
             rtt: Duration::from_micros(*[0, 300, 2_000, 10_000, 30_000].choose(random).expect("")),
             loss: *[0.0, 0.0, 0.001, 0.01].choose(random).expect("some"),
             hits,
+            supervised: random.random_bool(0.8),
             restart_after: Duration::from_millis(random.random_range(0..600)),
         }
     }

@@ -3,7 +3,9 @@
 
 use super::commit_word::CommitWord;
 use super::evidence::{PointLog, stamps};
-use super::harness::{Guest, POSTCOPY, Receiver, Running, SOON, poll, processes_with};
+use super::harness::{
+    Ended, Guest, MIGRATION, POSTCOPY, Receiver, Running, SOON, poll, processes_with,
+};
 use super::plan::{Plan, Who};
 use super::two_guests::SourceGuest;
 use nix::sys::signal::{Signal, kill};
@@ -58,7 +60,8 @@ pub struct Scene {
     pub guest: Guest,
     pub receiver: Receiver,
     pub relay: Arc<Relay>,
-    /// Every fault server that was started; the last one is at work.
+    /// Every fault server that was started from here; the last one is at work, or one that the
+    /// keeper has started since.
     pub servers: Vec<Running>,
     pub word: CommitWord,
     pub source_guest: SourceGuest,
@@ -71,8 +74,7 @@ pub struct Scene {
 impl Scene {
     /// Starts everything but the migration.
     pub fn prepare(plan: Plan, attempt: u64) -> Self {
-        let mark = format!("{}-{}-{attempt}", std::process::id(), plan.seed);
-        let limit = Limit::new(mark);
+        let limit = Limit::new(mark_of(plan.seed, attempt));
         let folder = Arc::new(super::harness::folder());
         let log = PointLog::at(folder.path().join("points"));
         let marked = |process| command(&plan, &limit.mark, &log, process);
@@ -106,14 +108,21 @@ impl Scene {
     pub fn migrate(&mut self) {
         let report = self.report();
         let policy = ["--policy", self.plan.policy, "--drain-after", "700ms"];
-        let arguments = [&LOG, &PATIENCE, &["--report", &report][..], &policy[..]].concat();
+        let alone: &[&str] = if self.plan.supervised { &[] } else { &["--no-supervise"] };
+        let report = ["--report", &report];
+        let arguments = [&LOG, &PATIENCE, &report[..], &policy[..], alone].concat();
         let migration = self.guest.migrate_as(self.source(), &self.ticket, &arguments);
         self.began = Instant::now();
         self.servers.push(migration);
     }
 
-    /// Starts another fault server, as a supervisor does when one has died.
+    /// Starts another fault server when one has died, as whoever supervises it does; if that
+    /// is its keeper, nothing is to be done.
     pub fn resume(&mut self) {
+        if self.plan.supervised {
+            return;
+        }
+        std::thread::sleep(self.plan.restart_after);
         let (report, control) = (self.report(), self.guest.control());
         let resume = ["migrate", "--quiet", "--control", &control, "--resume"];
         let arguments = [&resume[..], &LOG, &["--report", &report][..]].concat();
@@ -137,19 +146,60 @@ impl Scene {
         path.to_str().expect("a temporary folder has a plain name").to_owned()
     }
 
-    /// The fault server that was started last.
-    pub fn server(&mut self) -> &mut Running {
-        self.servers.last_mut().expect("a migration was started")
+    /// Whether a fault server is at work, or is to be.
+    pub fn is_served(&mut self) -> bool {
+        let first = self.servers.last_mut().expect("a migration was started");
+        first.runs() || self.restarted().is_some() || self.keeper().is_some()
+    }
+
+    /// The fault server that the keeper started.
+    fn restarted(&self) -> Option<i32> {
+        let here = processes_with(&self.guest.control());
+        processes_with("--restarted").into_iter().find(|pid| here.contains(pid))
+    }
+
+    fn keeper(&self) -> Option<i32> {
+        processes_with(&self.guest.keeper()).first().copied()
+    }
+
+    /// Waits until no fault server and no keeper is left, and none is to come.
+    pub fn servers_end(&mut self) -> Ended {
+        let ended = self.servers.pop().expect("a migration was started");
+        let mut ended = ended.wait_with_others(2 * MIGRATION, || {
+            self.restarted().is_none() && self.keeper().is_none()
+        });
+        for earlier in self.servers.drain(..) {
+            ended.stderr.insert_str(0, &earlier.stderr());
+        }
+        ended
+    }
+
+    /// Waits until the last fault server has ended.
+    pub fn server_ends(&mut self) {
+        self.servers.last_mut().expect("a migration was started").wait_code_within(MIGRATION);
+    }
+
+    /// A source without a destination looks for it for ten seconds, to tell it that its guest
+    /// stayed. No user needs to wait for that; one in four does.
+    pub fn interrupt_one_that_looks_in_vain(&mut self) {
+        let in_vain = !self.receiver.process.runs();
+        if let Some(server) = self.servers.last_mut()
+            && in_vain
+            && server.runs()
+            && !self.plan.seed.is_multiple_of(4)
+        {
+            server.signal(Signal::SIGINT);
+        }
     }
 
     /// The number of a process that is to be struck, if it runs.
     pub fn pid_of(&mut self, who: Who) -> Option<i32> {
         let of = |process: &mut Running| process.runs().then(|| process.pid() as i32);
         match who {
-            Who::FaultServer => of(self.servers.last_mut()?),
+            Who::FaultServer => of(self.servers.last_mut()?).or_else(|| self.restarted()),
             Who::Vmm => of(&mut self.guest.process),
             Who::Destination => of(&mut self.receiver.process),
-            Who::Keeper => processes_with(&self.guest.keeper()).first().copied(),
+            Who::Keeper => self.keeper(),
         }
     }
 
@@ -182,11 +232,20 @@ pub fn left_nothing_behind(mark: &str) {
     });
 }
 
-/// Kills every process that bears `mark`.
+/// The mark of a migration of this run.
+pub fn mark_of(seed: u64, attempt: u64) -> String {
+    format!("{}-{seed}-{attempt}", std::process::id())
+}
+
+/// Kills every process that bears `mark`, and those that they have started meanwhile.
 pub fn kill_all(mark: &str) {
-    for pid in processes(mark) {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
+    poll("the end of what was killed", SOON, || {
+        let left = processes(mark);
+        for pid in &left {
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        left.is_empty().then_some(())
+    });
 }
 
 /// The binary under test, with what is planned for this process of it. A keeper has the

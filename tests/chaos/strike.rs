@@ -4,7 +4,7 @@ use super::commit_word::Decision;
 use super::evidence::{Ns, PointLog};
 use super::harness::{SOON, poll};
 use super::moments::Moment;
-use super::plan::{Failure, Hit, Phase, Who};
+use super::plan::{Failure, Hit, Phase};
 use super::scene::Scene;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -99,7 +99,7 @@ fn wait_for_point(scene: &mut Scene, point: &str) -> Option<super::evidence::Pas
         if let Some(passed) = scene.log.of(point) {
             return Some(passed);
         }
-        let over = !scene.server().runs() && !scene.receiver.process.runs();
+        let over = !scene.receiver.process.runs() && !scene.is_served();
         if over || Instant::now() > deadline {
             return None;
         }
@@ -110,7 +110,7 @@ fn wait_for_point(scene: &mut Scene, point: &str) -> Option<super::evidence::Pas
 fn wait_for_share(scene: &mut Scene, percent: u64) -> bool {
     let deadline = Instant::now() + MOMENT_MAX;
     while scene.share_sent() < percent {
-        if !scene.server().runs() || Instant::now() > deadline {
+        if !scene.is_served() || Instant::now() > deadline {
             return false;
         }
         std::thread::sleep(LOOK_EVERY);
@@ -129,7 +129,7 @@ fn at_point(
     let stands = || poll("a process that stops", SOON, || is_stopped(pid)?.then_some(()));
     stands();
     let struck = now(scene, hit.failure, pending);
-    let is_victim = |who| victim(scene, who) == Some(pid);
+    let is_victim = |scene: &mut Scene, who| scene.pid_of(who) == Some(pid);
     match (hit.failure, struck) {
         // It was killed where it stood: nobody else could have let it go on.
         (Failure::Kill(_), Struck::Yes { from, to, without_link, .. }) if !is_running(pid) => {
@@ -139,7 +139,7 @@ fn at_point(
         (failure, struck) => {
             let still = is_stopped(pid) == Some(true);
             // One who is to hang for a while goes on after that.
-            if !matches!(failure, Failure::Stop(who, _) if is_victim(who)) {
+            if !matches!(failure, Failure::Stop(who, _) if is_victim(scene, who)) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
             }
             match struck {
@@ -163,7 +163,7 @@ fn without_link(scene: &mut Scene, hit: &Hit, pending: &mut Pending) -> Struck {
     let before = losses(scene);
     let deadline = Instant::now() + Duration::from_secs(8);
     while losses(scene) == before {
-        if Instant::now() > deadline || !scene.server().runs() {
+        if Instant::now() > deadline || !scene.is_served() {
             scene.relay.blackhole(false);
             return Struck::No("nobody noticed that the link was down".to_owned());
         }
@@ -181,16 +181,6 @@ fn without_link(scene: &mut Scene, hit: &Hit, pending: &mut Pending) -> Struck {
     match struck {
         Struck::Yes { from, to, held, .. } => Struck::Yes { from, to, held, without_link: true },
         no => no,
-    }
-}
-
-/// The process that `who` is just now.
-fn victim(scene: &Scene, who: Who) -> Option<i32> {
-    match who {
-        Who::FaultServer => scene.servers.last().map(|server| server.pid() as i32),
-        Who::Vmm => Some(scene.guest.process.pid() as i32),
-        Who::Destination => Some(scene.receiver.process.pid() as i32),
-        Who::Keeper => None,
     }
 }
 

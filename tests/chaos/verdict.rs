@@ -34,10 +34,10 @@ impl fmt::Display for Outcome {
 /// Waits for the end of a migration, and checks all that must be true then.
 pub fn verdict(mut scene: Scene) -> Outcome {
     let mark = scene.mark();
-    let decision = poll("a decision, or the end of the fault server", SOON + MIGRATION, || {
-        let runs = scene.server().runs();
+    let decision = poll("a decision, or the end of all fault servers", SOON + MIGRATION, || {
+        let served = scene.is_served();
         match scene.word.decision() {
-            Decision::Undecided if runs => None,
+            Decision::Undecided if served => None,
             decision => Some(decision),
         }
     });
@@ -60,12 +60,15 @@ pub fn verdict(mut scene: Scene) -> Outcome {
 fn is_there(mut scene: Scene) -> Outcome {
     let killed = |who| scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(who));
     let (killed_vmm, killed_server) = (killed(Who::Vmm), killed(Who::FaultServer));
-    let (servers, report) = (scene.servers.len(), scene.report());
-    let server = scene.servers.pop().expect("a migration was started").wait(2 * MIGRATION);
+    let (servers, supervised) = (scene.servers.len(), scene.plan.supervised);
+    let report = scene.report();
+    let server = scene.servers_end();
     match server.code {
         Some(0) => {}
+        // Another one was at work at the end, which has no exit code for us.
+        None if killed_server && supervised => {}
         // There was nothing left to be gone on with, or it was killed at the very end.
-        _ if killed_server && nothing_was_left(&server) => {}
+        _ if killed_server && !supervised && nothing_was_left(&server) => {}
         code => {
             let report = code.filter(|code| *code == 5).map(|_| read_report(&report));
             panic!("the guest was committed, and its fault server: {server:#?}\n{report:#?}")
@@ -80,23 +83,24 @@ fn is_there(mut scene: Scene) -> Outcome {
     assert_eq!(there["pages"]["placed_twice"], 0, "{there:#}");
     let committed = scene.source_guest.made_no_step_since_the_commit();
     assert!(committed, "the commit was not seen while it was watched for");
-    match server.code {
-        Some(0) => check_source(&read_report(report), &server, servers),
-        _ => Outcome::Recovered,
+    if server.code != Some(0) && !supervised {
+        return Outcome::Recovered;
     }
+    let one = server.code == Some(0) && servers == 1;
+    check_source(&read_report(report), &server, one)
 }
 
 fn nothing_was_left(server: &Ended) -> bool {
     server.code.is_none() || server.stderr.contains("there is nothing to resume")
 }
 
-/// Checks the report of a migration that was completed by the last of so many fault servers.
-fn check_source(report: &Value, server: &Ended, servers: usize) -> Outcome {
+/// Checks the report of a migration that was completed, perhaps by `one` fault server alone.
+fn check_source(report: &Value, server: &Ended, one: bool) -> Outcome {
     let mut whole = report.clone();
     whole["verified"] = true.into();
     // A link that is lost when nothing is missing any more is not made again for that.
     let alone = server.stderr.contains("the destination's part of the report did not come");
-    if report["outcome"] == "completed" && servers == 1 && !alone {
+    if report["outcome"] == "completed" && one && !alone {
         check_report(&whole);
         return Outcome::Moved;
     }
@@ -120,22 +124,16 @@ fn is_here(mut scene: Scene) -> Outcome {
     let (killed_server, killed_destination) = (killed(Who::FaultServer), killed(Who::Destination));
     scene.guest.runs_on();
     assert_eq!(scene.log.of(ENTERS), None, "the guest was started at the destination, too");
-    let mut server = scene.servers.pop().expect("a migration was started");
-    let ended = if killed_server {
+    if killed_server && !scene.plan.supervised {
         // The one in its place holds the keeper, until the destination has heard of it.
-        let ended = server.wait(MIGRATION);
-        is_whole(&mut scene);
-        ended
-    } else {
-        is_whole(&mut scene);
-        if !scene.receiver.process.runs() && server.runs() && !scene.plan.seed.is_multiple_of(4) {
-            // It looks for the destination for ten seconds; no user needs to wait for that.
-            server.signal(Signal::SIGINT);
-        }
-        server.wait(MIGRATION)
-    };
+        scene.server_ends();
+    }
+    is_whole(&mut scene);
+    scene.interrupt_one_that_looks_in_vain();
+    let ended = scene.servers_end();
     match ended.code {
         Some(3) => assert!(ended.stderr.contains("the guest runs on here"), "{ended:#?}"),
+        None if killed_server && scene.plan.supervised => {}
         _ if killed_server && nothing_was_left(&ended) => {}
         _ => panic!("the guest is here, and the fault server ended otherwise: {ended:#?}"),
     }
@@ -158,7 +156,7 @@ fn is_whole(scene: &mut Scene) {
     let arguments = ["--report", &report];
     let migration = scene.guest.migrate_as(scene.plain(), &receiver.ticket, &arguments);
     let ended = migration.succeed(MIGRATION);
-    check_source(&read_report(&report), &ended, 1);
+    check_source(&read_report(&report), &ended, true);
     let vmm = scene.guest.process.wait_code();
     assert_eq!(vmm, Some(0), "the VMM did not end well");
     let there = receiver.report();

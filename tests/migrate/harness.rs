@@ -189,6 +189,13 @@ impl Running {
         }
     }
 
+    /// Waits for its end, and until `others`, who may write to its outputs, have ended, too.
+    pub fn wait_with_others(mut self, within: Duration, others: impl Fn() -> bool) -> Ended {
+        self.wait_code_within(within);
+        poll("the end of those who follow a process", within, || others().then_some(()));
+        self.wait(SOON)
+    }
+
     /// Waits for its end.
     pub fn wait(mut self, within: Duration) -> Ended {
         self.child.stdin.take();
@@ -217,9 +224,22 @@ impl Running {
 
     /// As [`wait_code`](Self::wait_code), for one that has a reason to stay for a while.
     pub fn wait_code_within(&mut self, within: Duration) -> Option<i32> {
-        poll("the end of a process", within, || {
-            Some(self.child.try_wait().expect("a child can be waited for")?.code())
-        })
+        poll("the end of a process", within, || self.code_so_far())
+    }
+
+    /// Its exit code, if it has ended, and if it has one.
+    pub fn code_so_far(&mut self) -> Option<Option<i32>> {
+        Some(self.child.try_wait().expect("a child can be waited for")?.code())
+    }
+
+    /// All that it has said, now that it has ended.
+    pub fn last_stderr(&self) -> String {
+        self.stderr.all()
+    }
+
+    /// All that it has said so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.so_far()
     }
 
     /// How many lines with `text` in them it has said.
@@ -512,6 +532,11 @@ impl Receiver {
     /// Waits for its end, which must be a good one, and reads its report.
     pub fn report(self) -> Value {
         self.process.succeed(MIGRATION);
+        read_report(self.folder.path().join("report.json"))
+    }
+
+    /// Its report, once it has ended.
+    pub fn report_so_far(&self) -> Value {
         read_report(self.folder.path().join("report.json"))
     }
 

@@ -104,6 +104,7 @@ const UNSAFE: &[&str] = &[
     "src/engine/source/builder.rs",
     "src/engine/source/serve.rs",
     "src/memory/dirty_bitmap.rs",
+    "src/memory/guarded.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
     "src/memory/segment.rs",

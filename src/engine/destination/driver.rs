@@ -355,7 +355,7 @@ impl Driver {
         match installer.ledger.finish() {
             Ok(drained) => {
                 let counts = drained.counts();
-                let settled = counts.placed + counts.zero + counts.removed;
+                let settled = counts.placed + counts.zero + counts.removed + counts.poisoned;
                 self.facts.drained(counts);
                 self.handle(DestinationEvent::LedgerFull { settled });
             }
@@ -422,6 +422,8 @@ impl Driver {
         let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
-        Ok(DestinationEnd { outcome, vm, ram: self.ram, report })
+        let lost = self.installer.filter(|installer| installer.lost.pages() > 0);
+        let poisoned = lost.map(|of| of.ledger.poisoned_set()).unwrap_or_default();
+        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report })
     }
 }

@@ -4,6 +4,7 @@
 
 use super::fault_book::FaultBook;
 use crate::engine::lane::LaneError;
+use crate::engine::lost_pages::LostPages;
 use crate::failpoint::failpoint;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
@@ -51,6 +52,15 @@ impl Arrivals {
     }
 }
 
+/// What is put into pages in hand.
+#[derive(Clone, Copy)]
+enum Cargo<'a> {
+    Bytes(&'a [u8]),
+    Zeros,
+    /// A mark on which whoever touches them gets a memory error.
+    Poison,
+}
+
 /// Installs pages; shared by the threads of all lanes.
 #[derive(Debug)]
 pub struct Installer {
@@ -62,6 +72,8 @@ pub struct Installer {
     pub book: FaultBook,
     /// Counters.
     pub arrivals: Arrivals,
+    /// Pages whose content is lost.
+    pub lost: LostPages,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
     current: RwLock<Current>,
@@ -85,8 +97,9 @@ impl Installer {
     ) -> Arc<Self> {
         let full_told = AtomicBool::new(false);
         let arrivals = Arrivals::default();
+        let lost = LostPages::default();
         let current = RwLock::default();
-        Arc::new(Self { ledger, placer, book, arrivals, full, full_told, current })
+        Arc::new(Self { ledger, placer, book, arrivals, lost, full, full_told, current })
     }
 
     /// Pages of `epoch` are welcome from now on and no others. When this returns, none of
@@ -139,23 +152,38 @@ impl Installer {
             "destination::before_page_landed",
             return Err(broken())
         );
-        let counter = self.arrivals.of(frame.kind, frame.origin);
-        if frame.kind == PageKind::Raw {
-            for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
-                failpoint!(
-                    frame.origin == Origin::Seed => "destination::after_seed_landed",
-                    "destination::after_page_landed",
-                    return Err(broken())
-                );
-                counter.fetch_add(landing.run().count(), Ordering::Relaxed);
-                let first = landing.run().first().as_usize() - frame.run.first().as_usize();
-                self.place(landing, Some(&content[first * PAGE_SIZE..]), demanded, again)?;
+        match frame.kind {
+            PageKind::Raw => {
+                let counter = self.arrivals.of(frame.kind, frame.origin);
+                for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
+                    failpoint!(
+                        frame.origin == Origin::Seed => "destination::after_seed_landed",
+                        "destination::after_page_landed",
+                        return Err(broken())
+                    );
+                    counter.fetch_add(landing.run().count(), Ordering::Relaxed);
+                    let first = landing.run().first().as_usize() - frame.run.first().as_usize();
+                    self.place(
+                        landing,
+                        Cargo::Bytes(&content[first * PAGE_SIZE..]),
+                        demanded,
+                        again,
+                    )?;
+                }
             }
-        } else {
-            counter.fetch_add(frame.run.count(), Ordering::Relaxed);
-            for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
-                failpoint!("destination::after_zeros_landed", return Err(broken()));
-                self.place(landing, None, demanded, again)?;
+            PageKind::Poison => {
+                for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
+                    self.lost.note(landing.run(), self.placer.layout());
+                    self.place(landing, Cargo::Poison, demanded, again)?;
+                }
+            }
+            PageKind::Zero | PageKind::Hole | PageKind::Compressed => {
+                let counter = self.arrivals.of(frame.kind, frame.origin);
+                counter.fetch_add(frame.run.count(), Ordering::Relaxed);
+                for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
+                    failpoint!("destination::after_zeros_landed", return Err(broken()));
+                    self.place(landing, Cargo::Zeros, demanded, again)?;
+                }
             }
         }
         current.first_placed.get_or_init(Instant::now);
@@ -174,7 +202,7 @@ impl Installer {
         landing: Landing<'_>,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
-        self.place(landing, None, true, again)?;
+        self.place(landing, Cargo::Zeros, true, again)?;
         self.tell_if_full();
         Ok(())
     }
@@ -194,7 +222,7 @@ impl Installer {
     fn place(
         &self,
         landing: Landing<'_>,
-        content: Option<&[u8]>,
+        cargo: Cargo<'_>,
         demanded: bool,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
@@ -204,12 +232,13 @@ impl Installer {
         while let Some(part) = landing.take() {
             let run = part.run();
             let done = whole.count() - run.count();
-            let placed = match content {
-                Some(content) => {
+            let placed = match cargo {
+                Cargo::Bytes(content) => {
                     let from = done as usize * PAGE_SIZE;
                     self.placer.place(run, &content[from..from + run.bytes()])
                 }
-                None => self.placer.place_zero(run),
+                Cargo::Zeros => self.placer.place_zero(run),
+                Cargo::Poison => self.placer.poison(run),
             };
             let placed = placed.map_err(local)?;
             failpoint!("destination::after_placed");
@@ -234,7 +263,10 @@ impl Installer {
                     std::thread::sleep(AGAIN_PAUSE);
                 }
             }
-            landing = part.placed_some(pages);
+            landing = match cargo {
+                Cargo::Bytes(_) | Cargo::Zeros => part.placed_some(pages),
+                Cargo::Poison => part.poisoned_some(pages),
+            };
         }
         self.book.placed(whole, demanded, Instant::now());
         Ok(())

@@ -24,6 +24,7 @@ use crate::memory::ram::GuestRam;
 use crate::memory::users::MemoryUser;
 use crate::proto::destination::DestinationEvent;
 use crate::proto::message::Hello;
+use crate::proto::page_set::PageSet;
 use crate::proto::source::{Outcome, SessionLimits};
 use crate::report::merge::DestinationPart;
 use crate::transport::ticket::Host;
@@ -94,6 +95,11 @@ pub struct DestinationEnd {
     pub vm: Box<dyn DestinationVm>,
     /// The guest's memory, if the session came so far.
     pub ram: Option<Arc<GuestRam>>,
+    /// Pages whose content is lost, because the source could not read them: touching one
+    /// through this memory is a memory error. It is so in this mapping only; in a file that
+    /// is behind it they are holes, which another process, or a later migration from here by
+    /// another process, would take for zero.
+    pub poisoned: PageSet,
     /// This side's part of the report.
     pub report: DestinationPart,
 }

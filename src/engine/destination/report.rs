@@ -110,6 +110,7 @@ fn pages(installer: &Installer, facts: &Facts) -> Pages {
         total: Some(installer.ledger.pages()),
         zero: get(&arrivals.zero),
         hole: get(&arrivals.hole),
+        poisoned: Some(installer.lost.pages()),
         seeded: get(&arrivals.seeded),
         demanded: get(&arrivals.demanded),
         pushed: get(&arrivals.pushed),

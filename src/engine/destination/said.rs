@@ -20,6 +20,10 @@ pub async fn say(stream: &mut SendStream, message: &ToSource) -> Result<(), Cont
         ToSource::Progress { .. } | ToSource::WorkloadEnded | ToSource::Pong(_) => {}
     }
     control::say(stream, message).await?;
+    #[cfg(feature = "failpoints")]
+    if !matches!(message, ToSource::Progress { .. } | ToSource::WorkloadEnded | ToSource::Pong(_)) {
+        tokio::time::sleep(crate::failpoint::ON_ITS_WAY).await;
+    }
     match message {
         ToSource::Accept { .. } => failpoint!("destination::after_accept_sent", return lost()),
         ToSource::Refuse(_) => failpoint!("destination::after_refuse_sent", return lost()),

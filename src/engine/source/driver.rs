@@ -10,8 +10,8 @@ use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
-use super::serve::{SourceFigures, SourceShared, send_page};
-use super::zero_scan::{KnownZeros, scan_zeros};
+use super::serve::{SourceShared, send_page};
+use super::zero_scan::scan_zeros;
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Watch};
@@ -21,7 +21,7 @@ use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
-use crate::proto::ledger::{LinkEpoch, SourceLedger};
+use crate::proto::ledger::LinkEpoch;
 use crate::proto::message::{Hello, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
@@ -31,7 +31,7 @@ use crate::transport::{LaneThread, TransportError};
 use quinn::SendStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
@@ -138,15 +138,11 @@ impl Driver {
         };
         let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
         let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
-        let shared = Arc::new(SourceShared {
-            ledger: SourceLedger::new(pages),
-            ram,
-            known: KnownZeros::new(pages),
-            figures: SourceFigures::default(),
-            notes: notes_tx,
-            push_wake: tokio::sync::Notify::new(),
-            began: Instant::now(),
-        });
+        let shared = SourceShared::new(ram, notes_tx);
+        let shared = Arc::new(shared.map_err(|source| TransportError::Io {
+            what: "prepare to read memory that may fail",
+            source,
+        })?);
         let mut policy = PolicyConfig::new(pages);
         if let Some(pivots) = config.pivots {
             policy.pivots_max = pivots;
@@ -477,6 +473,7 @@ impl Driver {
         let phase = self.public_phase();
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
+        self.watch.lost(&self.shared.lost);
         if let Some(dial) = self.dial.take() {
             // It holds the push lanes' commands, and they end only without them: joined
             // while it lives, they would never end.

@@ -97,11 +97,10 @@ impl PushShared {
             let (part, kind) = self.source.known.first_part(run);
             if let Some(claim) = self.source.ledger.claim_within(part) {
                 failpoint!("source::after_push_claimed", return Err(broken()));
-                let mut frame = self.source.frame(&claim, kind, origin, epoch);
-                stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-                failpoint!("source::after_push_sent", return Err(broken()));
-                self.source.sent(claim, kind, origin);
-                return Ok(());
+                return match kind {
+                    PageKind::Raw => self.source.send(stream, claim, origin, epoch).await,
+                    kind => self.source.send_as(stream, claim, kind, origin, epoch).await,
+                };
             }
             let left = run.end().saturating_sub(part.end());
             rest = PageRun::new(PageIndex::new(part.end()), left);
@@ -120,10 +119,7 @@ impl PushShared {
         failpoint!("source::before_zeros_claimed", return Err(broken()));
         while let Some(claim) = self.source.ledger.claim_within(run) {
             failpoint!("source::after_zeros_claimed", return Err(broken()));
-            let mut frame = self.source.frame(&claim, kind, Origin::Push, epoch);
-            stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-            failpoint!("source::after_zeros_sent", return Err(broken()));
-            self.source.sent(claim, kind, Origin::Push);
+            self.source.send_as(stream, claim, kind, Origin::Push, epoch).await?;
         }
         Ok(())
     }

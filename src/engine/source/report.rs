@@ -138,6 +138,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
             total: Some(facts.shared.ram.layout().pages()),
             zero: get(&figures.zero),
             hole: get(&figures.hole),
+            poisoned: get(&figures.poisoned),
             seeded: get(&figures.seeded),
             demanded: get(&figures.demanded),
             pushed: get(&figures.pushed),

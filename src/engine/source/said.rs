@@ -19,6 +19,10 @@ pub async fn say(stream: &mut SendStream, message: &ToDestination) -> Result<(),
         ToDestination::Ping(_) => {}
     }
     control::say(stream, message).await?;
+    #[cfg(feature = "failpoints")]
+    if !matches!(message, ToDestination::Ping(_)) {
+        tokio::time::sleep(crate::failpoint::ON_ITS_WAY).await;
+    }
     match message {
         ToDestination::Hello(_) => failpoint!("source::after_hello_sent", return lost()),
         ToDestination::State(_) => failpoint!("source::after_state_sent", return lost()),

@@ -2,12 +2,13 @@
 
 use super::zero_scan::KnownZeros;
 use crate::engine::lane::LaneError;
+use crate::engine::lost_pages::LostPages;
 use crate::failpoint::failpoint;
+use crate::memory::guarded::{Guarded, Look};
 use crate::memory::ram::{FrozenRun, GuestRam};
-use crate::memory::scan::is_zero;
 use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN, Origin, PageKind, PageRequest};
 use crate::proto::ledger::{Claim, SourceLedger};
-use crate::proto::page::PageIndex;
+use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::prepaging::Fault;
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
@@ -39,6 +40,8 @@ pub struct SourceFigures {
     pub zero: AtomicU64,
     /// Announced as holes.
     pub hole: AtomicU64,
+    /// Announced as lost.
+    pub poisoned: AtomicU64,
 }
 
 /// What all threads of the source share.
@@ -48,6 +51,10 @@ pub struct SourceShared {
     pub ledger: SourceLedger,
     /// The guest's memory; nobody writes to it once it is served.
     pub ram: Arc<GuestRam>,
+    /// How it is looked at: pages of it may turn out to be lost.
+    pub guarded: Guarded,
+    /// Those that did.
+    pub lost: LostPages,
     /// Pages that are zero, as far as the scan has come.
     pub known: KnownZeros,
     /// Counters.
@@ -61,13 +68,35 @@ pub struct SourceShared {
 }
 
 impl SourceShared {
+    /// Nothing is sent yet of `ram`; what the policy is to hear goes to `notes`.
+    ///
+    /// # Errors
+    /// Memory cannot be read in a way that a lost page does not end the process.
+    pub fn new(
+        ram: Arc<GuestRam>,
+        notes: crossbeam_channel::Sender<FaultNote>,
+    ) -> std::io::Result<Self> {
+        let pages = ram.layout().pages();
+        Ok(Self {
+            ledger: SourceLedger::new(pages),
+            ram,
+            guarded: Guarded::new()?,
+            lost: LostPages::default(),
+            known: KnownZeros::new(pages),
+            figures: SourceFigures::default(),
+            notes,
+            push_wake: tokio::sync::Notify::new(),
+            began: Instant::now(),
+        })
+    }
+
     /// What a frame or request of `epoch` is checked against.
     pub fn limits(&self, epoch: u32) -> FrameLimits {
         FrameLimits { pages: self.ram.layout().pages(), epoch }
     }
 
-    /// The claimed pages as a frame: header and content.
-    pub fn frame(&self, claim: &Claim, kind: PageKind, origin: Origin, epoch: u32) -> [Bytes; 2] {
+    /// The claimed pages as a frame: header and content, which must be readable.
+    fn frame(&self, claim: &Claim, kind: PageKind, origin: Origin, epoch: u32) -> [Bytes; 2] {
         let header = FrameHeader::for_claim(claim, kind, origin, epoch);
         let content = if kind == PageKind::Raw { self.content(claim) } else { Bytes::new() };
         [Bytes::copy_from_slice(&header.encode()), content]
@@ -82,12 +111,67 @@ impl SourceShared {
         Bytes::from_owner(run.expect("a claim lies in one segment"))
     }
 
+    /// Sends claimed pages that lie in one segment: with content, or as lost where they
+    /// cannot be read, in as many frames as that takes.
+    pub async fn send(
+        &self,
+        stream: &mut SendStream,
+        claim: Claim,
+        origin: Origin,
+        epoch: u32,
+    ) -> Result<(), LaneError> {
+        let mut rest = Some(claim);
+        while let Some(mut claim) = rest {
+            let (kind, pages) = match self.guarded.readable(&self.ram, claim.run()) {
+                0 => (PageKind::Poison, self.unreadable(claim.run())),
+                pages => (PageKind::Raw, pages),
+            };
+            rest = claim.split_off(pages);
+            self.send_as(stream, claim, kind, origin, epoch).await?;
+        }
+        Ok(())
+    }
+
+    /// How many pages of `run`, whose first one cannot be read, cannot be.
+    fn unreadable(&self, run: PageRun) -> u64 {
+        let pages = run.pages().skip(1).map(PageRun::single);
+        let lost = pages.take_while(|page| self.guarded.readable(&self.ram, *page) == 0);
+        1 + lost.count() as u64
+    }
+
+    /// Sends the claimed pages in one frame.
+    pub async fn send_as(
+        &self,
+        stream: &mut SendStream,
+        claim: Claim,
+        kind: PageKind,
+        origin: Origin,
+        epoch: u32,
+    ) -> Result<(), LaneError> {
+        if kind == PageKind::Poison {
+            self.lost.note(claim.run(), self.ram.layout());
+        }
+        let mut frame = self.frame(&claim, kind, origin, epoch);
+        stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+        match (origin, kind) {
+            (Origin::Seed, _) => failpoint!("source::after_seed_sent", return Err(broken())),
+            (Origin::Demand, _) => failpoint!("source::after_demand_sent", return Err(broken())),
+            (_, PageKind::Zero | PageKind::Hole) => {
+                failpoint!("source::after_zeros_sent", return Err(broken()));
+            }
+            _ => failpoint!("source::after_push_sent", return Err(broken())),
+        }
+        self.sent(claim, kind, origin);
+        Ok(())
+    }
+
     /// Counts the claimed pages as sent.
-    pub fn sent(&self, claim: Claim, kind: PageKind, origin: Origin) {
+    fn sent(&self, claim: Claim, kind: PageKind, origin: Origin) {
         let pages = claim.run().count();
         let counter = match (kind, origin) {
             (PageKind::Zero, _) => &self.figures.zero,
             (PageKind::Hole, _) => &self.figures.hole,
+            (PageKind::Poison, _) => &self.figures.poisoned,
             (_, Origin::Seed) => &self.figures.seeded,
             (_, Origin::Demand) => &self.figures.demanded,
             (_, Origin::Push) => &self.figures.pushed,
@@ -136,19 +220,10 @@ pub async fn send_page(
         "source::after_demand_claimed",
         return Err(broken())
     );
-    let mut frame = shared.frame(&claim, PageKind::Raw, origin, epoch);
-    let mut kind = PageKind::Raw;
-    if is_zero(&frame[1]) {
-        kind = PageKind::Zero;
-        frame = shared.frame(&claim, kind, origin, epoch);
+    match shared.guarded.look(&shared.ram, page) {
+        Look::Zero => shared.send_as(stream, claim, PageKind::Zero, origin, epoch).await?,
+        Look::Data | Look::Unreadable => shared.send(stream, claim, origin, epoch).await?,
     }
-    stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
-    failpoint!(
-        origin == Origin::Seed => "source::after_seed_sent",
-        "source::after_demand_sent",
-        return Err(broken())
-    );
-    shared.sent(claim, kind, origin);
     Ok(true)
 }
 

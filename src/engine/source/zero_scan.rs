@@ -59,7 +59,7 @@ impl KnownZeros {
         match kind {
             PageKind::Zero => self.zero.set_run(run),
             PageKind::Hole => self.hole.set_run(run),
-            PageKind::Raw | PageKind::Compressed => 0,
+            PageKind::Raw | PageKind::Compressed | PageKind::Poison => 0,
         };
     }
 

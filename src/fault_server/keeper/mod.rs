@@ -224,9 +224,9 @@ pub fn start(
         .map_err(|source| KeeperError::Start { program: command.program.clone(), source })?;
     match hand_over(ours, &path, legacy, command.restart.as_ref()) {
         Ok(kept) => {
-            let (pid, path) = (process.id(), path.display());
-            tracing::info!(pid, %path, "a keeper holds the guest's memory");
-            Ok(Keeper::new(kept, Some(process)))
+            let (pid, at) = (process.id(), path.clone());
+            tracing::info!(pid, path = %path.display(), "a keeper holds the guest's memory");
+            Ok(Keeper::new(kept, at, Some(process)))
         }
         Err(error) => {
             // Nobody has paused the guest for it.

@@ -47,7 +47,8 @@
 //! once the memory is unregistered it reads as zero by itself. So it counts as
 //! settled. A known zero page over stale bytes does not, until it is placed.
 //!
-//! A poisoned page is placed with the kernel's poison mark, as any other page.
+//! A poisoned page, whose bytes the source could not read, is landed as any other and then
+//! marked so that touching it is an error. It is settled: nothing better will come.
 
 use super::landing::{Landing, Landings};
 use super::page_state::{Kind, OnFault, PageState, Refusal};
@@ -122,6 +123,8 @@ pub struct DestinationCounts {
     pub zero: u64,
     /// Given back by the guest.
     pub removed: u64,
+    /// Lost: whoever touches one gets a memory error.
+    pub poisoned: u64,
     /// Being placed; each is in one of the numbers above, too.
     pub in_hand: u64,
     /// Pages that arrived again, ever; 0 unless a link was lost.
@@ -290,20 +293,32 @@ impl DestinationLedger {
         self.states.unsettled()
     }
 
-    /// Whether `page` is placed, removed, or zero over clean memory; `false` if
+    /// Whether `page` is placed, removed, poisoned, or zero over clean memory; `false` if
     /// it is out of range.
     pub fn is_settled(&self, page: PageIndex) -> bool {
         page.get() < self.pages && self.states.get(page).is_settled()
     }
 
     /// Sets the bits of the pages that the source need not send again: placed, known
-    /// to be zero, and removed. `first`, whose bit is the lowest of the first word, is
-    /// a multiple of 64; bits past the last page stay as they are.
+    /// to be zero, removed, and poisoned. `first`, whose bit is the lowest of the first word,
+    /// is a multiple of 64; bits past the last page stay as they are.
     ///
     /// For a consistent answer nothing may be in hand that will be handed back; a page
     /// in hand is not in the set and would come twice.
     pub fn fill_placed(&self, first: PageIndex, bits: &mut [u64]) {
         self.states.fill(first.get(), bits, PageState::is_known);
+    }
+
+    /// The pages that are lost: whoever touches one gets a memory error. It reads the
+    /// whole ledger.
+    pub fn poisoned_set(&self) -> PageSet {
+        let mut set = PageSet::new();
+        self.states.each(|page, state| {
+            if state.kind == Kind::Poisoned {
+                set.insert(PageRun::single(page));
+            }
+        });
+        set
     }
 
     /// As [`fill_placed`](Self::fill_placed), the pages that were asked for and are
@@ -336,6 +351,7 @@ impl DestinationLedger {
                 Kind::Zero | Kind::StaleZero => counts.zero += 1,
                 Kind::Placed => counts.placed += 1,
                 Kind::Removed => counts.removed += 1,
+                Kind::Poisoned => counts.poisoned += 1,
             }
         });
         counts
@@ -368,10 +384,8 @@ impl DestinationLedger {
     }
 
     fn check(&self, run: PageRun) -> Result<(), OutOfRange> {
-        if run.end() <= self.pages {
-            return Ok(());
-        }
-        Err(OutOfRange { run, pages: self.pages })
+        let pages = self.pages;
+        if run.end() <= pages { Ok(()) } else { Err(OutOfRange { run, pages }) }
     }
 
     fn refused(&self, refusal: Refusal) {
@@ -426,6 +440,13 @@ impl DestinationLedger {
                     self.placed_twice.fetch_add(1, Ordering::Relaxed);
                 }
             }
+        });
+    }
+
+    /// The pages of `run` were in hand and are marked as lost.
+    pub(super) fn note_poisoned(&self, run: PageRun) {
+        change_each_word(run, |part| {
+            self.states.change(part, PageState::poisoned);
         });
     }
 

@@ -38,21 +38,37 @@ impl<'a> Landing<'a> {
         self.ledger.note_placed(self.run);
     }
 
+    /// All pages are lost: they are marked so that whoever touches one gets a memory error,
+    /// and who waited for them was woken.
+    pub fn poisoned(mut self) {
+        self.settled = true;
+        self.ledger.note_poisoned(self.run);
+    }
+
     /// The first `pages` pages are in place, and who waited for them was woken.
     /// Returns the others, still in hand; `None` if there are none.
     ///
     /// A number above that of the run, which no honest placement reports, is
     /// taken for no progress.
-    pub fn placed_some(mut self, pages: u64) -> Option<Landing<'a>> {
+    pub fn placed_some(self, pages: u64) -> Option<Landing<'a>> {
+        self.some(pages, Self::placed)
+    }
+
+    /// The same for pages that are [`poisoned`](Self::poisoned).
+    pub fn poisoned_some(self, pages: u64) -> Option<Landing<'a>> {
+        self.some(pages, Self::poisoned)
+    }
+
+    fn some(mut self, pages: u64, settle: fn(Self)) -> Option<Landing<'a>> {
         if pages == self.run.count() {
-            self.placed();
+            settle(self);
             return None;
         }
         let first = self.run.first();
         let rest = self.run.count().checked_sub(pages);
         let rest = rest.and_then(|rest| PageRun::new(first.checked_add(pages)?, rest));
         if let (Some(done), Some(rest)) = (PageRun::new(first, pages), rest) {
-            self.ledger.note_placed(done);
+            settle(Landing::new(self.ledger, done));
             self.run = rest;
         }
         Some(self)

@@ -212,6 +212,30 @@ fn loom_a_page_that_arrives_twice_is_placed_once() {
     });
 }
 
+/// A page that the source cannot read is marked in the kernel as a mapped one is.
+#[test]
+fn loom_no_wake_up_is_lost_between_a_fault_and_a_poisoned_page() {
+    loom::model(|| {
+        let ledger = Arc::new(DestinationLedger::new(1));
+        let kernel = Arc::new(Kernel::default());
+        let poisoner = {
+            let (ledger, kernel) = (ledger.clone(), kernel.clone());
+            thread::spawn(move || {
+                for landing in ledger.land(PageRun::single(PAGE)).unwrap() {
+                    kernel.place();
+                    landing.poisoned();
+                }
+            })
+        };
+        if kernel.touch() {
+            answer_fault(&kernel, &ledger);
+        }
+        poisoner.join().unwrap();
+        kernel.assert_done();
+        assert_eq!(ledger.finish().unwrap().counts().poisoned, 1);
+    });
+}
+
 #[test]
 fn loom_a_request_is_remembered_when_a_landing_is_handed_back() {
     loom::model(|| {

@@ -3,7 +3,7 @@
 //! ```text
 //! source       Unsent -> Claimed -> Sent
 //! destination  Missing -> Requested -> Placing -> Placed
-//!              and known zero, Stale (to be fetched again), Removed
+//!              and known zero, Stale (to be fetched again), Removed, Poisoned
 //! ```
 //!
 //! A ledger holds no page, sends nothing and waits for nothing. It is shared by

@@ -23,6 +23,9 @@ pub(super) enum Kind {
     /// Given back by the guest: it reads as zero and is never fetched again.
     /// Whether it is mapped at the moment, the ledger does not know.
     Removed = 7,
+    /// Its bytes are lost: the source could not read them, and whoever touches it gets a
+    /// memory error. It is never in hand, and uses the bits that a placed page in hand would.
+    Poisoned = 14,
 }
 
 /// The state of a page: four bits.
@@ -49,7 +52,7 @@ pub(super) enum Refusal {
     Unwanted,
 }
 
-use Kind::{Missing, Placed, Removed, Requested, Stale, StaleRequested, StaleZero, Zero};
+use Kind::{Missing, Placed, Poisoned, Removed, Requested, Stale, StaleRequested, StaleZero, Zero};
 
 impl PageState {
     pub(super) const BITS: u32 = 4;
@@ -68,7 +71,10 @@ impl PageState {
     pub(super) fn from_bits(bits: u64) -> Self {
         const KINDS: [Kind; 8] =
             [Missing, Requested, Stale, StaleRequested, Zero, StaleZero, Placed, Removed];
-        let bits = bits as u8;
+        let bits = bits as u8 & Self::MASK as u8;
+        if bits == Poisoned as u8 {
+            return Self::at_rest(Poisoned);
+        }
         Self { kind: KINDS[usize::from(bits & 7)], placing: bits & Self::PLACING != 0 }
     }
 
@@ -90,7 +96,7 @@ impl PageState {
             (Requested | StaleRequested | Zero | StaleZero | Removed, true) => {
                 (self, OnFault::Wait)
             }
-            (Placed, _) => (self, OnFault::Wake),
+            (Placed | Poisoned, _) => (self, OnFault::Wake),
         }
     }
 
@@ -135,7 +141,7 @@ impl PageState {
             (_, true) => None,
             (Placed | StaleZero, _) => Some(Self::at_rest(Stale)),
             (Zero, _) => Some(Self::at_rest(Missing)),
-            (Missing | Requested | Stale | StaleRequested | Removed, _) => Some(self),
+            (Missing | Requested | Stale | StaleRequested | Removed | Poisoned, _) => Some(self),
         }
     }
 
@@ -149,6 +155,14 @@ impl PageState {
         }
     }
 
+    /// Who had the page in hand has poisoned it. One that was removed meanwhile stays removed.
+    pub(super) fn poisoned(self) -> Self {
+        match self.kind {
+            Removed => Self::at_rest(Removed),
+            _ => Self::at_rest(Poisoned),
+        }
+    }
+
     /// Who had the page in hand gives it up.
     pub(super) fn hand_back(self) -> Self {
         Self::at_rest(self.kind)
@@ -156,12 +170,12 @@ impl PageState {
 
     /// Whether nothing remains to be done for the page but to answer faults.
     pub(super) fn is_settled(self) -> bool {
-        matches!(self.kind, Zero | Placed | Removed)
+        matches!(self.kind, Zero | Placed | Removed | Poisoned)
     }
 
     /// Whether the source need not send the page again.
     pub(super) fn is_known(self) -> bool {
-        matches!(self.kind, Zero | StaleZero | Placed | Removed)
+        matches!(self.kind, Zero | StaleZero | Placed | Removed | Poisoned)
     }
 
     /// Whether the page may have been placed before and is rightly placed again.
@@ -191,7 +205,7 @@ mod tests {
         assert_eq!(PageState::from_bits(0), PageState::at_rest(Missing), "a new ledger's words");
     }
 
-    /// Every state and event; `*` is a page in hand, `Placed*` never comes up.
+    /// Every state and event; `*` is a page in hand.
     #[test]
     fn the_table_of_states_is_this() {
         let mut table = String::new();
@@ -203,7 +217,7 @@ mod tests {
             ["state", "fault", "", "land", "mark_zero", "land_zero", "remove", "discard"]
                 .map(String::from),
         );
-        for state in all().filter(|state| *state != PageState::in_hand(Placed)) {
+        for state in all() {
             let refused = |refusal: Refusal| format!("{refusal:?}!");
             let (next, answer) = state.fault();
             line([
@@ -233,6 +247,7 @@ mod tests {
         StaleRequested* StaleRequested* Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
         Zero*           Zero*           Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
         StaleZero*      StaleZero*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
+        Poisoned        Poisoned        Wake            Duplicate!      Duplicate!      -               Removed         Poisoned
         Removed*        Removed*        Wait            Unwanted!       Unwanted!       -               Removed*        InHand!
         ");
     }

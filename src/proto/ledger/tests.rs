@@ -278,6 +278,38 @@ fn a_discarded_page_is_fetched_again() {
 }
 
 #[test]
+fn a_poisoned_page_is_settled_and_its_waiter_is_woken() {
+    let ledger = DestinationLedger::new(6);
+    assert!(matches!(ledger.fault(page(1)), Ok(FaultAnswer::Request)));
+    let mut landing = ledger.land(run(0, 4)).unwrap().next().unwrap();
+    landing = landing.poisoned_some(3).unwrap();
+    assert_eq!(landing.run(), run(3, 1));
+    landing.hand_back();
+    assert_eq!((ledger.missing(), ledger.counts().poisoned), (3, 3));
+    // A fault that was read late, and bytes that come too late.
+    assert!(matches!(ledger.fault(page(1)), Ok(FaultAnswer::Wake)));
+    assert_eq!(ledger.land(run(0, 3)).unwrap().count(), 0);
+    assert!(ledger.mark_zero(run(2, 1)).unwrap().is_empty());
+    assert_eq!(ledger.counts().duplicates, 4);
+    // It is neither sent again after a lost link, nor fetched again.
+    assert_eq!((placed(&ledger), ledger.poisoned_set()), (set(0..3), set(0..3)));
+    assert_eq!(ledger.discard(run(0, 3)), Ok(()));
+    assert_eq!(ledger.counts().poisoned, 3);
+    // Given back by the guest, also while it is being poisoned.
+    assert!(ledger.removed(run(2, 1)).unwrap().is_empty());
+    let in_hand = ledger.land(run(4, 1)).unwrap().next().unwrap();
+    assert!(ledger.removed(run(4, 1)).unwrap().is_empty());
+    in_hand.poisoned();
+    assert_eq!((ledger.counts().poisoned, ledger.counts().removed), (2, 2));
+    for landing in ledger.land(run(0, 6)).unwrap() {
+        landing.placed();
+    }
+    let counts = ledger.finish().unwrap().counts();
+    assert_eq!((counts.placed, counts.poisoned, counts.removed), (2, 2, 2));
+    assert_eq!(counts.placed_twice, 0);
+}
+
+#[test]
 fn a_placement_over_a_placement_is_counted_apart_from_the_states() {
     let ledger = DestinationLedger::new(4);
     ledger.land(run(0, 2)).unwrap().for_each(Landing::placed);
@@ -405,7 +437,7 @@ proptest! {
     /// The model keeps one plain set for each question that can be asked of a
     /// page, rather than the ledger's states.
     #[test]
-    fn the_destination_ledger_behaves_as_sets(steps in steps(10)) {
+    fn the_destination_ledger_behaves_as_sets(steps in steps(11)) {
         let ledger = DestinationLedger::new(MODEL_PAGES);
         let mut model = Model::default();
         let mut hand: Vec<Landing> = vec![];
@@ -444,6 +476,7 @@ proptest! {
                     hand.extend(ledger.land_zeros(run).unwrap());
                     let expected = model.take(run, |model, it| {
                         model.known.contains(&it) && !model.placed.contains(&it)
+                            && !model.poisoned.contains(&it)
                             && !model.hand.contains(&it) && !model.removed.contains(&it)
                     });
                     prop_assert_eq!(runs(&hand[before..]), expected);
@@ -466,6 +499,14 @@ proptest! {
                         model.hand.remove(&it.get());
                     }
                 }
+                10 if !hand.is_empty() => {
+                    let landing = hand.swap_remove(first as usize % hand.len());
+                    let done = count.min(landing.run().count());
+                    for it in landing.run().pages().map(PageIndex::get).take(done as usize) {
+                        model.poison(it);
+                    }
+                    hand.extend(landing.poisoned_some(done));
+                }
                 9 if count < 20 => {
                     hand.extend(ledger.removed(run).unwrap());
                     let expected = model.take(run, |model, it| {
@@ -475,6 +516,7 @@ proptest! {
                         model.removed.insert(it);
                         model.known.insert(it);
                         model.placed.remove(&it);
+                        model.poisoned.remove(&it);
                         model.asked.remove(&it);
                     }
                     prop_assert_eq!(runs(&hand[before..]), expected);
@@ -491,6 +533,8 @@ proptest! {
             prop_assert_eq!(counts.missing, ledger.missing());
             prop_assert_eq!(counts.placed, model.placed.len() as u64);
             prop_assert_eq!(counts.removed, model.removed.len() as u64);
+            prop_assert_eq!(counts.poisoned, model.poisoned.len() as u64);
+            prop_assert_eq!(ledger.poisoned_set(), set(model.poisoned.iter().copied()));
             prop_assert_eq!(counts.in_hand, model.hand.len() as u64);
             prop_assert_eq!(counts.placed_twice, 0);
             prop_assert_eq!(ledger.is_settled(page(first)), model.known.contains(&first));
@@ -510,6 +554,7 @@ struct Model {
     known: BTreeSet<u64>,
     placed: BTreeSet<u64>,
     removed: BTreeSet<u64>,
+    poisoned: BTreeSet<u64>,
     /// Somebody waits for their bytes.
     asked: BTreeSet<u64>,
     hand: BTreeSet<u64>,
@@ -517,7 +562,7 @@ struct Model {
 
 impl Model {
     fn fault(&mut self, page: u64) -> &'static str {
-        if self.placed.contains(&page) {
+        if self.placed.contains(&page) || self.poisoned.contains(&page) {
             "wake"
         } else if self.known.contains(&page) {
             if self.hand.insert(page) { "zero" } else { "wait" }
@@ -535,6 +580,15 @@ impl Model {
         self.hand.extend(&taken);
         let runs: PageSet = set(taken);
         runs.runs().collect()
+    }
+
+    fn poison(&mut self, page: u64) {
+        self.hand.remove(&page);
+        self.asked.remove(&page);
+        self.known.insert(page);
+        if !self.removed.contains(&page) {
+            self.poisoned.insert(page);
+        }
     }
 
     fn place(&mut self, page: u64) {

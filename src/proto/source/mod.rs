@@ -12,7 +12,7 @@
 //!   TakingBack --> Retracting: undone / resume the guest, Abort
 //!   TakingBack --> Committed: it cannot be
 //!   Brownout --> Releasing: Drained / the memory may go, Released
-//!   Releasing --> Over: Report
+//!   Releasing --> Over: Report, or nobody there any more to say it
 //!   Connecting --> Over: any failure up to Pausing leaves the guest at the source
 //!   Pausing --> Unpausing: a failure / the guest is resumed once it is paused
 //!   Blackout --> Retracting: a failure / resume the guest, Abort
@@ -175,7 +175,7 @@ impl SourceSession {
         }
         match (self.state, event) {
             (S::Connecting, E::LinkUp) => self.propose(),
-            (S::Committed | S::Brownout | S::Retracting, E::LinkUp)
+            (S::Committed | S::Brownout | S::Releasing | S::Retracting, E::LinkUp)
                 if self.link == Link::Dialing =>
             {
                 self.reattach();
@@ -295,6 +295,11 @@ impl SourceSession {
                 self.push(SourceAction::ReleaseMemory);
                 self.push(SourceAction::Say(ToDestination::Released));
                 self.enter(S::Releasing, Some(now + self.limits.restore));
+            }
+            // Said again after a lost link: it may not have heard that it is released.
+            (S::Releasing, M::Running { .. }) => {}
+            (S::Releasing, M::Drained { settled }) if settled == self.pages => {
+                self.push(SourceAction::Say(ToDestination::Released));
             }
             (S::Releasing, M::Report(report)) => {
                 self.report = Some(report);

@@ -171,6 +171,15 @@ impl KvmGuest {
         })
     }
 
+    /// The same; if one of them does not stop, all run on.
+    fn stop_all_or_none(&self, limit: Duration) -> Result<(), KvmError> {
+        let stopped = self.stop_vcpus(limit);
+        if stopped.is_err() {
+            self.vcpus.iter().try_for_each(Vcpu::run_on)?;
+        }
+        stopped
+    }
+
     fn take_state(&self) -> Result<Vec<u8>, KvmError> {
         self.require(&[Phase::Paused], "paused")?;
         let answers = self.vcpus.iter().map(Vcpu::capture).collect::<Result<Vec<_>, _>>()?;
@@ -231,7 +240,7 @@ impl Guest for KvmGuest {
 
     fn pause(&mut self) -> Result<(), GuestError> {
         if self.phase == Phase::Running {
-            self.stop_vcpus(PAUSE_WAIT_MAX).map_err(failed("pause its vCPUs"))?;
+            self.stop_all_or_none(PAUSE_WAIT_MAX).map_err(failed("pause its vCPUs"))?;
             self.phase = Phase::Paused;
         }
         self.require(&[Phase::Paused], "running or paused").map_err(failed("pause"))

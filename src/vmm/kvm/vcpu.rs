@@ -186,6 +186,19 @@ impl Vcpu {
         signals::kick(self.tid)
     }
 
+    /// Takes a kick back: it runs on, whether or not it has stopped by now.
+    pub fn run_on(&self) -> Result<(), KvmError> {
+        let running = lock(&self.shared.running);
+        if *running {
+            // Before it parks it looks at this, under the same lock.
+            self.shared.stop.store(false, Ordering::SeqCst);
+            self.shared.immediate_exit().store(0, Ordering::SeqCst);
+            return Ok(());
+        }
+        drop(running);
+        self.resume()
+    }
+
     /// Waits until it is parked, after a kick.
     pub fn wait_parked(&self, limit: Duration) -> Result<(), KvmError> {
         let running = lock(&self.shared.running);
@@ -252,11 +265,7 @@ impl Shared {
                         self.tell_of_pause(&fd);
                     }
                     paused = true;
-                    let outcome = self.run(&mut fd);
-                    if let Err(reason) = outcome {
-                        lock(&self.failure).get_or_insert(reason);
-                    }
-                    *lock(&self.running) = false;
+                    while !self.parks(self.run(&mut fd)) {}
                     self.changed.notify_all();
                 }
                 Command::Capture(answer) => {
@@ -270,6 +279,21 @@ impl Shared {
         }
     }
 
+    /// Parks after a run that came to `outcome`, unless the kick that ended it was taken back.
+    fn parks(&self, outcome: Result<bool, String>) -> bool {
+        let stopped = match outcome {
+            Ok(stopped) => stopped,
+            Err(reason) => {
+                lock(&self.failure).get_or_insert(reason);
+                true
+            }
+        };
+        let mut running = lock(&self.running);
+        let failed = lock(&self.failure).is_some();
+        *running = !(failed || stopped && self.stop.load(Ordering::SeqCst));
+        !*running
+    }
+
     /// Tells the guest's watchdogs of a pause. A guest is not stopped for want of that.
     fn tell_of_pause(&self, fd: &VcpuFd) {
         if let Err(error) = tell_of_pause(fd).map_err(of_vcpu(self.vcpu)) {
@@ -278,10 +302,11 @@ impl Shared {
         }
     }
 
-    /// Runs guest code until told to stop, and leaves nothing in flight.
-    fn run(&self, fd: &mut VcpuFd) -> Result<(), String> {
+    /// Runs guest code until told to stop, and leaves nothing in flight; or not, and returns
+    /// `false`, if it is to run on after all.
+    fn run(&self, fd: &mut VcpuFd) -> Result<bool, String> {
         if lock(&self.failure).is_some() {
-            return Ok(());
+            return Ok(true);
         }
         self.first_entry.set_if_first();
         while !self.stop.load(Ordering::SeqCst) {
@@ -306,10 +331,14 @@ impl Shared {
 
     /// An access to a device that made the last exit is complete, and the vCPU's state
     /// consistent, only when KVM has been entered again.
-    fn complete_access(&self, fd: &mut VcpuFd) -> Result<(), String> {
+    fn complete_access(&self, fd: &mut VcpuFd) -> Result<bool, String> {
         for _ in 0..COMPLETION_EXITS_MAX {
+            if !self.stop.load(Ordering::SeqCst) {
+                // It enters KVM anyway.
+                return Ok(false);
+            }
             match self.enter(fd)? {
-                Err(error) if error.errno() == libc::EINTR => return Ok(()),
+                Err(error) if error.errno() == libc::EINTR => return Ok(true),
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Ok(VcpuExit::MmioWrite(DOORBELL_PHYSICAL, _) | VcpuExit::Intr) => {}
                 other => {

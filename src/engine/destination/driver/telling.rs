@@ -28,6 +28,9 @@ impl Driver {
             None => (&nothing, 0),
         };
         self.watch.observe(phase, timeline, self.link.is_some().then_some(epoch));
+        if let Some(installer) = &self.installer {
+            self.watch.lost(&installer.lost);
+        }
     }
 
     /// Where the migration is, for whoever watches.

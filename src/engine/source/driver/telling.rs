@@ -20,6 +20,7 @@ impl Driver {
         let phase = self.public_phase();
         let epoch = self.link.as_ref().map(|link| link.epoch);
         self.watch.observe(phase, self.machine.timeline(), epoch);
+        self.watch.lost(&self.shared.lost);
         if self.now() >= self.next_watch {
             self.next_watch = self.now() + WATCH_EVERY;
             self.tell_progress();

@@ -214,6 +214,34 @@ fn a_vcpu_that_waits_in_kvm_for_a_page_hangs_neither_pause_nor_drop() {
     pager.finish();
 }
 
+#[test]
+fn a_pause_that_does_not_succeed_leaves_every_vcpu_running() {
+    if !kvm() {
+        return;
+    }
+    let _watchdog = watchdog(60);
+    let mut guest = KvmGuest::new(memory(flat()), workload(Pattern::Random, 2, 0)).unwrap();
+    guest.resume().unwrap();
+    let mut given_up = 0;
+    for round in 0..400u64 {
+        // Now and then one of them is parked when the time is over, and the other is not.
+        let limit = Duration::from_micros(round % 40);
+        match guest.stop_all_or_none(limit) {
+            Ok(()) => guest.vcpus.iter().try_for_each(Vcpu::resume).unwrap(),
+            Err(KvmError::NotStopping { .. }) => given_up += 1,
+            Err(error) => panic!("{error}"),
+        }
+        if round % 20 == 0 {
+            let steps = |vcpu| word(&guest, vcpu, control::STEPS);
+            let before = [steps(0), steps(1)];
+            wait_until(&guest, |vcpu| steps(vcpu) > before[vcpu as usize]);
+        }
+    }
+    assert!(given_up > 0, "every pause succeeded");
+    println!("{given_up} of 400 pauses were given up");
+    guest.pause().unwrap();
+}
+
 /// `struct uffdio_poison`.
 #[repr(C)]
 struct Poison {
