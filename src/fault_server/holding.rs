@@ -6,6 +6,7 @@ use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed};
 use crate::attach::message::{Message, Request};
 use crate::engine::attached;
+use crate::engine::vm::VmError;
 use crate::failpoint::failpoint;
 use crate::proto::source::Outcome;
 use nix::sys::socket::{MsgFlags, send};
@@ -56,6 +57,13 @@ impl Keeper {
             // Only the conversation had broken: it would hold the memory for ever.
             told = again.committed(proof);
         }
+        wait_for(self.ended);
+        told
+    }
+
+    /// The operator has given the guest up.
+    fn discard(self) -> Result<(), AttachError> {
+        let told = self.attached.stop("its operator gave the guest up");
         wait_for(self.ended);
         told
     }
@@ -187,6 +195,14 @@ fn tell_keeper(keeper: Keeper, outcome: &Outcome, word: &CommitWord) -> Result<(
 /// The guest is its VMM's again, and its memory needs no keeper: the next migration needs
 /// one of its own, and may begin while this one is still telling its destination.
 impl attached::Beside for Holding {
+    fn given_up(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            Some(Beside::Keeper(keeper)) => Ok(keeper.discard()?),
+            Some(Beside::Store(stored)) => Ok(stored.remove()?),
+            None => Ok(()),
+        }
+    }
+
     fn given_back(&mut self) {
         // In a store nothing is in the way of anybody, and it is needed as long as the
         // destination has not been told.

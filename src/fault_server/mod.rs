@@ -13,6 +13,7 @@ pub mod keeper;
 mod legacy;
 pub mod record;
 mod service;
+pub mod take_back;
 mod watch;
 
 use crate::attach::client::{AttachError, Attached};
@@ -21,9 +22,12 @@ use crate::attach::handover::{HandoverError, MemoryFiles, take_over};
 use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway};
 use crate::engine::event::Event;
+use crate::engine::operator::Operator;
 use crate::engine::source::{Canceller, Left, Migration, SourceEnd};
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
+use crate::operator::desk::Desk;
+use crate::operator::socket_path;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
 use crate::transport::ticket::TicketParseError;
@@ -147,6 +151,8 @@ pub struct FaultServer {
     word: Arc<CommitWord>,
     ticket: Ticket,
     report: Option<PathBuf>,
+    /// Where its operator finds it.
+    desk: PathBuf,
 }
 
 impl FaultServer {
@@ -209,7 +215,8 @@ impl FaultServer {
         let word = attached.word.clone();
         let vmm = AttachedVmm::new(attached)?.held_by(Box::new(holding.clone()));
         let migration = migration.with_journal(Box::new(record));
-        Ok(Self { vmm, migration, holding, keeper, word, ticket, report })
+        let desk = socket_path(control);
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Goes on with the session that a fault server which has died has left to the keeper
@@ -319,8 +326,8 @@ impl FaultServer {
         };
         let vmm = vmm.held_by(Box::new(holding.clone()));
         let migration = migration.with_journal(Box::new(record));
-        let report = known.report.map(PathBuf::from);
-        Ok(Self { vmm, migration, holding, keeper, word, ticket, report })
+        let (report, desk) = (known.report.map(PathBuf::from), socket_path(control));
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Where it goes, and with what right.
@@ -331,6 +338,12 @@ impl FaultServer {
     /// Where its report was promised.
     pub fn report(&self) -> Option<&Path> {
         self.report.as_deref()
+    }
+
+    /// A handle for its operator, whom it also answers at
+    /// [`socket_path`](crate::operator::socket_path) while it runs.
+    pub fn operator(&self) -> Operator {
+        self.migration.operator()
     }
 
     /// A handle that stops it, for as long as nothing is committed.
@@ -365,6 +378,11 @@ impl FaultServer {
             }
             watch(event);
         };
+        // Nothing of the migration needs it.
+        let desk = Desk::open_when_free(self.desk, self.migration.operator());
+        let _desk = desk.inspect_err(|error| {
+            tracing::warn!(%error, "no operator can ask this session anything");
+        });
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.
         end.vm = None;

@@ -51,6 +51,7 @@ const LAYERS: &[Layer] = &[
         modules: &["attach", "engine", "failpoint", "memory", "proto", "report", "vmm"],
         crates: None,
     },
+    Layer { name: "operator", modules: &["attach", "engine"], crates: None },
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
@@ -60,6 +61,7 @@ const LAYERS: &[Layer] = &[
             "engine",
             "failpoint",
             "memory",
+            "operator",
             "program",
             "proto",
             "report",
