@@ -23,7 +23,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
 /// Of the guests here, none of whose pages is zero.
-const MEMORY: u64 = 32 << 20;
+pub const MEMORY: u64 = 32 << 20;
 const PAGES: u64 = MEMORY / 4096;
 /// All of the memory takes 3.5 s.
 pub const FAST: u64 = 80;

@@ -6,6 +6,7 @@ use super::fakes::FakeDestination;
 use super::harness::{Guest, MIGRATION, Receiver, SOON, poll, processes_with, restarted};
 use super::keeper::{FAST, Move, SLOW, check_resumed, kill_process, nothing_left};
 use nix::sys::signal::Signal;
+use postcopy::attach::client::{AttachError, Attached};
 use postcopy::proto::message::{ToDestination, ToSource};
 use serde_json::Value;
 use std::path::Path;
@@ -155,4 +156,44 @@ fn an_operator_who_interrupts_twice_wants_no_successor() {
     discard.succeed(SOON);
     nothing_left(&moved.guest);
     moved.receiver.process.kill();
+}
+
+#[test]
+fn a_keeper_that_dies_is_replaced_so_that_its_fault_server_may_die_next() {
+    let mut moved = Move::prepare(FAST, Duration::from_millis(2));
+    let mut migration = moved.migrate(&[]);
+    moved.vmm_leaves();
+    let first = moved.keeper();
+    kill_process(first);
+    migration.says("the keeper has ended");
+    // One that refuses a second client has been handed all it needs.
+    poll("another keeper", SOON, || {
+        let refused = Attached::connect(moved.guest.keeper());
+        matches!(refused, Err(AttachError::Refused { .. })).then_some(())
+    });
+    assert_ne!(moved.keeper(), first);
+    assert!(moved.left() < super::keeper::MEMORY * 9 / 10, "there is no middle left");
+    migration.kill();
+    check_resumed(&finished(moved));
+}
+
+#[test]
+fn keeper_and_fault_server_may_both_die_while_the_vmm_has_the_guest() {
+    // So that the guest does not run yet when the commit can be seen here.
+    let mut moved = Move::prepare(FAST, Duration::from_millis(200));
+    let word = CommitWord::of(moved.guest.process.pid());
+    let mut migration = moved.migrate(&[]);
+    word.committed();
+    // Neither has the time to replace the other.
+    migration.freeze();
+    kill_process(moved.keeper());
+    migration.kill();
+    assert!(moved.guest.process.runs(), "the VMM had left before");
+    let mut resumed = moved.guest.resume(&["--report", &moved.report]);
+    moved.vmm_leaves();
+    // It has a keeper of its own, and so on.
+    poll("a keeper", SOON, || (!processes_with(&moved.guest.keeper()).is_empty()).then_some(()));
+    moved.until(20);
+    resumed.kill();
+    check_resumed(&finished(moved));
 }

@@ -143,9 +143,11 @@ pub fn connect(path: &Path) -> Result<Attached, AttachError> {
     let deadline = Instant::now() + NOTICE_MAX;
     loop {
         match Attached::connect(path) {
-            Err(AttachError::Refused { .. }) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            // The second: it ended a moment ago, with us in its queue.
+            Err(
+                AttachError::Refused { .. }
+                | AttachError::Socket { source: SocketError::Closed, .. },
+            ) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
             done => return done,
         }
     }
