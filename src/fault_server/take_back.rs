@@ -1,7 +1,7 @@
 //! Taking a committed guest back where no fault server is left that could be asked to: from
 //! its VMM, which has it paused, and under the eyes of its keeper, if there is one.
 
-use super::{FaultServer, FaultServerError, Place, keeper};
+use super::{FaultServer, FaultServerError, Holder, LeftBehind, Place, keeper};
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{Decision, NotInDoubt};
 use crate::engine::operator::{Refusal, allowed};
@@ -82,7 +82,11 @@ impl FaultServer {
             }
         }
         match keeper {
-            Some(keeper) => Ok(Some(Self::go_on(keeper, control, None, None, Place::Keeper)?)),
+            Some(keeper) => {
+                let left =
+                    LeftBehind::with(keeper, Place::Keeper).map_err(FaultServerError::from)?;
+                Ok(Some(Self::go_on(left, control, None, Holder::Nobody)?))
+            }
             None => Ok(None),
         }
     }

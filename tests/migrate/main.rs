@@ -33,6 +33,8 @@ mod link_loss;
 mod keeper;
 // A fault server that dies, and the one that is started in its place.
 mod supervise;
+// The same under a service manager with a descriptor store.
+mod descriptor_store;
 // The commit word of another process.
 #[allow(dead_code)] // Its other test uses the rest.
 #[path = "../torture/commit_word.rs"]

@@ -60,6 +60,7 @@ const LAYERS: &[Layer] = &[
             "attach",
             "engine",
             "failpoint",
+            "memory",
             "operator",
             "program",
             "proto",
@@ -103,6 +104,8 @@ const UNSAFE: &[&str] = &[
     // Where a VMM promises what `serve.rs` builds on.
     "src/engine/source/builder.rs",
     "src/engine/source/serve.rs",
+    // Descriptors that the service manager has opened for this process.
+    "src/fault_server/service.rs",
     "src/memory/dirty_bitmap.rs",
     "src/memory/guarded.rs",
     "src/memory/ram.rs",

@@ -2,6 +2,7 @@
 //! which a migration goes: connect, propose, pause, send the state, commit, serve and
 //! push, release.
 
+mod keeping;
 mod linking;
 mod operating;
 mod telling;
@@ -313,23 +314,12 @@ impl Driver {
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
-            ToSource::Running { .. }
-                if self.machine.state() == SourceState::Committed && !self.ran =>
-            {
-                self.ran = true;
-                self.drain_at = self.config.drain_after.map(|after| now + after);
-                self.keep(|journal| journal.guest_runs());
+            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
+                self.runs(now);
             }
             _ => {}
         }
         self.machine.handle(now, SourceEvent::Message(message));
-    }
-
-    fn drain(&mut self, why: &str) {
-        self.drain_at = None;
-        info!(why, "draining");
-        lock(&self.push.policy).drain();
-        self.shared.push_wake.notify_one();
     }
 
     async fn perform(&mut self, action: SourceAction) {
@@ -382,15 +372,6 @@ impl Driver {
                 self.guest.tell(GuestCommand::Drained);
             }
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
-        }
-    }
-
-    /// Has the journal keep something, if there is one. The session goes on without.
-    fn keep(&mut self, what: impl FnOnce(&mut dyn Journal) -> std::io::Result<()>) {
-        if let Some(journal) = &mut self.journal
-            && let Err(error) = what(journal.as_mut())
-        {
-            warn!(%error, "no other process can go on with this session: its record is old");
         }
     }
 
