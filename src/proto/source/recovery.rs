@@ -74,7 +74,7 @@ impl SourceSession {
         now: Duration,
     ) -> Self {
         let mut machine = Self::restarted(session, last_epoch, limits, now);
-        machine.retract(now, TAKEN_BACK.into());
+        machine.retract_taken_back(now);
         machine
     }
 
@@ -159,7 +159,7 @@ impl SourceSession {
             }
             S::Retracting => self.dial_again(now),
             // The word decides; the link is looked at after it.
-            S::Committing => {}
+            S::Committing | S::TakingBack => {}
             S::Committed | S::Brownout => self.dial_again(now),
             // The destination has all pages. It may not have heard that it is released, and
             // would wait for that; or it has, and is not there any more.
