@@ -42,6 +42,7 @@ mod operator;
 mod recovery;
 mod terms;
 
+use terms::name_of;
 pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
 
 use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
@@ -391,11 +392,7 @@ impl SourceSession {
             S::Blackout => {
                 self.abort(now, "the destination did not restore the state in time".into());
             }
-            S::Committed | S::Brownout if self.drained => self.complete(now),
-            S::Committed | S::Brownout => {
-                let why = "the link did not come back after the commit".into();
-                self.finish(now, Outcome::Lost(why));
-            }
+            S::Committed | S::Brownout => self.stayed_without_link(now),
             S::Releasing => self.complete(now),
             S::Retracting => self.finish_aborted(now),
             S::Unpausing => {
@@ -492,21 +489,4 @@ fn lost_there(reason: &str) -> String {
         "the guest cannot go on at the destination: {reason}; it is not resumed here, where \
          its memory is held until its VMM or keeper is told to let go"
     )
-}
-
-fn name_of(message: &ToSource) -> &'static str {
-    match message {
-        ToSource::Accept { .. } => "Accept",
-        ToSource::Refuse(_) => "Refuse",
-        ToSource::Ready => "Ready",
-        ToSource::Running { .. } => "Running",
-        ToSource::Placed { .. } => "Placed",
-        ToSource::Progress { .. } => "Progress",
-        ToSource::WorkloadEnded => "WorkloadEnded",
-        ToSource::Drained { .. } => "Drained",
-        ToSource::Report(_) => "Report",
-        ToSource::Abort { .. } => "Abort",
-        ToSource::Pong(_) => "Pong",
-        ToSource::Lost { .. } => "Lost",
-    }
 }

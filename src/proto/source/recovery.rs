@@ -1,7 +1,7 @@
 //! After a lost link, or a process that died: what a session does to find the destination
 //! again, to learn what it has, and to take a commit back.
 
-use super::{BACKOFF_MIN, Link, SessionLimits, SourceAction, SourceSession, SourceState};
+use super::{BACKOFF_MIN, Link, Outcome, SessionLimits, SourceAction, SourceSession, SourceState};
 use crate::proto::message::{CommitRecord, SessionId, ToDestination, cut};
 use crate::proto::placed::PlacedPages;
 use crate::proto::timeline::{Stamp, Timeline};
@@ -170,6 +170,15 @@ impl SourceSession {
             }
             S::Unpausing | S::Over => {}
         }
+    }
+
+    /// The time is over in which a link had to come back.
+    pub(super) fn stayed_without_link(&mut self, now: Duration) {
+        if self.drained {
+            // The destination needs nothing; only its report is missing.
+            return self.complete(now);
+        }
+        self.finish(now, Outcome::Lost("the link did not come back after the commit".into()));
     }
 
     pub(super) fn dial_again(&mut self, now: Duration) {

@@ -161,3 +161,21 @@ pub enum Outcome {
     /// of it there. Or an operator gave the guest up.
     Lost(String),
 }
+
+/// The name of a message, for errors.
+pub(super) fn name_of(message: &ToSource) -> &'static str {
+    match message {
+        ToSource::Accept { .. } => "Accept",
+        ToSource::Refuse(_) => "Refuse",
+        ToSource::Ready => "Ready",
+        ToSource::Running { .. } => "Running",
+        ToSource::Placed { .. } => "Placed",
+        ToSource::Progress { .. } => "Progress",
+        ToSource::WorkloadEnded => "WorkloadEnded",
+        ToSource::Drained { .. } => "Drained",
+        ToSource::Report(_) => "Report",
+        ToSource::Abort { .. } => "Abort",
+        ToSource::Pong(_) => "Pong",
+        ToSource::Lost { .. } => "Lost",
+    }
+}
