@@ -127,7 +127,7 @@ impl Holding {
     /// The last word to it, when all that was promised is done; true if it holds on.
     pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> bool {
         let Some(keeper) = self.take() else { return false };
-        failpoint!("source::before_keeper_released", return false);
+        failpoint!("source::before_keeper_released");
         let parted = match outcome {
             Outcome::Completed => match word.commit() {
                 Ok(proof) => keeper.drained(&proof),
