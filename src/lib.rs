@@ -136,6 +136,8 @@ pub mod host;
 #[cfg(feature = "io")]
 pub mod memory;
 #[cfg(feature = "io")]
+pub mod operator;
+#[cfg(feature = "io")]
 pub mod program;
 pub mod proto;
 #[cfg(feature = "io")]
@@ -154,6 +156,7 @@ pub use engine::{
         Canceller as DestinationCanceller, DestinationBuilder, DestinationEnd, Receiver,
     },
     event::{Event, Phase, Progress},
+    operator::{Operator, SessionStatus},
     source::{Canceller as SourceCanceller, Migration, SourceBuilder, SourceEnd},
     vm::{Captured, DestinationVm, GuestFigures, SourceVm, VmError},
 };

@@ -13,6 +13,7 @@ use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::message::{
     CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, encode,
 };
+use postcopy::proto::operator::{Command, Risk, Whereabouts};
 use postcopy::proto::placed::{PART_PAGES, PlacedMessages};
 use postcopy::proto::source::{SessionLimits, SourceAction, SourceEvent, SourceSession};
 use std::fmt::Write;
@@ -67,6 +68,15 @@ fn to_source(message: &ToSource) -> String {
 
 fn until(timeout: Option<Duration>, now: Duration) -> String {
     timeout.map_or(String::new(), |at| format!(" [{:?}]", at.saturating_sub(now)))
+}
+
+/// What a command risks, or why it is not possible.
+fn words(risk: Result<Option<Risk>, &'static str>) -> String {
+    match risk {
+        Ok(None) => "possible".into(),
+        Ok(Some(risk)) => format!("possible: {}", risk.flag()),
+        Err(why) => format!("no: {why}"),
+    }
 }
 
 fn list(actions: Vec<String>) -> String {
@@ -144,6 +154,8 @@ mod source {
         let committed = [committing.clone(), vec![CommitWord(true)]].concat();
         let brownout = [committed.clone(), vec![running()]].concat();
         let and = |path: &[SourceEvent], more: &[SourceEvent]| [path, more].concat();
+        let taking_back = and(&committed, &[lost(), SourceEvent::TakeBack]);
+        let taken_back = and(&taking_back, &[SourceEvent::TakenBack]);
         vec![
             ("Connecting", vec![]),
             ("Negotiating", negotiating),
@@ -160,13 +172,22 @@ mod source {
             ("Committed, dialing", and(&committed, &[lost()])),
             ("Committed, dialing since Committing", and(&committing, &[lost(), CommitWord(true)])),
             ("Committed, reattaching", and(&committed, &[lost(), LinkUp])),
+            ("TakingBack", taking_back),
+            ("Retracting, taken back", taken_back.clone()),
+            ("Retracting, taken back and linked", and(&taken_back, &[LinkUp])),
             ("Brownout", brownout.clone()),
             ("Brownout, dialing", and(&brownout, &[lost()])),
             ("Brownout, dialing again", and(&brownout, &[lost(), lost()])),
             ("Brownout, reattaching", and(&brownout, &[lost(), LinkUp])),
             ("Brownout, half reattached", and(&brownout, &[lost(), LinkUp, placed(1)[0].clone()])),
             ("Releasing", and(&brownout, &[drained()])),
-            ("Over", and(&brownout, &[drained(), lost()])),
+            ("Releasing, dialing", and(&brownout, &[drained(), lost()])),
+            ("Releasing, reattaching", and(&brownout, &[drained(), lost(), LinkUp])),
+            ("Releasing, reattached", {
+                let lost = and(&brownout, &[drained(), lost(), LinkUp]);
+                and(&lost, &placed(1))
+            }),
+            ("Over", and(&brownout, &[drained(), said(ToSource::Report(vec![b'{', b'}']))])),
         ]
     }
 
@@ -182,6 +203,11 @@ mod source {
             ("CommitWord(false)", SourceEvent::CommitWord(false)),
             ("CommitFailed", SourceEvent::CommitFailed("no".into())),
             ("Cancel", cancel()),
+            ("Redirected", SourceEvent::Redirected),
+            ("GiveUp", SourceEvent::GiveUp("operator".into())),
+            ("TakeBack", SourceEvent::TakeBack),
+            ("TakenBack", SourceEvent::TakenBack),
+            ("TakeBackFailed", SourceEvent::TakeBackFailed("no".into())),
             ("Timer", SourceEvent::Timer),
             ("said Accept", accept()),
             ("said Refuse", said(ToSource::Refuse(mismatch()))),
@@ -234,6 +260,62 @@ mod source {
             }
         }
         insta::assert_snapshot!("source", table);
+    }
+
+    /// What an operator is told is possible is what the machine does, and nothing else.
+    #[test]
+    fn an_operator_can_do_what_he_is_told_and_nothing_else() {
+        let mut table = String::new();
+        let commands = [
+            (Command::Redirect, SourceEvent::Redirected),
+            (Command::GiveUp, SourceEvent::GiveUp("operator".into())),
+            (Command::TakeBack, SourceEvent::TakeBack),
+        ];
+        for (name, path) in paths() {
+            writeln!(table, "{name}: {:?}", arrive(&path).whereabouts()).unwrap();
+            for (command, event) in &commands {
+                let mut machine = arrive(&path);
+                let told = machine.consequence(*command);
+                // Where the guest may be elsewhere, only what is acknowledged ends the session.
+                let doubt = matches!(
+                    machine.whereabouts(),
+                    Whereabouts::InDoubt | Whereabouts::Destination
+                );
+                machine.handle(NOW, event.clone());
+                let did = machine.poll_action().is_some();
+                // Where a link stands, another address is for later.
+                let later =
+                    *command == Command::Redirect && machine.linked() || name.contains("reattach");
+                assert!(did == told.is_ok() || later && !did, "{name}: {command}: {told:?}");
+                let risk = told.map(|told| told.risk);
+                writeln!(table, "  {command:<9} {}", words(risk)).unwrap();
+                let harmless = told.is_ok_and(|told| told.risk.is_none());
+                assert!(!(harmless && doubt && *command != Command::Redirect), "{name}: {command}");
+            }
+        }
+        insta::assert_snapshot!("source_commands", table);
+    }
+
+    #[test]
+    fn a_guest_that_was_taken_back_is_never_said_to_be_the_destinations_again() {
+        let taken_back = paths().into_iter().find(|(name, _)| *name == "Retracting, taken back");
+        let mut machine = arrive(&taken_back.unwrap().1);
+        for _ in 0..5 {
+            machine.handle(NOW, SourceEvent::LinkUp);
+            machine.handle(NOW, running());
+            for part in placed(1) {
+                machine.handle(NOW, part);
+            }
+            let said = drain(&mut machine);
+            assert!(said.iter().any(|what| what == "say Abort"), "{said:?}");
+            assert!(said.iter().all(|what| !what.contains("committed Some")), "{said:?}");
+            machine.handle(NOW, lost());
+        }
+        // It hears that it did run there after all, and says so.
+        machine.handle(NOW, SourceEvent::LinkUp);
+        machine.handle(NOW, gone());
+        let said = drain(&mut machine).pop().unwrap();
+        assert!(said.starts_with("Finish(Aborted(") && said.contains("destination says"), "{said}");
     }
 
     #[test]
@@ -431,6 +513,7 @@ mod destination {
             ("LedgerFull", full()),
             ("ReportReady", DestinationEvent::ReportReady(vec![])),
             ("Cancel", DestinationEvent::Cancel("user".into())),
+            ("GiveUp", DestinationEvent::GiveUp("operator".into())),
             ("Timer", DestinationEvent::Timer),
             ("said Hello", said(ToDestination::Hello(hello()))),
             ("said State", said(ToDestination::State(vec![]))),
@@ -473,6 +556,25 @@ mod destination {
             }
         }
         insta::assert_snapshot!("destination", table);
+    }
+
+    #[test]
+    fn an_operator_can_do_what_he_is_told_and_nothing_else() {
+        let mut table = String::new();
+        for (name, path) in paths() {
+            writeln!(table, "{name}: {:?}", arrive(&path).whereabouts()).unwrap();
+            for command in Command::ALL {
+                let mut machine = arrive(&path);
+                let told = machine.consequence(command);
+                if command == Command::GiveUp {
+                    machine.handle(NOW, DestinationEvent::GiveUp("operator".into()));
+                    assert_eq!(machine.poll_action().is_some(), told.is_ok(), "{name}: {told:?}");
+                }
+                let risk = told.map(|told| told.risk);
+                writeln!(table, "  {command:<9} {}", words(risk)).unwrap();
+            }
+        }
+        insta::assert_snapshot!("destination_commands", table);
     }
 
     #[test]

@@ -277,6 +277,16 @@ impl Attached {
         }
     }
 
+    /// The same with another limit. After an error the conversation is of no further use: the
+    /// answer may still come.
+    pub(crate) fn status_within(&mut self, within: Duration) -> Result<Status, AttachError> {
+        send(&mut self.connection, &Request::Status, within)?;
+        match self.hear("Status", within)?.0 {
+            Reply::Status(status) => Ok(status),
+            other => Err(unexpected("Status", &other)),
+        }
+    }
+
     /// Whether the VMM can tell which pages were written.
     pub fn has_dirty_log(&self) -> bool {
         self.can(CAPABILITY_DIRTY_LOG)

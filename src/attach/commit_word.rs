@@ -190,6 +190,14 @@ impl CommitWord {
         }
     }
 
+    /// Whether [`take_back`](Self::take_back) would succeed now, or has.
+    pub fn in_doubt(&self) -> Result<(), NotInDoubt> {
+        match self.word().load(Ordering::SeqCst) {
+            COMMITTED | TAKEN_BACK => Ok(()),
+            found => Err(NotInDoubt { found }),
+        }
+    }
+
     /// The fault-server has heard that the guest runs at the destination: from here on it
     /// cannot be taken back. Doing it twice is doing it once.
     pub fn running(&self) -> Result<(), NotInDoubt> {
@@ -286,7 +294,9 @@ mod tests {
         assert_eq!(server.take_back().unwrap_err(), NotInDoubt { found: UNDECIDED });
         assert_eq!(server.running().unwrap_err(), NotInDoubt { found: UNDECIDED });
         assert_eq!(vmm.decision(), Decision::Undecided);
+        assert_eq!(server.in_doubt(), Err(NotInDoubt { found: UNDECIDED }));
         let _proof = server.commit().unwrap();
+        server.in_doubt().unwrap();
         let _proof = server.take_back().unwrap();
         assert_eq!(vmm.decision(), Decision::TakenBack);
         let _proof = vmm.abort().expect("the guest may run here");
@@ -300,6 +310,7 @@ mod tests {
         let _proof = server.commit().unwrap();
         server.running().unwrap();
         assert_eq!(vmm.decision(), Decision::Running);
+        assert_eq!(vmm.in_doubt(), Err(NotInDoubt { found: RUNNING }));
         server.running().unwrap();
         let _proof = server.commit().expect("still committed");
         assert_eq!(vmm.take_back().unwrap_err(), NotInDoubt { found: RUNNING });

@@ -26,7 +26,7 @@ const CHUNK_BYTES: usize = 256 << 10;
 
 /// Connects to whoever listens at `path`, and does not wait. None if somebody does whose
 /// queue of clients is full: a process that hangs, say.
-pub(super) fn connect(path: &Path) -> io::Result<Option<UnixStream>> {
+pub(crate) fn connect(path: &Path) -> io::Result<Option<UnixStream>> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     match nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {

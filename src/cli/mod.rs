@@ -7,6 +7,7 @@ mod guest_args;
 mod migrate;
 mod receive;
 mod run;
+mod session;
 
 use clap::{Parser, Subcommand};
 use postcopy::program::{exit, signals};
@@ -49,6 +50,8 @@ enum Command {
     Receive(receive::Receive),
     /// Move a running guest to whoever printed the ticket.
     Migrate(migrate::Migrate),
+    /// Look at a running migration, redirect it, give it up, or take its guest back.
+    Session(session::Session),
     /// Recompute a reference guest's memory and compare it with standard input.
     Check(check::Check),
 }
@@ -64,6 +67,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Run(run) => run.run(),
         Command::Receive(receive) => receive.run(),
         Command::Migrate(migrate) => migrate.run(arguments.log),
+        Command::Session(session) => session.run(),
         Command::Check(check) => check.run(),
     };
     match done {

@@ -4,6 +4,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
+use postcopy::operator::desk::Desk;
 use postcopy::program::exit::{Failure, Side, both, write_report};
 use postcopy::program::signals::on_interrupt;
 use postcopy::program::units::parse_time;
@@ -55,6 +56,9 @@ pub struct Receive {
     /// what it must hold; without it the guest runs until it is interrupted.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     verify_after: Option<Duration>,
+    /// Where to make a socket (mode 0600) for `postcopy session --operator`.
+    #[arg(long, value_name = "PATH")]
+    operator: Option<PathBuf>,
     /// Write this side's report as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -91,6 +95,8 @@ impl Receive {
             });
         }
         let receiver = destination.build()?;
+        let desk = self.operator.as_ref().map(|path| Desk::open(path, receiver.operator()));
+        let desk = desk.transpose().context("cannot make the operator socket")?;
         println!("{}", receiver.ticket());
         std::io::stdout().flush()?;
         let interrupted = Arc::new(AtomicBool::new(false));
@@ -104,6 +110,7 @@ impl Receive {
         on_interrupt("postcopy", stop, || {});
         let arrival = Arrival::default();
         let end = receiver.run(Box::new(arrival.clone()))?;
+        drop(desk);
         let guest = arrival.take();
         let mut report = end.report;
         if let Err(failure) = Failure::of(&end.outcome, Side::Destination) {

@@ -31,6 +31,8 @@ pub struct VmmGone;
 pub trait Beside: Send + std::fmt::Debug {
     /// The VMM has its guest, and nobody else needs the memory. May be called twice.
     fn given_back(&mut self);
+    /// The operator has given the guest up: nobody is to go on with it.
+    fn given_up(&mut self) -> Result<(), VmError>;
 }
 
 /// A VMM that this process is attached to.
@@ -195,8 +197,11 @@ impl SourceVm for AttachedVmm {
             return Err("its VMM was told already that it may go".into());
         }
         self.find_vmm()?;
-        let Some(vmm) = &mut self.vmm else { return Err(VmmGone.into()) };
-        if let Some(why) = vmm.status()?.failure {
+        let mut vmm = self.vmm.take().ok_or(VmmGone)?;
+        // One that does not answer is looked for anew when it is needed.
+        let status = vmm.status_within(LOOK_MAX)?;
+        self.vmm = Some(vmm);
+        if let Some(why) = status.failure {
             return Err(format!("its VMM says: {why}").into());
         }
         let _theirs = self.word.take_back()?;
@@ -254,6 +259,10 @@ impl SourceVm for AttachedVmm {
             tracing::warn!(error, "the VMM does not answer; it is left with a guest that is gone");
         }
         Ok(())
+    }
+
+    fn given_up(&mut self) -> Result<(), VmError> {
+        self.beside.as_mut().map_or(Ok(()), |beside| beside.given_up())
     }
 
     fn aborted(&mut self) -> Result<(), VmError> {

@@ -57,7 +57,8 @@ impl From<SourceState> for Phase {
             | SourceState::Unpausing
             | SourceState::Blackout
             | SourceState::Committing
-            | SourceState::Committed => Self::Blackout,
+            | SourceState::Committed
+            | SourceState::TakingBack => Self::Blackout,
             SourceState::Brownout => Self::TargetBrownout,
             SourceState::Retracting | SourceState::Releasing | SourceState::Over => Self::Release,
         }

@@ -19,6 +19,7 @@ pub mod destination;
 pub mod event;
 mod lane;
 mod lost_pages;
+pub mod operator;
 mod outage;
 mod process_figures;
 pub mod source;

@@ -57,8 +57,13 @@ pub trait SourceVm: Any + Send {
     fn drained(&mut self) -> Result<(), VmError> {
         Ok(())
     }
-    /// The session is over and was aborted before the commit; a paused guest was resumed
-    /// before this.
+    /// The operator has given the guest up after the commit: whoever holds its memory only
+    /// for the session's sake may let go. Nothing may be resumed.
+    fn given_up(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+    /// The session is over and was aborted, before the commit or by taking that back; a paused
+    /// guest was resumed before this.
     ///
     /// # Errors
     /// Why the guest is not here any more, if it is not: nobody is told then that it runs

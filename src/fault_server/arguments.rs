@@ -1,7 +1,7 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
 use super::keeper::{self, KeeperCommand, RestartCommand};
-use super::{FaultServer, PushPlan};
+use super::{FaultServer, HeldBy, Holder, PushPlan};
 use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, both, write_report};
 use crate::program::signals::{complain, on_interrupt};
@@ -51,6 +51,12 @@ pub struct ServeArgs {
     /// its VMM may have ended well.
     #[arg(long)]
     no_keeper: bool,
+    /// Have the service manager that has started this program hold the memory, the commit word
+    /// and the session's record in its descriptor store (systemd: FileDescriptorStoreMax=),
+    /// instead of a keeper. Started again by the manager, with what is in the store, this same
+    /// command line goes on with the session; else it begins one.
+    #[arg(long, conflicts_with_all = ["no_keeper", "no_supervise", "resume", "discard"])]
+    descriptor_store: bool,
     /// If this process dies in the middle of a session, have its keeper only hold the memory
     /// for --resume, and not start another fault server that goes on at once, with the same
     /// standard output and error.
@@ -152,30 +158,55 @@ impl ServeArgs {
         let reported = write_report(&end.report, report.as_deref());
         // All that was promised is done.
         let held = last_word.say();
-        if let (Err(Failure::Lost(why)), true) = (&mut session, held) {
-            let at = keeper::socket_path(&self.control);
-            why.push_str(&format!(
-                "; a keeper at {} still holds the memory here: --resume tries again, \
-                 --discard frees it",
-                at.display(),
-            ));
+        if let (Err(Failure::Lost(why)), Some(by)) = (&mut session, held) {
+            why.push_str(&self.still_held(by));
         }
         both(program, session.map_err(Into::into), reported)
     }
 }
 
 impl ServeArgs {
+    /// What an operator can do about a guest that was lost.
+    fn still_held(&self, by: HeldBy) -> String {
+        match by {
+            HeldBy::Keeper => format!(
+                "; a keeper at {} still holds the memory here: --resume tries again, --discard \
+                 frees it",
+                keeper::socket_path(&self.control).display(),
+            ),
+            HeldBy::DescriptorStore => "; the service manager's descriptor store still holds the \
+                                        memory here, if the unit has it preserved: starting \
+                                        the unit tries again, systemctl clean --what=fdstore \
+                                        frees it"
+                .into(),
+        }
+    }
+
     fn server(&self, again: Vec<OsString>) -> anyhow::Result<FaultServer> {
-        let keeper = (!self.no_keeper).then(|| self.keeper(again));
-        let (keeper, report) = (keeper.as_ref(), self.report.as_deref());
+        let keeper = self.keeper(again);
+        let holder = match (self.descriptor_store, self.no_keeper) {
+            (true, _) => Holder::DescriptorStore,
+            (false, true) => Holder::Nobody,
+            (false, false) => Holder::Keeper(&keeper),
+        };
+        let report = self.report.as_deref();
+        let resuming = || {
+            let at = self.control.display();
+            format!("cannot resume a session of the guest at {at}")
+        };
+        if self.descriptor_store
+            && let Some(server) =
+                FaultServer::from_store(&self.control, report).with_context(resuming)?
+        {
+            return Ok(server);
+        }
         let Some(ticket) = &self.ticket else {
             let server = if self.restarted {
-                FaultServer::restarted(&self.control, keeper)
+                FaultServer::restarted(&self.control, holder)
             } else {
-                FaultServer::resume(&self.control, report, keeper)
+                FaultServer::resume(&self.control, report, holder)
             };
-            let at = self.control.display();
-            return server.with_context(|| format!("cannot resume a session of the guest at {at}"));
+            return server.with_context(resuming);
         };
         let ticket = read_ticket(ticket)?;
         let plan = PushPlan {
@@ -184,7 +215,7 @@ impl ServeArgs {
             drain_after: self.policy.drain_after,
             patience: self.patience,
         };
-        FaultServer::attach(&self.control, ticket, plan, report, keeper)
+        FaultServer::attach(&self.control, ticket, plan, report, holder)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))
     }
 

@@ -1,10 +1,12 @@
-//! What holds a guest's memory beside this process: the keeper that this fault server talks
-//! to, and how they part.
+//! What holds a guest's memory beside this process, a keeper or the service manager's store,
+//! and how they part.
 
+use super::service::Stored;
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Committed};
 use crate::attach::message::{Message, Request};
-use crate::engine::attached::Beside;
+use crate::engine::attached;
+use crate::engine::vm::VmError;
 use crate::failpoint::failpoint;
 use crate::proto::source::Outcome;
 use nix::sys::socket::{MsgFlags, send};
@@ -59,6 +61,13 @@ impl Keeper {
         told
     }
 
+    /// The operator has given the guest up.
+    fn discard(self) -> Result<(), AttachError> {
+        let told = self.attached.stop("its operator gave the guest up");
+        wait_for(self.ended);
+        told
+    }
+
     /// The VMM has its guest.
     fn given_back(self) -> Result<(), AttachError> {
         let told = self.attached.resume();
@@ -74,32 +83,54 @@ fn wait_for(ended: Option<Receiver<()>>) {
     }
 }
 
-/// The keeper, if there is one, for all threads that have to do with it.
+/// Who holds on to the memory of a guest that was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldBy {
+    /// The keeper.
+    Keeper,
+    /// The service manager, in its descriptor store.
+    DescriptorStore,
+}
+
+/// Whoever holds it.
+#[derive(Debug)]
+enum Beside {
+    Keeper(Keeper),
+    Store(Stored),
+}
+
+/// Whoever holds it, if somebody does, for all threads that have to do with it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Holding(Arc<Mutex<Option<Keeper>>>);
+pub(super) struct Holding(Arc<Mutex<Option<Beside>>>);
 
 impl Holding {
     pub fn of(keeper: Keeper) -> Self {
-        Self(Arc::new(Mutex::new(Some(keeper))))
+        Self(Arc::new(Mutex::new(Some(Beside::Keeper(keeper)))))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Keeper>> {
+    pub fn stored(stored: Stored) -> Self {
+        Self(Arc::new(Mutex::new(Some(Beside::Store(stored)))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Beside>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self) -> Option<Keeper> {
+    fn take(&self) -> Option<Beside> {
         self.lock().take()
     }
 
     /// The socket to it, on which nothing but its end comes unasked.
     pub fn socket(&self) -> Option<OwnedFd> {
-        self.lock().as_ref()?.attached.socket().try_clone_to_owned().ok()
+        let held = self.lock();
+        let Some(Beside::Keeper(keeper)) = held.as_ref() else { return None };
+        keeper.attached.socket().try_clone_to_owned().ok()
     }
 
     /// Another one has taken the place of one that has ended; of no use if that was left.
     pub fn renew(&self, keeper: Keeper) {
         if let Some(held) = self.lock().as_mut() {
-            *held = keeper;
+            *held = Beside::Keeper(keeper);
         }
     }
 
@@ -114,8 +145,8 @@ impl Holding {
         let Ok(bytes) = Request::Leave.encode() else { return };
         // The lock may be held by somebody who waits for an answer.
         let socket = self.0.try_lock().ok().and_then(|held| {
-            let socket = held.as_ref()?.attached.socket();
-            socket.try_clone_to_owned().ok()
+            let Some(Beside::Keeper(keeper)) = held.as_ref() else { return None };
+            keeper.attached.socket().try_clone_to_owned().ok()
         });
         if let Some(socket) = socket {
             // A few bytes: all of them, or none.
@@ -124,34 +155,59 @@ impl Holding {
         }
     }
 
-    /// The last word to it, when all that was promised is done; true if it holds on.
-    pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> bool {
-        let Some(keeper) = self.take() else { return false };
+    /// The last word to it, when all that was promised is done; who holds on, if somebody
+    /// does.
+    pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> Option<HeldBy> {
+        let held = self.take()?;
         failpoint!("source::before_keeper_released");
-        let parted = match outcome {
-            Outcome::Completed => match word.commit() {
-                Ok(proof) => keeper.drained(&proof),
-                // Nobody completes what was not committed.
-                Err(_) => keeper.given_back(),
-            },
-            Outcome::Aborted(_) => keeper.given_back(),
-            Outcome::Lost(_) => keeper.attached.leave(),
+        let lost = matches!(outcome, Outcome::Lost(_));
+        let (by, parted) = match held {
+            Beside::Store(_) if lost => return Some(HeldBy::DescriptorStore),
+            Beside::Store(stored) => (HeldBy::DescriptorStore, tell_store(&stored)),
+            Beside::Keeper(keeper) => (HeldBy::Keeper, tell_keeper(keeper, outcome, word)),
         };
         failpoint!("source::after_keeper_released");
         if let Err(error) = parted {
-            let error = crate::engine::error_chain(&error);
-            tracing::warn!(error, "the keeper was not told; the guest's memory may still be held");
-            return false;
+            tracing::warn!(error, "the guest's memory may still be held");
+            return None;
         }
-        matches!(outcome, Outcome::Lost(_))
+        lost.then_some(by)
     }
+}
+
+fn tell_store(stored: &Stored) -> Result<(), String> {
+    stored.remove().map_err(|error| crate::engine::error_chain(&error))
+}
+
+fn tell_keeper(keeper: Keeper, outcome: &Outcome, word: &CommitWord) -> Result<(), String> {
+    let told = match outcome {
+        Outcome::Completed => match word.commit() {
+            Ok(proof) => keeper.drained(&proof),
+            // Nobody completes what was not committed.
+            Err(_) => keeper.given_back(),
+        },
+        Outcome::Aborted(_) => keeper.given_back(),
+        Outcome::Lost(_) => keeper.attached.leave(),
+    };
+    told.map_err(|error| crate::engine::error_chain(&error))
 }
 
 /// The guest is its VMM's again, and its memory needs no keeper: the next migration needs
 /// one of its own, and may begin while this one is still telling its destination.
-impl Beside for Holding {
+impl attached::Beside for Holding {
+    fn given_up(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            Some(Beside::Keeper(keeper)) => Ok(keeper.discard()?),
+            Some(Beside::Store(stored)) => Ok(stored.remove()?),
+            None => Ok(()),
+        }
+    }
+
     fn given_back(&mut self) {
-        if let Some(keeper) = self.take()
+        // In a store nothing is in the way of anybody, and it is needed as long as the
+        // destination has not been told.
+        let mut held = self.lock();
+        if let Some(Beside::Keeper(keeper)) = held.take_if(|held| matches!(held, Beside::Keeper(_)))
             && let Err(error) = keeper.given_back()
         {
             tracing::debug!(%error, "the keeper was not told that it may go");

@@ -7,32 +7,40 @@
 //! needed to use it.
 
 pub mod arguments;
+mod guest_config;
 mod holding;
 pub mod keeper;
 mod legacy;
 pub mod record;
+mod service;
+pub mod take_back;
 mod watch;
 
 use crate::attach::client::{AttachError, Attached};
 use crate::attach::commit_word::{CommitWord, Decision};
-use crate::attach::handover::MemoryFiles;
-use crate::attach::message::GuestInfo;
+use crate::attach::handover::{HandoverError, MemoryFiles, take_over};
 use crate::engine::ConfigError;
 use crate::engine::attached::{AttachedVmm, GivenAway};
 use crate::engine::event::Event;
-use crate::engine::source::{Canceller, Left, Migration, SourceConfig, SourceEnd};
+use crate::engine::operator::Operator;
+use crate::engine::source::{Canceller, Left, Migration, SourceEnd};
 use crate::failpoint::failpoint;
-use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
-use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
-use crate::proto::source::{Outcome, SessionLimits};
+use crate::memory::ram::GuestRam;
+use crate::operator::desk::Desk;
+use crate::operator::socket_path;
+use crate::proto::prepaging::PolicyKind;
+use crate::proto::source::Outcome;
 use crate::transport::ticket::TicketParseError;
-use crate::transport::{LinkOptions, Ticket, TransportError};
+use crate::transport::{Ticket, TransportError};
+use guest_config::config;
 use holding::Holding;
-pub use holding::Keeper;
+pub use holding::{HeldBy, Keeper};
 use keeper::{KeeperCommand, KeeperError, Occupied};
 use legacy::Legacy;
 use record::{RecordError, RecordFile, SessionRecord};
 use serde::{Deserialize, Serialize};
+use service::{Inherited, StoreError, Stored, Teller};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +57,7 @@ pub struct PushPlan {
     /// destination.
     pub drain_after: Option<Duration>,
     /// How long a committed guest whose link is lost is waited for;
-    /// [`SessionLimits::recovery`]'s default if it is not said.
+    /// [`SessionLimits::recovery`](crate::proto::source::SessionLimits::recovery)'s default if it is not said.
     pub patience: Option<Duration>,
 }
 
@@ -105,6 +113,12 @@ pub enum FaultServerError {
         #[source]
         source: AttachError,
     },
+    /// The service manager does not hold it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What it held is no guest's memory.
+    #[error("cannot use the guest memory that was left")]
+    Memory(#[from] HandoverError),
     /// The session cannot be gone on with.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -114,6 +128,17 @@ pub enum FaultServerError {
     /// Neither side may do anything on the strength of this word.
     #[error("the commit word is damaged ({0}): nobody may run the guest, or move it")]
     Word(u64),
+}
+
+/// Who holds memory, commit word and record beside the fault server.
+#[derive(Clone, Copy, Debug)]
+pub enum Holder<'a> {
+    /// Nobody: if it dies before the destination has all memory, the guest is lost.
+    Nobody,
+    /// A keeper that is started like this.
+    Keeper(&'a KeeperCommand),
+    /// The service manager's descriptor store (systemd): the unit starts the next one.
+    DescriptorStore,
 }
 
 /// A fault server that is attached to its guest and has not begun to move it.
@@ -126,11 +151,13 @@ pub struct FaultServer {
     word: Arc<CommitWord>,
     ticket: Ticket,
     report: Option<PathBuf>,
+    /// Where its operator finds it.
+    desk: PathBuf,
 }
 
 impl FaultServer {
-    /// Attaches to the VMM whose control socket is at `control`, and has a keeper started
-    /// as `keeper` says; without one the guest's memory is lost if this process dies
+    /// Attaches to the VMM whose control socket is at `control`, and has the memory held as
+    /// `holder` says; without one the guest's memory is lost if this process dies
     /// before the destination has it all. `report` is where its report was promised, which
     /// whoever goes on with the session is told. The guest runs on.
     ///
@@ -141,7 +168,7 @@ impl FaultServer {
         ticket: Ticket,
         plan: PushPlan,
         report: Option<&Path>,
-        keeper: Option<&KeeperCommand>,
+        holder: Holder<'_>,
     ) -> Result<Self, FaultServerError> {
         let kept = |error| match keeper::look(&keeper::socket_path(control)) {
             Some(state) => FaultServerError::Kept { path: keeper::socket_path(control), state },
@@ -183,39 +210,40 @@ impl FaultServer {
             report: report.clone().map(Into::into),
         })?;
         let legacy = Legacy::of(&memory, &attached.word, &record)?;
-        let (holding, keeper) = held(control, legacy, keeper)?;
+        let (holding, keeper) = held(control, legacy, holder)?;
         attached.keep_record(record.memfd())?;
         let word = attached.word.clone();
         let vmm = AttachedVmm::new(attached)?.held_by(Box::new(holding.clone()));
         let migration = migration.with_journal(Box::new(record));
-        Ok(Self { vmm, migration, holding, keeper, word, ticket, report })
+        let desk = socket_path(control);
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Goes on with the session that a fault server which has died has left to the keeper
     /// of the guest behind `control`; or, if there is none, to its VMM, which holds a guest
     /// that was committed until it is told that it runs. If it was committed, the destination
     /// is served what it misses; if not, it is told that the guest stayed. `report` is where
-    /// the report goes, if not where it was promised; `keeper` how one is started in the
-    /// place of one that has ended.
+    /// the report goes, if not where it was promised; `holder` says how a keeper is started in
+    /// the place of one that has ended.
     ///
     /// # Errors
     /// If there is neither, or another fault server is at work.
     pub fn resume(
         control: &Path,
         report: Option<&Path>,
-        keeper: Option<&KeeperCommand>,
+        holder: Holder<'_>,
     ) -> Result<Self, FaultServerError> {
         let path = keeper::socket_path(control);
         match keeper::connect(&path) {
             Err(source @ AttachError::Connect { .. }) => {
                 let vmm = left_with_vmm(control)
                     .map_err(|why| FaultServerError::NothingLeft { why, source })?;
-                Self::go_on(vmm, control, report, keeper, Place::Vmm)
+                Self::go_on(LeftBehind::with(vmm, Place::Vmm)?, control, report, holder)
             }
             Err(AttachError::Refused { .. }) => {
                 Err(FaultServerError::Kept { path, state: Occupied::Busy })
             }
-            kept => Self::go_on(kept?, control, report, keeper, Place::Keeper),
+            kept => Self::go_on(LeftBehind::with(kept?, Place::Keeper)?, control, report, holder),
         }
     }
 
@@ -224,66 +252,82 @@ impl FaultServer {
     ///
     /// # Errors
     /// If it is not.
-    pub fn restarted(
+    pub fn restarted(control: &Path, holder: Holder<'_>) -> Result<Self, FaultServerError> {
+        let kept = keeper::at_standard_input()?;
+        Self::go_on(LeftBehind::with(kept, Place::Keeper)?, control, None, holder)
+    }
+
+    /// The same in a process to which the service manager has passed on what was in the
+    /// descriptor store. None if there is nothing of ours: then a session begins.
+    ///
+    /// # Errors
+    /// If there is no such manager, or a part of what should be there is missing.
+    pub fn from_store(
         control: &Path,
-        keeper: Option<&KeeperCommand>,
-    ) -> Result<Self, FaultServerError> {
-        let attached = keeper::at_standard_input()?;
-        Self::go_on(attached, control, None, keeper, Place::Keeper)
+        report: Option<&Path>,
+    ) -> Result<Option<Self>, FaultServerError> {
+        Stored::check()?;
+        let Some(Inherited { memory, word, record }) = Inherited::take()? else {
+            return Ok(None);
+        };
+        let known = RecordFile::open(own(&record)?)?;
+        let SessionRecord { layout, memory: places, .. } = known.record();
+        let ram = Arc::new(take_over(layout.clone(), places, memory)?);
+        let place = Place::DescriptorStore;
+        let left = LeftBehind { ram, word: Arc::new(word), record, place };
+        Self::go_on(left, control, report, Holder::DescriptorStore).map(Some)
     }
 
     fn go_on(
-        mut attached: Attached,
+        left: LeftBehind,
         control: &Path,
         report: Option<&Path>,
-        keeper: Option<&KeeperCommand>,
-        place: Place,
+        holder: Holder<'_>,
     ) -> Result<Self, FaultServerError> {
+        let LeftBehind { ram, word, record, place } = left;
         failpoint!("source::after_keeper_attached", return Err(RecordError::Damaged.into()));
         // No fault server is left that could commit; this decides it if nothing else has.
-        let committed = attached.word.abort().is_err();
-        let taken_back = match attached.word.decision() {
+        let committed = word.abort().is_err();
+        let taken_back = match word.decision() {
             Decision::Damaged(found) => return Err(FaultServerError::Word(found)),
             decision => decision == Decision::TakenBack,
         };
-        let mut record = RecordFile::open(attached.record()?)?;
+        let mut record = RecordFile::open(record)?;
         if let Some(report) = report.map(absolute) {
             record.change(|record| record.report = Some(report.into()))?;
         }
-        let SessionRecord { session, last_epoch, drained, ticket, plan, machine, guest, .. } =
-            record.record().clone();
-        let report = record.record().report.clone().map(PathBuf::from);
-        let runs_for = record
-            .record()
-            .runs_since_ns
-            .map(|since| Duration::from_nanos(crate::attach::monotonic_ns().saturating_sub(since)));
-        let ticket: Ticket = ticket.parse()?;
+        let known = record.record().clone();
+        let SessionRecord { session, last_epoch, drained, plan, machine, guest, .. } = known;
+        let since = |since| crate::attach::monotonic_ns().saturating_sub(since);
+        let runs_for = known.runs_since_ns.map(since).map(Duration::from_nanos);
+        let ticket: Ticket = known.ticket.parse()?;
+        let pid = guest.pid;
         let left = Left { session, last_epoch, committed, taken_back, runs_for, drained };
         let config = config(ticket.clone(), plan, machine, guest)?;
-        let migration = Migration::resume(config, attached.ram.clone(), left);
-        let memory = MemoryFiles::of(&attached.ram).map_err(AttachError::from)?;
-        let legacy = Legacy::of(&memory, &attached.word, &record)?;
-        let (word, pid) = (attached.word.clone(), attached.guest.pid);
-        let (vmm, holding, keeper) = match place {
-            Place::Vmm => {
-                let (holding, keeper) = held(control, legacy, keeper)?;
-                (AttachedVmm::committed(attached), holding, keeper)
-            }
-            Place::Keeper => {
-                let holding =
-                    Holding::of(Keeper::new(attached, keeper::socket_path(control), None));
-                let making = |command: &KeeperCommand| Making {
-                    command: command.clone(),
-                    control: control.to_owned(),
-                    legacy,
+        let memory = MemoryFiles::of(&ram).map_err(AttachError::from)?;
+        let legacy = Legacy::of(&memory, &word, &record)?;
+        let migration = Migration::resume(config, ram.clone(), left);
+        let nobody = || AttachedVmm::left(word.clone(), pid, Some(control.to_owned()));
+        let (vmm, (holding, keeper)) = match place {
+            Place::Vmm(vmm) => (AttachedVmm::committed(vmm), held(control, legacy, holder)?),
+            Place::DescriptorStore => (nobody(), held(control, legacy, holder)?),
+            Place::Keeper(kept) => {
+                let holding = Holding::of(Keeper::new(kept, keeper::socket_path(control), None));
+                let watch = match holder {
+                    Holder::Keeper(command) => {
+                        let (command, control) = (command.clone(), control.to_owned());
+                        let making = Making { command, control, legacy };
+                        Some(KeeperWatch::new(holding.clone(), making))
+                    }
+                    Holder::Nobody | Holder::DescriptorStore => None,
                 };
-                let watch = keeper.map(making).map(|made| KeeperWatch::new(holding.clone(), made));
-                (AttachedVmm::left(word.clone(), pid, Some(control.to_owned())), holding, watch)
+                (nobody(), (holding, watch))
             }
         };
         let vmm = vmm.held_by(Box::new(holding.clone()));
         let migration = migration.with_journal(Box::new(record));
-        Ok(Self { vmm, migration, holding, keeper, word, ticket, report })
+        let (report, desk) = (known.report.map(PathBuf::from), socket_path(control));
+        Ok(Self { vmm, migration, holding, keeper, word, ticket, report, desk })
     }
 
     /// Where it goes, and with what right.
@@ -294,6 +338,12 @@ impl FaultServer {
     /// Where its report was promised.
     pub fn report(&self) -> Option<&Path> {
         self.report.as_deref()
+    }
+
+    /// A handle for its operator, whom it also answers at
+    /// [`socket_path`](crate::operator::socket_path) while it runs.
+    pub fn operator(&self) -> Operator {
+        self.migration.operator()
     }
 
     /// A handle that stops it, for as long as nothing is committed.
@@ -318,12 +368,21 @@ impl FaultServer {
         mut watch: impl FnMut(Event) + Send + 'static,
     ) -> Result<(SourceEnd, LastWord), TransportError> {
         let mut keeper = self.keeper;
+        let teller = Teller::start();
         let watch = move |event: Event| {
+            if let Some(teller) = &teller {
+                teller.hear(&event);
+            }
             if let (Some(keeper), Event::Progress(now)) = (&mut keeper, &event) {
                 keeper.look(now.phase);
             }
             watch(event);
         };
+        // Nothing of the migration needs it.
+        let desk = Desk::open_when_free(self.desk, self.migration.operator());
+        let _desk = desk.inspect_err(|error| {
+            tracing::warn!(%error, "no operator can ask this session anything");
+        });
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.
         end.vm = None;
@@ -343,27 +402,53 @@ pub struct LastWord {
 }
 
 impl LastWord {
-    /// Says it. The memory goes, unless the guest was lost: then it waits for an operator;
-    /// true if it does.
-    pub fn say(self) -> bool {
+    /// Says it. The memory goes, unless the guest was lost: then it waits for an operator,
+    /// who is told where.
+    pub fn say(self) -> Option<HeldBy> {
         self.holding.part(&self.outcome, &self.word)
     }
 }
 
-/// Where what is gone on with was left.
-#[derive(Clone, Copy, Debug)]
+/// What is gone on with.
+struct LeftBehind {
+    ram: Arc<GuestRam>,
+    word: Arc<CommitWord>,
+    record: OwnedFd,
+    /// Where it was left.
+    place: Place,
+}
+
+/// Where it was left.
 enum Place {
-    Keeper,
-    Vmm,
+    Keeper(Attached),
+    Vmm(Attached),
+    DescriptorStore,
+}
+
+impl LeftBehind {
+    /// What is behind `attached`.
+    fn with(mut attached: Attached, place: fn(Attached) -> Place) -> Result<Self, AttachError> {
+        let record = attached.record()?;
+        let (ram, word) = (attached.ram.clone(), attached.word.clone());
+        Ok(Self { ram, word, record, place: place(attached) })
+    }
+}
+
+fn own(record: &OwnedFd) -> Result<OwnedFd, RecordError> {
+    record.try_clone().map_err(|source| RecordError::System { action: "share", source })
 }
 
 /// Has `legacy` held by a keeper, if there is to be one.
 fn held(
     control: &Path,
     legacy: Legacy,
-    keeper: Option<&KeeperCommand>,
-) -> Result<(Holding, Option<KeeperWatch>), KeeperError> {
-    let Some(command) = keeper else { return Ok((Holding::default(), None)) };
+    holder: Holder<'_>,
+) -> Result<(Holding, Option<KeeperWatch>), FaultServerError> {
+    let command = match holder {
+        Holder::Nobody => return Ok((Holding::default(), None)),
+        Holder::DescriptorStore => return Ok((Holding::stored(Stored::put(&legacy)?), None)),
+        Holder::Keeper(command) => command,
+    };
     let making = Making { command: command.clone(), control: control.to_owned(), legacy };
     let holding = Holding::of(making.start()?);
     Ok((holding.clone(), Some(KeeperWatch::new(holding, making))))
@@ -391,101 +476,5 @@ fn left_with_vmm(control: &Path) -> Result<Attached, &'static str> {
         _ if vmm.has_record() => Ok(vmm),
         _ => Err("the VMM holds the memory of a guest that was given to a destination, but has \
                   no record of the session"),
-    }
-}
-
-/// What the engine must know, from what the VMM says of its guest.
-///
-/// # Errors
-/// What cannot be said to a destination: a VMM may say more of its guest than fits there.
-fn config(
-    ticket: Ticket,
-    plan: PushPlan,
-    machine: String,
-    guest: GuestInfo,
-) -> Result<SourceConfig, ConfigError> {
-    let wrong = |field, why| Err(ConfigError::Field { field, why });
-    let link = LinkOptions::default();
-    // Two streams are not a vCPU's.
-    let vcpus_max = link.streams_max.saturating_sub(2);
-    if !(1..=vcpus_max).contains(&guest.vcpus) {
-        return wrong("vcpus", format!("{} is not in 1 to {vcpus_max}", guest.vcpus));
-    }
-    for (field, text, most) in
-        [("machine", &machine, TEXT_MAX), ("guest", &guest.workload_json, GUEST_INFO_MAX)]
-    {
-        if text.len() > most {
-            return wrong(field, format!("{} bytes are more than {most}", text.len()));
-        }
-    }
-    if let Some(pivots) = plan.pivots
-        && !(1..=PIVOTS_MAX).contains(&pivots)
-    {
-        return wrong("pivots", format!("{pivots} is not in 1 to {PIVOTS_MAX}"));
-    }
-    let patience = plan.patience();
-    if patience.is_zero() || patience > PATIENCE_MAX {
-        return wrong("patience", format!("{patience:?} is not in 1 ns to {PATIENCE_MAX:?}"));
-    }
-    Ok(SourceConfig {
-        ticket,
-        link,
-        limits: SessionLimits { recovery: patience, ..crate::failpoint::limits() },
-        policy: plan.policy,
-        pivots: plan.pivots,
-        drain_after: plan.drain_after,
-        machine,
-        workload: workload_name(&guest.workload_json),
-        guest: guest.workload_json.into_bytes(),
-        vcpus: guest.vcpus as u16,
-        guest_kind: guest.kind,
-    })
-}
-
-/// The name of the guest's workload, for the report, if its VMM gives it one.
-fn workload_name(description: &str) -> Option<String> {
-    let description: serde_json::Value = serde_json::from_str(description).ok()?;
-    Some(description.pointer("/workload/pattern")?.as_str()?.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::transport::ticket::Host;
-
-    #[test]
-    fn a_guest_that_does_not_fit_the_network_protocol_is_refused_by_field() {
-        let identity = crate::transport::Identity::generate(u64::from(u32::MAX)).unwrap();
-        let host = Host::from(std::net::IpAddr::from([127, 0, 0, 1]));
-        let ticket = identity.ticket(host, 1, vec![2]).unwrap();
-        let try_with = |vcpus, machine: usize, guest: usize, pivots| {
-            let workload_json = "x".repeat(guest);
-            let guest = GuestInfo { kind: "none".into(), vcpus, workload_json, pid: 1 };
-            let plan = PushPlan { pivots, ..PushPlan::default() };
-            match config(ticket.clone(), plan, "x".repeat(machine), guest) {
-                Ok(config) => {
-                    assert_eq!(u32::from(config.vcpus), vcpus);
-                    None
-                }
-                Err(ConfigError::Field { field, .. }) => Some(field),
-                Err(other) => panic!("{other:?}"),
-            }
-        };
-        assert_eq!(try_with(62, TEXT_MAX, GUEST_INFO_MAX, Some(PIVOTS_MAX)), None);
-        for vcpus in [0, 63, (1 << 16) + 1] {
-            assert_eq!(try_with(vcpus, 0, 0, None), Some("vcpus"));
-        }
-        assert_eq!(try_with(1, TEXT_MAX + 1, 0, None), Some("machine"));
-        assert_eq!(try_with(1, 0, GUEST_INFO_MAX + 1, None), Some("guest"));
-        assert_eq!(try_with(1, 0, 0, Some(0)), Some("pivots"));
-    }
-
-    #[test]
-    fn a_guest_of_any_vmm_may_have_a_workload_without_a_name() {
-        let named = r#"{"kind":"kvm","workload":{"pattern":"random","seed":1}}"#;
-        assert_eq!(workload_name(named).as_deref(), Some("random"));
-        for other in ["", "not JSON", "{}", "[1]", r#"{"workload":{"pattern":7}}"#] {
-            assert_eq!(workload_name(other), None, "{other}");
-        }
     }
 }

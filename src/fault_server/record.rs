@@ -47,7 +47,7 @@ pub struct SessionRecord {
     /// The destination has said that it has every page: whatever comes now, the guest is
     /// not lost.
     pub drained: bool,
-    /// The ticket's line.
+    /// The ticket's line, with the address where the destination was looked for last.
     pub ticket: String,
     /// Where the guest's memory lies.
     pub layout: MemoryLayout,
@@ -177,6 +177,10 @@ impl Journal for RecordFile {
         self.change(|record| record.last_epoch = epoch).map_err(io::Error::other)?;
         failpoint!("source::after_epoch_kept");
         Ok(())
+    }
+
+    fn redirected(&mut self, ticket: &str) -> io::Result<()> {
+        self.change(|record| record.ticket = ticket.to_owned()).map_err(io::Error::other)
     }
 
     fn guest_pauses(&mut self) -> io::Result<()> {

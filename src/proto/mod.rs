@@ -8,6 +8,7 @@ pub mod frame;
 pub mod layout;
 pub mod ledger;
 pub mod message;
+pub mod operator;
 pub mod pacing;
 pub mod page;
 pub mod page_set;

@@ -265,7 +265,15 @@ impl Pacer {
             let (base, target) = (self.base_rtt().as_secs_f64(), self.target().as_secs_f64());
             let least =
                 (rate * (base + target / 2.0)).max(self.rate.peak * PEAK_SHARE.as_secs_f64());
-            let most = SLACK * rate * (base + target + ACK_DELAY.as_secs_f64());
+            // With a queue the rate is the link's: what is beyond it and the target is only
+            // waited for by faults, and sent again when the link is lost.
+            let empty = self.delay().is_none_or(|delay| delay.as_secs_f64() < target / 2.0);
+            let beyond = if empty {
+                SLACK * (base + target + ACK_DELAY.as_secs_f64())
+            } else {
+                base + target
+            };
+            let most = rate * beyond;
             self.window = self.window.min(most).max(least);
         }
         let (min, max) = (self.config.window_min as f64, self.config.window_max as f64);

@@ -7,6 +7,7 @@
 //! priority changes the order of what is in a socket's buffer already.
 //!
 //! * [`ticket`]: the one line that lets a peer in, and names whom to expect there.
+//! * [`redirect`]: another address for the same destination.
 //! * [`tls`]: both sides authenticated, from that line alone.
 //! * [`lanes`]: which lanes there are and how their connections are tuned.
 //! * [`endpoint`]: binding, connecting, admitting, closing.
@@ -21,6 +22,7 @@
 pub mod endpoint;
 pub mod error;
 pub mod lanes;
+pub mod redirect;
 pub mod relay;
 pub mod socket;
 pub mod thread;

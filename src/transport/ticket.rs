@@ -135,6 +135,13 @@ impl Ticket {
         }
     }
 
+    /// Where the peer listens, as `HOST:PORT,PORT...`: nothing of it is secret.
+    pub fn address(&self) -> String {
+        let ports = std::iter::once(&self.urgent_port).chain(&self.push_ports);
+        let ports: Vec<String> = ports.map(u16::to_string).collect();
+        format!("{}:{}", self.host, ports.join(","))
+    }
+
     /// How many push lanes there are, 1 to 8.
     pub fn push_lanes(&self) -> usize {
         self.push_ports.len()

@@ -77,7 +77,8 @@ impl PointLog {
 
     /// The line of this point, if it was passed.
     pub fn of(&self, point: &str) -> Option<Passed> {
-        self.read().into_iter().find(|passed| passed.point == point)
+        // What was disarmed has no time.
+        self.read().into_iter().find(|passed| passed.point == point && passed.at > 0)
     }
 
     /// Has all `points` that were not passed yet do nothing any more.

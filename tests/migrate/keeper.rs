@@ -37,7 +37,7 @@ pub struct Move {
     pub relay: Relay,
     /// What the link's queue holds at most: 20 ms.
     queued: u64,
-    ticket: String,
+    pub ticket: String,
     pub report: String,
 }
 
@@ -118,7 +118,7 @@ pub fn kill_process(pid: i32) {
 
 /// What must be true of a report when the fault server has lived through it all. (On a
 /// busy machine the emulated link may be silent for so long that it counts as lost.)
-fn check_moved(report: &Value) {
+pub fn check_moved(report: &Value) {
     if report["outcome"] != "recovered" {
         return check_report(report);
     }

@@ -33,6 +33,8 @@ mod link_loss;
 mod keeper;
 // A fault server that dies, and the one that is started in its place.
 mod supervise;
+// The same under a service manager with a descriptor store.
+mod descriptor_store;
 // The commit word of another process.
 #[allow(dead_code)] // Its other test uses the rest.
 #[path = "../torture/commit_word.rs"]
@@ -43,6 +45,8 @@ mod bad_peer;
 mod broken_guest;
 // Hosts without KVM, without userfaultfd, or with a full disk.
 mod missing_devices;
+// What an operator sees and decides.
+mod operator;
 // Memory that is not what it should be.
 mod wrong_memory;
 // Nothing of the tests' failpoints in a program built without them.

@@ -293,6 +293,9 @@ impl<L: Ledger> World<L> {
                 }
                 self.soon(300, step(SourceStep::WriteWord));
             }
+            SourceAction::TakeBackGuest | SourceAction::DiscardMemory => {
+                unreachable!("nobody here operates: a wrong word of his is two running guests")
+            }
             SourceAction::ResumeGuest if self.sabotage == Sabotage::KeepClaims => {
                 self.checker.gives_back();
                 self.soon(2_000, Event::Vmm(VmmStep::Resume));

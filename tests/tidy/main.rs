@@ -51,11 +51,22 @@ const LAYERS: &[Layer] = &[
         modules: &["attach", "engine", "failpoint", "memory", "proto", "report", "vmm"],
         crates: None,
     },
+    Layer { name: "operator", modules: &["attach", "engine"], crates: None },
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
         name: "fault_server",
-        modules: &["attach", "engine", "failpoint", "program", "proto", "report", "transport"],
+        modules: &[
+            "attach",
+            "engine",
+            "failpoint",
+            "memory",
+            "operator",
+            "program",
+            "proto",
+            "report",
+            "transport",
+        ],
         crates: None,
     },
 ];
@@ -93,6 +104,8 @@ const UNSAFE: &[&str] = &[
     // Where a VMM promises what `serve.rs` builds on.
     "src/engine/source/builder.rs",
     "src/engine/source/serve.rs",
+    // Descriptors that the service manager has opened for this process.
+    "src/fault_server/service.rs",
     "src/memory/dirty_bitmap.rs",
     "src/memory/guarded.rs",
     "src/memory/ram.rs",

@@ -2,6 +2,7 @@
 //! faults, restore, run, take pages in, report.
 
 mod linking;
+mod operating;
 mod telling;
 
 use super::demand_in::DemandQueues;
@@ -14,6 +15,7 @@ use super::trap_loop::{FaultCounts, TrapLoop};
 use super::{DestinationConfig, DestinationEnd, Receiver, report};
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
+use crate::engine::operator::{Asked, LinkDiary};
 use crate::engine::vm::DestinationVm;
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
@@ -50,6 +52,7 @@ pub enum Input {
     PushEnded { epoch: u32, error: LaneError },
     TrapsEnded(LaneError),
     Guest(GuestEvent),
+    Operator(Asked),
 }
 
 /// The link in use.
@@ -89,6 +92,7 @@ pub struct Driver {
     phase: Option<(Option<DestinationState>, Span)>,
     facts: report::Facts,
     watch: Watch,
+    diary: LinkDiary,
 }
 
 impl Driver {
@@ -139,6 +143,7 @@ impl Driver {
             phase: None,
             facts: report::Facts::default(),
             watch,
+            diary: LinkDiary::default(),
         })
     }
 
@@ -244,6 +249,7 @@ impl Driver {
                 self.handle(DestinationEvent::GuestFailed(why));
             }
             Input::Guest(event) => self.guest_event(event).await,
+            Input::Operator(asked) => self.operate(asked),
         }
     }
 
@@ -259,6 +265,7 @@ impl Driver {
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
             DestinationAction::DropLink(why) => {
                 self.watch.losing(&why);
+                self.diary.lost(self.now(), &why);
                 self.drop_link(&why);
                 self.note_pause(&why);
             }

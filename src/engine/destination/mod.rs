@@ -18,6 +18,7 @@ mod said;
 mod trap_loop;
 
 use super::event::{Event, Watch};
+use super::operator::Operator;
 use super::vm::DestinationVm;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::MemoryUser;
@@ -137,6 +138,12 @@ impl Receiver {
     /// A handle that cancels it.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.inputs.0.clone())
+    }
+
+    /// A handle for its operator.
+    pub fn operator(&self) -> Operator {
+        let input = self.inputs.0.clone();
+        Operator::new(move |asked| input.send(Input::Operator(asked)).is_ok())
     }
 
     /// Waits for the guest and takes it in. Blocks until the session is over.

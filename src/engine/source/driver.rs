@@ -2,26 +2,27 @@
 //! which a migration goes: connect, propose, pause, send the state, commit, serve and
 //! push, release.
 
+mod keeping;
 mod linking;
+mod operating;
 mod telling;
 
 use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::{self, Link, PushCommand};
 use super::push::{PushShared, lock};
-use super::serve::{SourceFigures, SourceShared, send_page};
-use super::zero_scan::{KnownZeros, scan_zeros};
+use super::serve::{SourceShared, send_page};
+use super::zero_scan::scan_zeros;
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::error_chain;
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
-use crate::engine::lost_pages::LostPages;
+use crate::engine::operator::{Asked, LinkDiary};
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
-use crate::memory::guarded::Guarded;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
-use crate::proto::ledger::{LinkEpoch, SourceLedger};
+use crate::proto::ledger::LinkEpoch;
 use crate::proto::message::{Hello, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
@@ -31,7 +32,7 @@ use crate::transport::{LaneThread, TransportError};
 use quinn::SendStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
@@ -57,6 +58,7 @@ pub enum Input {
     Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
+    Operator(Asked),
 }
 
 /// A push lane's thread and how it is told things.
@@ -106,6 +108,9 @@ pub struct Driver {
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
     figures: report::Observed,
+    diary: LinkDiary,
+    /// Who waits to hear whether the guest is taken back.
+    taking_back: Option<Asked>,
 }
 
 impl Driver {
@@ -132,23 +137,13 @@ impl Driver {
             }
             Beginning::Left(left) => left.machine(pages, config.limits),
         };
-        let guarded = Guarded::new().map_err(|source| TransportError::Io {
-            what: "prepare to read memory that may fail",
-            source,
-        })?;
         let (notes_tx, notes) = crossbeam_channel::bounded(NOTES_MAX);
         let (zeros_tx, zeros) = crossbeam_channel::bounded(ZERO_RUNS_MAX);
-        let shared = Arc::new(SourceShared {
-            ledger: SourceLedger::new(pages),
-            ram,
-            guarded,
-            lost: LostPages::default(),
-            known: KnownZeros::new(pages),
-            figures: SourceFigures::default(),
-            notes: notes_tx,
-            push_wake: tokio::sync::Notify::new(),
-            began: Instant::now(),
-        });
+        let shared = SourceShared::new(ram, notes_tx);
+        let shared = Arc::new(shared.map_err(|source| TransportError::Io {
+            what: "prepare to read memory that may fail",
+            source,
+        })?);
         let mut policy = PolicyConfig::new(pages);
         if let Some(pivots) = config.pivots {
             policy.pivots_max = pivots;
@@ -195,6 +190,8 @@ impl Driver {
             outcome: None,
             phase: None,
             figures: report::Observed::of(matches!(beginning, Beginning::Left(_))),
+            diary: LinkDiary::default(),
+            taking_back: None,
         })
     }
 
@@ -258,7 +255,11 @@ impl Driver {
     fn take(&mut self, input: Input) {
         let now = self.now();
         match input {
-            Input::Event(event) => self.machine.handle(now, event),
+            Input::Event(event) => {
+                self.answer_take_back(&event);
+                self.machine.handle(now, event);
+            }
+            Input::Operator(asked) => self.operate(asked),
             // Made for an epoch that has passed.
             Input::Linked(link) if link.epoch != self.machine.epoch() => {}
             Input::Linked(mut link) => {
@@ -287,6 +288,7 @@ impl Driver {
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
                 self.watch.losing(&error);
+                self.diary.lost(now, &error);
                 let event = match error {
                     LaneError::Violation(why) => SourceEvent::Violation(why),
                     error => SourceEvent::LinkLost(error.to_string()),
@@ -312,23 +314,12 @@ impl Driver {
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
             ToSource::WorkloadEnded => self.drain("the workload ended"),
-            ToSource::Running { .. }
-                if self.machine.state() == SourceState::Committed && !self.ran =>
-            {
-                self.ran = true;
-                self.drain_at = self.config.drain_after.map(|after| now + after);
-                self.keep(|journal| journal.guest_runs());
+            ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
+                self.runs(now);
             }
             _ => {}
         }
         self.machine.handle(now, SourceEvent::Message(message));
-    }
-
-    fn drain(&mut self, why: &str) {
-        self.drain_at = None;
-        info!(why, "draining");
-        lock(&self.push.policy).drain();
-        self.shared.push_wake.notify_one();
     }
 
     async fn perform(&mut self, action: SourceAction) {
@@ -338,6 +329,7 @@ impl Driver {
             }
             SourceAction::DropLink(why) => {
                 self.watch.losing(&why);
+                self.diary.lost(self.now(), &why);
                 self.drop_link(&why).await;
             }
             SourceAction::Say(message) => self.say(message).await,
@@ -348,6 +340,11 @@ impl Driver {
             }
             SourceAction::SendState => self.send_state().await,
             SourceAction::WriteCommitWord => self.guest.tell(GuestCommand::Commit),
+            SourceAction::TakeBackGuest => {
+                self.stop_serving("the operator takes the guest back").await;
+                self.guest.tell(GuestCommand::TakeBack);
+            }
+            SourceAction::DiscardMemory => self.guest.tell(GuestCommand::GivenUp),
             SourceAction::ResumeGuest => {
                 self.close_lanes().await;
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
@@ -375,15 +372,6 @@ impl Driver {
                 self.guest.tell(GuestCommand::Drained);
             }
             SourceAction::Finish(outcome) => self.outcome = Some(outcome),
-        }
-    }
-
-    /// Has the journal keep something, if there is one. The session goes on without.
-    fn keep(&mut self, what: impl FnOnce(&mut dyn Journal) -> std::io::Result<()>) {
-        if let Some(journal) = &mut self.journal
-            && let Err(error) = what(journal.as_mut())
-        {
-            warn!(%error, "no other process can go on with this session: its record is old");
         }
     }
 
@@ -441,13 +429,12 @@ impl Driver {
     fn spawn_push_lanes(&mut self) {
         for index in 0..self.config.ticket.push_lanes() as u8 {
             let (commands, receiver) = unbounded_channel();
-            let (push, input, config) =
-                (self.push.clone(), self.input.clone(), self.config.clone());
+            let (push, input) = (self.push.clone(), self.input.clone());
             let ended = move |epoch, error| {
                 let _ = input.send(Input::LinkEnded { epoch, error });
             };
             let lane = LaneThread::spawn(format!("push-{index}"), move || {
-                link::push_lane(push, config, index, receiver, ended)
+                link::push_lane(push, index, receiver, ended)
             });
             match lane {
                 Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),

@@ -18,6 +18,8 @@ pub enum GuestCommand {
     ResetInstruments,
     Pause,
     Commit,
+    TakeBack,
+    GivenUp,
     Resume,
     Release,
     Drained,
@@ -68,6 +70,7 @@ impl Drop for SaysWhenItPanics {
             // Whichever it does not wait for is nothing to it.
             let _ = self.0.send(Input::Event(SourceEvent::PauseFailed(PANICKED.into())));
             let _ = self.0.send(Input::Event(SourceEvent::CommitFailed(PANICKED.into())));
+            let _ = self.0.send(Input::Event(SourceEvent::TakeBackFailed(PANICKED.into())));
         }
     }
 }
@@ -106,6 +109,16 @@ pub fn spawn(
                     Ok(written) => Input::Event(SourceEvent::CommitWord(written)),
                     Err(error) => Input::Event(SourceEvent::CommitFailed(said(error))),
                 },
+                GuestCommand::TakeBack => Input::Event(match vm.take_back() {
+                    Ok(()) => SourceEvent::TakenBack,
+                    Err(error) => SourceEvent::TakeBackFailed(said(error)),
+                }),
+                GuestCommand::GivenUp => {
+                    if let Err(error) = vm.given_up() {
+                        warn!(error = said(error), "the guest's memory may still be held here");
+                    }
+                    continue;
+                }
                 GuestCommand::Resume => match vm.resume() {
                     Ok(()) => continue,
                     Err(error) => {

@@ -14,6 +14,8 @@ use std::time::Duration;
 pub trait Journal: Send + std::fmt::Debug {
     /// A connection of this link epoch is about to be made.
     fn dials(&mut self, epoch: u32) -> io::Result<()>;
+    /// The destination is looked for at another address: this is its ticket now.
+    fn redirected(&mut self, ticket: &str) -> io::Result<()>;
     /// The guest is told to pause: its state follows, and the destination may be in doubt
     /// from then on.
     fn guest_pauses(&mut self) -> io::Result<()>;

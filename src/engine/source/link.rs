@@ -6,7 +6,7 @@ use super::push::PushShared;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
-use crate::transport::{self, Lane, LinkOptions};
+use crate::transport::{self, Lane, LinkOptions, Ticket};
 use quinn::{RecvStream, SendStream};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,6 +15,8 @@ use tokio::sync::oneshot;
 
 /// Priority of the control stream below the demand streams (0).
 const CONTROL_PRIORITY: i32 = -1;
+/// QUIC error code of a close that the session machine asked for.
+const CLOSE_DONE: u32 = 0;
 
 /// The urgent connection and its streams.
 ///
@@ -46,6 +48,8 @@ pub enum PushCommand {
         epoch: u32,
         /// The session.
         session: SessionId,
+        /// Where to, and with what right: it may have been redirected.
+        ticket: Box<Ticket>,
         /// How.
         options: LinkOptions,
         /// Told when the connection stands, or why not.
@@ -55,6 +59,11 @@ pub enum PushCommand {
     Start {
         /// The epoch to push in; ignored if the connection is of another.
         epoch: u32,
+    },
+    /// Push no page any more: none is read again once this is done.
+    Stop {
+        /// Told when it is.
+        done: oneshot::Sender<()>,
     },
 }
 
@@ -77,13 +86,13 @@ pub async fn dial(
         .iter()
         .map(|lane| {
             let (done, connected) = oneshot::channel();
-            let _ =
-                lane.send(PushCommand::Connect { epoch, session, options: options.clone(), done });
+            let (ticket, options) = (Box::new(config.ticket.clone()), options.clone());
+            let _ = lane.send(PushCommand::Connect { epoch, session, ticket, options, done });
             connected
         })
         .collect();
     let lost = LaneError::lost::<quinn::ConnectionError>;
-    let transport = connect(config, options, Lane::Urgent).await?;
+    let transport = connect(&config.ticket, options, Lane::Urgent).await?;
     failpoint!("source::after_urgent_connected", return Err(broken()));
     let connection = &transport.connection;
     let (control, control_in) = connection.open_bi().await.map_err(lost)?;
@@ -111,13 +120,12 @@ async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
 /// A push lane's life: connect and push when told, until the commands end.
 pub async fn push_lane(
     shared: Arc<PushShared>,
-    config: SourceConfig,
     index: u8,
     mut commands: UnboundedReceiver<PushCommand>,
     ended: impl Fn(u32, LaneError),
 ) {
     let mut link: Option<Pushing> = None;
-    let mut connecting: Option<Connecting<'_>> = None;
+    let mut connecting: Option<Connecting> = None;
     let mut linked_epoch = 0;
     let mut pushing = false;
     loop {
@@ -138,14 +146,22 @@ pub async fn push_lane(
         tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(PushCommand::Connect { epoch, session, options, done }) => {
+                Some(PushCommand::Connect { epoch, session, ticket, options, done }) => {
                     // An attempt that is still under way, and the link before, end here: what
                     // follows is not to wait for them.
                     (pushing, link, linked_epoch) = (false, None, epoch);
-                    let made = Box::pin(connect_push(&config, options, index, epoch, session));
+                    let made = Box::pin(connect_push(ticket, options, index, epoch, session));
                     connecting = Some(Connecting { made, done });
                 }
                 Some(PushCommand::Start { epoch }) => pushing |= epoch == linked_epoch,
+                Some(PushCommand::Stop { done }) => {
+                    (pushing, connecting) = (false, None);
+                    if let Some((link, mut stream)) = link.take() {
+                        let _ = stream.reset(CLOSE_DONE.into());
+                        link.connection.close(CLOSE_DONE.into(), b"no page leaves any more");
+                    }
+                    let _ = done.send(());
+                }
                 None => break,
             },
             made = connected => {
@@ -173,30 +189,30 @@ pub async fn push_lane(
 type Pushing = (transport::Link, SendStream);
 
 /// A push connection that is being made, and who waits for it.
-struct Connecting<'a> {
-    made: Pin<Box<dyn Future<Output = Result<Pushing, LaneError>> + 'a>>,
+struct Connecting {
+    made: Pin<Box<dyn Future<Output = Result<Pushing, LaneError>>>>,
     done: oneshot::Sender<Result<(), LaneError>>,
 }
 
 async fn connect(
-    config: &SourceConfig,
+    ticket: &Ticket,
     options: &LinkOptions,
     lane: Lane,
 ) -> Result<transport::Link, LaneError> {
-    transport::connect(&config.ticket, lane, options)
+    transport::connect(ticket, lane, options)
         .await
         .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
 }
 
 async fn connect_push(
-    config: &SourceConfig,
+    ticket: Box<Ticket>,
     options: LinkOptions,
     index: u8,
     epoch: u32,
     session: SessionId,
 ) -> Result<Pushing, LaneError> {
     failpoint!("source::before_push_connected", return Err(broken()));
-    let link = connect(config, &options, Lane::Push(index)).await?;
+    let link = connect(&ticket, &options, Lane::Push(index)).await?;
     let opened = link.connection.open_uni().await;
     let mut stream = opened.map_err(LaneError::lost)?;
     greet(&mut stream, u16::from(index)).await?;

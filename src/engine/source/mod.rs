@@ -15,6 +15,7 @@ mod serve;
 mod zero_scan;
 
 use super::event::{Event, Watch};
+use super::operator::Operator;
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::SessionId;
@@ -133,6 +134,12 @@ impl Migration {
     /// A handle that cancels it.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.inputs.0.clone())
+    }
+
+    /// A handle for its operator.
+    pub fn operator(&self) -> Operator {
+        let input = self.inputs.0.clone();
+        Operator::new(move |asked| input.send(Input::Operator(asked)).is_ok())
     }
 
     /// Migrates. Blocks until the session is over.

@@ -68,6 +68,28 @@ pub struct SourceShared {
 }
 
 impl SourceShared {
+    /// Nothing is sent yet of `ram`; what the policy is to hear goes to `notes`.
+    ///
+    /// # Errors
+    /// Memory cannot be read in a way that a lost page does not end the process.
+    pub fn new(
+        ram: Arc<GuestRam>,
+        notes: crossbeam_channel::Sender<FaultNote>,
+    ) -> std::io::Result<Self> {
+        let pages = ram.layout().pages();
+        Ok(Self {
+            ledger: SourceLedger::new(pages),
+            ram,
+            guarded: Guarded::new()?,
+            lost: LostPages::default(),
+            known: KnownZeros::new(pages),
+            figures: SourceFigures::default(),
+            notes,
+            push_wake: tokio::sync::Notify::new(),
+            began: Instant::now(),
+        })
+    }
+
     /// What a frame or request of `epoch` is checked against.
     pub fn limits(&self, epoch: u32) -> FrameLimits {
         FrameLimits { pages: self.ram.layout().pages(), epoch }

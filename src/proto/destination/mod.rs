@@ -13,6 +13,7 @@
 //!   InDoubt --> Over: Abort
 //!   Running --> Over: the guest cannot go on / Lost
 //!   Running --> Failed: the same, without a link
+//!   Running --> Over: Reattach without a commit, which was undone / Lost
 //!   Failed --> Over: Reattach / Lost
 //!   Waiting --> Over: any failure up to Restoring leaves the guest at the source
 //! ```
@@ -32,6 +33,7 @@
 //! noticed, and [`may_reattach`](DestinationSession::may_reattach) says yes, `LinkLost`
 //! is fed first and then the `Reattach`.
 
+mod operator;
 mod terms;
 
 pub use terms::{DestinationAction, DestinationEvent, DestinationState};
@@ -126,6 +128,7 @@ impl DestinationSession {
             (_, E::LinkLost(why)) => self.link_lost(now, why),
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
+            (_, E::GiveUp(why)) => self.given_up(now, why),
             (_, E::GuestFailed(why)) => self.guest_failed(now, why),
 
             (S::Preparing, E::Prepared) => {
@@ -255,7 +258,11 @@ impl DestinationSession {
             return self.lost(now);
         }
         if committed.is_none() && self.state != DestinationState::InDoubt {
-            return self.violated(now, "it came back without the commit it had made".into());
+            if self.released {
+                return self.violated(now, "it came back without the commit it had made".into());
+            }
+            self.linked = true;
+            return self.revoked(now);
         }
         self.epoch = epoch;
         self.linked = true;

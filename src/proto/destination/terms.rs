@@ -58,6 +58,8 @@ pub enum DestinationEvent {
     ReportReady(Vec<u8>),
     /// The user wants no migration.
     Cancel(String),
+    /// The operator ends the session, whatever becomes of the guest.
+    GiveUp(String),
     /// The time that `timeout` named has come.
     Timer,
 }

@@ -8,8 +8,11 @@
 //!   Blackout --> Committing: Ready / write the commit word
 //!   Committing --> Committed: word written / Commit
 //!   Committed --> Brownout: Running / the VMM may go
+//!   Committed --> TakingBack: an operator, without a link / undo the commit
+//!   TakingBack --> Retracting: undone / resume the guest, Abort
+//!   TakingBack --> Committed: it cannot be
 //!   Brownout --> Releasing: Drained / the memory may go, Released
-//!   Releasing --> Over: Report
+//!   Releasing --> Over: Report, or nobody there any more to say it
 //!   Connecting --> Over: any failure up to Pausing leaves the guest at the source
 //!   Pausing --> Unpausing: a failure / the guest is resumed once it is paused
 //!   Blackout --> Retracting: a failure / resume the guest, Abort
@@ -35,6 +38,7 @@
 //! `poll_action` is called until it returns `None`, then `timeout` tells when to
 //! call `handle` with [`SourceEvent::Timer`] at the latest.
 
+mod operator;
 mod recovery;
 mod terms;
 
@@ -171,7 +175,7 @@ impl SourceSession {
         }
         match (self.state, event) {
             (S::Connecting, E::LinkUp) => self.propose(),
-            (S::Committed | S::Brownout | S::Retracting, E::LinkUp)
+            (S::Committed | S::Brownout | S::Releasing | S::Retracting, E::LinkUp)
                 if self.link == Link::Dialing =>
             {
                 self.reattach();
@@ -184,6 +188,9 @@ impl SourceSession {
             (_, E::Violation(why)) => self.violated(now, why),
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
+            (_, E::Redirected) => self.redirected(now),
+            (_, E::GiveUp(why)) => self.given_up(now, why),
+            (_, E::TakeBack) => self.take_back(now),
 
             (S::Pausing, E::Paused) => {
                 self.timeline.stamp(Stamp::Captured, now);
@@ -222,6 +229,8 @@ impl SourceSession {
                     None => self.retract(now, why),
                 }
             }
+            (S::TakingBack, E::TakenBack) => self.taken_back(now),
+            (S::TakingBack, E::TakeBackFailed(_)) => self.not_taken_back(now),
             // A late echo of something asked for before.
             (
                 _,
@@ -229,7 +238,9 @@ impl SourceSession {
                 | E::PauseFailed(_)
                 | E::StateSent
                 | E::CommitWord(_)
-                | E::CommitFailed(_),
+                | E::CommitFailed(_)
+                | E::TakenBack
+                | E::TakeBackFailed(_),
             ) => {}
 
             (_, E::Message(message)) => self.message(now, message),
@@ -285,6 +296,11 @@ impl SourceSession {
                 self.push(SourceAction::Say(ToDestination::Released));
                 self.enter(S::Releasing, Some(now + self.limits.restore));
             }
+            // Said again after a lost link: it may not have heard that it is released.
+            (S::Releasing, M::Running { .. }) => {}
+            (S::Releasing, M::Drained { settled }) if settled == self.pages => {
+                self.push(SourceAction::Say(ToDestination::Released));
+            }
             (S::Releasing, M::Report(report)) => {
                 self.report = Some(report);
                 self.complete(now);
@@ -300,7 +316,11 @@ impl SourceSession {
                 M::Progress { .. } | M::WorkloadEnded | M::Pong(_),
             ) => {}
             // The destination has heard it, too, and nobody is in doubt.
-            (S::Retracting, M::Abort { .. } | M::Lost { .. }) => self.finish_aborted(now),
+            (S::Retracting, M::Abort { .. }) => self.finish_aborted(now),
+            (S::Retracting, M::Lost { reason }) => {
+                self.abort_reason.push_str(&format!("; the destination says: {reason}"));
+                self.finish_aborted(now);
+            }
             // The word, which is being written, decides what this means.
             (S::Committing, M::Lost { reason }) => self.lost = Some(reason),
             (S::Committed | S::Brownout, M::Lost { reason }) => {
@@ -355,7 +375,7 @@ impl SourceSession {
                 self.link_lost(now, why);
             }
             SourceState::Releasing => self.complete(now),
-            SourceState::Unpausing => {}
+            SourceState::Unpausing | SourceState::TakingBack => {}
             _ => self.abort(now, why),
         }
     }
@@ -383,6 +403,11 @@ impl SourceSession {
                 self.push(SourceAction::ResumeGuest);
                 self.finish_aborted(now);
             }
+            S::TakingBack => {
+                let why = "its VMM did not say in time whether the guest is taken back: nobody \
+                           knows whether it runs here";
+                self.finish(now, Outcome::Lost(why.into()));
+            }
             S::Committing => {
                 let why = "its VMM did not say in time whether the commit is recorded; the \
                            guest is not resumed here";
@@ -398,7 +423,13 @@ impl SourceSession {
             S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
             S::Retracting => self.finish_aborted(now),
             // Too late (or already on its way out): the guest is the destination's.
-            S::Unpausing | S::Committing | S::Committed | S::Brownout | S::Releasing | S::Over => {}
+            S::Unpausing
+            | S::Committing
+            | S::Committed
+            | S::TakingBack
+            | S::Brownout
+            | S::Releasing
+            | S::Over => {}
         }
     }
 

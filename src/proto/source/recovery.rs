@@ -74,7 +74,7 @@ impl SourceSession {
         now: Duration,
     ) -> Self {
         let mut machine = Self::restarted(session, last_epoch, limits, now);
-        machine.retract(now, TAKEN_BACK.into());
+        machine.retract_taken_back(now);
         machine
     }
 
@@ -136,6 +136,10 @@ impl SourceSession {
             self.link = Link::Up;
             self.backoff = Duration::ZERO;
             self.attempts = 0;
+            if self.state == SourceState::Releasing {
+                // Drained follows, and is answered.
+                return self.enter(self.state, Some(now + self.limits.restore));
+            }
             self.deadline = None;
             self.push(SourceAction::ResumeLedger(placed));
             self.push(SourceAction::OpenLanes { epoch: self.epoch });
@@ -155,11 +159,15 @@ impl SourceSession {
             }
             S::Retracting => self.dial_again(now),
             // The word decides; the link is looked at after it.
-            S::Committing => {}
+            S::Committing | S::TakingBack => {}
             S::Committed | S::Brownout => self.dial_again(now),
-            // The destination has all pages and has been told so, or will time out
-            // with all of them: nothing is left to do but its report.
-            S::Releasing => self.complete(now),
+            // The destination has all pages. It may not have heard that it is released, and
+            // would wait for that; or it has, and is not there any more.
+            S::Releasing => {
+                let give_up = now + self.limits.handshake;
+                self.deadline = Some(self.deadline.map_or(give_up, |at| at.min(give_up)));
+                self.dial_again(now);
+            }
             S::Unpausing | S::Over => {}
         }
     }

@@ -50,6 +50,9 @@ pub enum SourceState {
     Committing,
     /// The commit is made; the destination has not yet said that the guest runs.
     Committed,
+    /// As before, without a link, but an operator takes the guest back: the commit is being
+    /// undone.
+    TakingBack,
     /// The guest runs at the destination.
     Brownout,
     /// All pages are there; waiting for the destination's report.
@@ -83,6 +86,16 @@ pub enum SourceEvent {
     CommitFailed(String),
     /// The user wants no migration.
     Cancel(String),
+    /// The operator has another address of the destination.
+    Redirected,
+    /// The operator ends the session, whatever becomes of the guest.
+    GiveUp(String),
+    /// The operator says that the guest does not run at the destination and never will.
+    TakeBack,
+    /// The commit is undone: the guest is this side's.
+    TakenBack,
+    /// The commit stands: its VMM is gone, say.
+    TakeBackFailed(String),
     /// The time that `timeout` named has come.
     Timer,
 }
@@ -117,6 +130,10 @@ pub enum SourceAction {
     SendState,
     /// Write the commit word: the point of no return.
     WriteCommitWord,
+    /// Make no connection any more, and undo the commit, if it can be.
+    TakeBackGuest,
+    /// The operator has given the guest up: who holds its memory here may let go.
+    DiscardMemory,
     /// The claims made so far are void and the guest runs on here.
     ResumeGuest,
     /// The destination holds these pages; all others are unsent again.
@@ -137,10 +154,10 @@ pub enum SourceAction {
 pub enum Outcome {
     /// The guest runs at the destination with all its memory.
     Completed,
-    /// Nothing was moved: the guest is whole at the source.
+    /// Nothing was moved, or an operator took the guest back: it is whole at the source.
     Aborted(String),
     /// The link never came back after the commit, or the guest cannot go on at the
-    /// destination. Its memory is still held at the source, and what the destination had
-    /// of it there.
+    /// destination: its memory is still held at the source, and what the destination had
+    /// of it there. Or an operator gave the guest up.
     Lost(String),
 }

@@ -54,6 +54,7 @@ impl Driver {
                 return;
             }
         }
+        self.diary.up();
         self.generation += 1;
         let generation = self.generation;
         // For the VMM that starts its vCPUs, pages come only from now on again.
@@ -76,6 +77,7 @@ impl Driver {
         }
         info!(%error, "the link ended");
         self.watch.losing(&error);
+        self.diary.lost(self.now(), &error);
         self.drop_link(&error.to_string());
         self.handle(DestinationEvent::LinkLost(error.to_string()));
         self.note_pause(&error.to_string());

@@ -3,6 +3,7 @@
 use super::{CLOSE_DONE, Driver, Input, ResetOnDrop};
 use crate::engine::control::{self, ControlError};
 use crate::engine::lane::LaneError;
+use crate::engine::source::link::PushCommand;
 use crate::engine::source::serve::answer_requests;
 use crate::engine::source::{link, said};
 use crate::proto::message::{ToDestination, ToSource};
@@ -10,6 +11,7 @@ use crate::transport::LinkOptions;
 use quinn::RecvStream;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 
 /// The least that a hello's round trip is taken for: the peer's own work is part of it.
 const RTT_MIN: Duration = Duration::from_millis(10);
@@ -20,6 +22,7 @@ impl Driver {
     pub(super) async fn connect(&mut self, epoch: u32, after: Duration, answer_within: Duration) {
         self.drop_link("a new link is made").await;
         self.keep(|journal| journal.dials(epoch));
+        self.diary.dials(self.now() + after);
         let (config, input) = (self.config.clone(), self.input.clone());
         let session = self.machine.session();
         let options = self.options(answer_within);
@@ -70,6 +73,22 @@ impl Driver {
         }
     }
 
+    /// No page leaves any more, on any lane, and no connection is made: the guest may change
+    /// its memory from now on.
+    pub(super) async fn stop_serving(&mut self, why: &str) {
+        if let Some(dial) = self.dial.take() {
+            dial.abort();
+            let _ = dial.await;
+        }
+        self.drop_link(why).await;
+        for lane in &self.push_lanes {
+            let (done, stopped) = oneshot::channel();
+            let _ = lane.commands.send(PushCommand::Stop { done });
+            // One that has ended sends nothing, either.
+            let _ = stopped.await;
+        }
+    }
+
     pub(super) async fn say(&mut self, message: ToDestination) {
         let Some(link) = &mut self.link else { return };
         if let Err(error) = said::say(&mut link.control, &message).await {
@@ -80,6 +99,7 @@ impl Driver {
 
     /// Answers page requests from now on. Before the guest is paused nobody asks.
     pub(super) fn open_lanes(&mut self, epoch: u32) {
+        self.diary.up();
         let Some(link) = &mut self.link else { return };
         for (pages, mut requests) in link.demand.drain(..) {
             let (shared, input) = (self.shared.clone(), self.input.clone());

@@ -1,0 +1,102 @@
+//! What an operator asks of the source.
+
+use super::Driver;
+use crate::engine::event::Phase;
+use crate::engine::operator::{
+    Answer, Asked, GIVEN_UP, Refusal, Request, SessionStatus, allowed, commands, micros,
+};
+use crate::proto::operator::Command;
+use crate::proto::source::{SourceEvent, SourceState};
+use crate::transport::redirect::redirected;
+use tracing::info;
+
+impl Driver {
+    /// Answers a request, at once or when the VMM has answered.
+    pub(super) fn operate(&mut self, asked: Asked) {
+        let answer = match &asked.request {
+            Request::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Request::Redirect { to } => self.redirect(&to.clone()),
+            Request::GiveUp { acknowledged } => {
+                allowed(self.machine.consequence(Command::GiveUp), *acknowledged).map(|text| {
+                    info!("the operator gives the session up: {text}");
+                    self.machine.handle(self.now(), SourceEvent::GiveUp(GIVEN_UP.into()));
+                    Answer::Done { text }
+                })
+            }
+            Request::TakeBack { acknowledged } => {
+                match allowed(self.machine.consequence(Command::TakeBack), *acknowledged) {
+                    Ok(text) => {
+                        info!("the operator takes the guest back: {text}");
+                        self.machine.handle(self.now(), SourceEvent::TakeBack);
+                        self.taking_back = Some(asked);
+                        return;
+                    }
+                    Err(refusal) => Err(refusal),
+                }
+            }
+        };
+        asked.answer(answer.unwrap_or_else(Answer::Refused));
+    }
+
+    /// Tells an operator who waits for it what came of taking the guest back.
+    pub(super) fn answer_take_back(&mut self, event: &SourceEvent) {
+        let answer = match event {
+            SourceEvent::TakenBack => {
+                let text = "the guest is its VMM's again and runs on; the destination is told, if \
+                            it comes back";
+                Answer::Done { text: text.into() }
+            }
+            SourceEvent::TakeBackFailed(why) => {
+                Answer::Refused(Refusal::Failed { why: why.clone() })
+            }
+            _ => return,
+        };
+        if let Some(asked) = self.taking_back.take() {
+            asked.answer(answer);
+        }
+    }
+
+    fn redirect(&mut self, to: &str) -> Result<Answer, Refusal> {
+        let text = allowed(self.machine.consequence(Command::Redirect), None)?;
+        let ticket = redirected(&self.config.ticket, to)
+            .map_err(|error| Refusal::Wrong { why: error.to_string() })?;
+        let address = ticket.address();
+        info!(address, "the operator redirects the session");
+        self.keep(|journal| journal.redirected(&ticket.to_string()));
+        self.config.ticket = ticket;
+        self.machine.handle(self.now(), SourceEvent::Redirected);
+        Ok(Answer::Done { text: format!("the destination's address is {address}: {text}") })
+    }
+
+    fn status(&self) -> SessionStatus {
+        let (now, machine) = (self.now(), &self.machine);
+        let guest = machine.whereabouts();
+        let mut status = SessionStatus {
+            side: "source".into(),
+            session: Some(machine.session().to_string()),
+            phase: Phase::from(machine.state()).to_string(),
+            state: format!("{:?}", machine.state()),
+            guest,
+            guest_words: guest.words().into(),
+            epoch: machine.epoch(),
+            linked: false,
+            paused_us: None,
+            why_paused: None,
+            last_attempt: None,
+            next_attempt_us: None,
+            patience_left_us: None,
+            pages_settled: self.settled,
+            pages_total: self.shared.ram.layout().pages(),
+            network_faults: self.network_faults,
+            peer: Some(self.config.ticket.address()),
+            elapsed_us: micros(now),
+            commands: commands(|command| machine.consequence(command)),
+        };
+        let linked = machine.linked() && machine.state() != SourceState::TakingBack;
+        self.diary.tell(now, linked, &mut status);
+        if !linked {
+            status.patience_left_us = machine.timeout().map(|at| micros(at.saturating_sub(now)));
+        }
+        status
+    }
+}
