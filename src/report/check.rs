@@ -129,7 +129,9 @@ impl Report {
             // Not in reports that are older than it.
             Some(pages.poisoned.unwrap_or(0)),
         ];
-        let again = u128::from(pages.resent_after_link_loss.unwrap_or(0));
+        // Without a lost link it is wrong by itself.
+        let recovered = self.outcome == Outcome::Recovered;
+        let again = pages.resent_after_link_loss.filter(|_| recovered).map_or(0, u128::from);
         match (sum(&origins), pages.total) {
             (Some(sum), Some(total)) if sum == u128::from(total) + again => {}
             (Some(sum), Some(total)) => {

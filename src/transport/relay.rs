@@ -17,6 +17,7 @@
 
 mod bottleneck;
 mod forwarder;
+mod stamps;
 mod switch;
 
 use super::{
@@ -167,6 +168,7 @@ impl Relay {
             local.push(socket.local_addr().map_err(failed)?);
             ports.push(Port { socket, target });
         }
+        stamps::wait_until_made(listen).map_err(failed)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| failed(errno.into()))?;
         let shared = Arc::new(Shared {

@@ -5,6 +5,7 @@
 
 use crate::proto::page::{PageIndex, PageRun};
 use crate::report::latency::Latencies;
+use nix::unistd::Pid;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ const OPEN_MAX: usize = 4096;
 #[derive(Clone, Copy, Debug)]
 struct OpenFault {
     page: PageIndex,
+    thread: Pid,
     vcpu: Option<u16>,
     since: Instant,
     /// The source was asked for the page because of it.
@@ -55,14 +57,19 @@ impl FaultBook {
         Self { open: AtomicUsize::new(0), book: Mutex::new(Book { open: Vec::new(), figures }) }
     }
 
-    /// Enters a fault. To be called *before* the ledger is asked, so that a placement
-    /// in between finds it.
-    pub fn enter(&self, page: PageIndex, vcpu: Option<u16>, since: Instant) {
+    /// Enters a fault of `thread`. To be called *before* the ledger is asked, so that a
+    /// placement in between finds it. `false` if that thread's fault on that page is open
+    /// already: a wait that was interrupted, by a signal say, and goes on. It is one wait.
+    pub fn enter(&self, page: PageIndex, thread: Pid, vcpu: Option<u16>, since: Instant) -> bool {
         let mut book = self.lock();
+        if book.open.iter().any(|fault| fault.page == page && fault.thread == thread) {
+            return false;
+        }
         if book.open.len() < OPEN_MAX {
-            book.open.push(OpenFault { page, vcpu, since, asked: false });
+            book.open.push(OpenFault { page, thread, vcpu, since, asked: false });
             self.open.store(book.open.len(), Ordering::SeqCst);
         }
+        true
     }
 
     /// The source is asked for `page`, because of the fault that was entered last on it.
@@ -128,17 +135,22 @@ impl FaultBook {
 mod tests {
     use super::*;
 
+    /// The thread of a vCPU.
+    fn thread(vcpu: u16) -> Pid {
+        Pid::from_raw(100 + i32::from(vcpu))
+    }
+
     #[test]
     fn a_fault_is_struck_out_or_in_the_figures_and_never_both() {
         let book = FaultBook::new(1);
         let page = PageIndex::new(7);
         let since = Instant::now();
-        book.enter(page, Some(0), since);
+        book.enter(page, thread(0), Some(0), since);
         assert!(book.strike(page));
         assert_eq!(book.figures().latency.summary().count, 0);
 
         // Placed between its entry and the ledger's answer that it was placed.
-        book.enter(page, Some(0), since);
+        book.enter(page, thread(0), Some(0), since);
         book.placed(PageRun::single(page), true, since + Duration::from_millis(2));
         assert!(!book.strike(page));
         for _look in 0..2 {
@@ -154,19 +166,36 @@ mod tests {
         let now = Instant::now();
         let [asked, answered, crossed] = [3, 4, 5].map(PageIndex::new);
         for page in [asked, answered] {
-            book.enter(page, Some(0), now);
+            book.enter(page, thread(0), Some(0), now);
             book.asked(page);
-            book.enter(page, Some(1), now);
+            book.enter(page, thread(1), Some(1), now);
         }
         // Another fault on the page is none more that asked.
         book.placed(PageRun::single(asked), false, now);
         book.placed(PageRun::single(answered), true, now);
         assert_eq!(book.figures().late_answers, 1);
         // Pushed between the ledger's answer and the asking.
-        book.enter(crossed, Some(0), now);
+        book.enter(crossed, thread(0), Some(0), now);
         book.placed(PageRun::single(crossed), false, now);
         book.asked(crossed);
         assert_eq!(book.figures().late_answers, 2);
         assert_eq!(book.figures().latency.summary().count, 5);
+    }
+
+    #[test]
+    fn a_fault_that_is_raised_again_is_one_wait() {
+        let book = FaultBook::new(2);
+        let page = PageIndex::new(7);
+        let since = Instant::now();
+        assert!(book.enter(page, thread(0), Some(0), since));
+        for again in 1..10_000 {
+            assert!(!book.enter(page, thread(0), Some(0), since + Duration::from_micros(again)));
+        }
+        assert!(book.enter(page, thread(1), Some(1), since + Duration::from_millis(1)));
+        book.placed(PageRun::single(page), true, since + Duration::from_millis(3));
+        let figures = book.figures();
+        assert_eq!(figures.latency.summary().count, 2);
+        assert_eq!(figures.blocktime, [3, 2].map(Duration::from_millis));
+        assert!(book.enter(page, thread(0), Some(0), since));
     }
 }

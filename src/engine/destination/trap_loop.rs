@@ -151,7 +151,7 @@ impl<R: Requests> TrapLoop<R> {
             }
         };
         // First the book, then the ledger: see `FaultBook::enter`.
-        self.installer.book.enter(page, vcpu, now);
+        let new = self.installer.book.enter(page, thread, vcpu, now);
         failpoint!("destination::before_fault_answered");
         match self.installer.ledger.fault(page).map_err(violation)? {
             FaultAnswer::Request => {
@@ -159,19 +159,23 @@ impl<R: Requests> TrapLoop<R> {
                 self.installer.book.asked(page);
                 self.ask(page, vcpu);
             }
-            FaultAnswer::Wait => waits(&self.counts.waits),
+            FaultAnswer::Wait if new => waits(&self.counts.waits),
+            // A wait that goes on is counted, and timed, by its beginning.
+            FaultAnswer::Wait => {}
             FaultAnswer::Wake => {
-                if self.installer.book.strike(page) {
+                if new && self.installer.book.strike(page) {
                     self.counts.crossed.fetch_add(1, Ordering::Relaxed);
-                } else {
+                } else if new {
                     // Placed after it was entered: its wait is in the figures.
                     waits(&self.counts.waits);
                 }
                 self.installer.wake(PageRun::single(page))?;
             }
             FaultAnswer::Zero(landing) => {
-                self.counts.local.fetch_add(1, Ordering::Relaxed);
-                self.installer.book.strike(page);
+                if new {
+                    self.counts.local.fetch_add(1, Ordering::Relaxed);
+                    self.installer.book.strike(page);
+                }
                 self.installer.place_zero(landing, &mut || self.again())?;
             }
         }
