@@ -159,7 +159,7 @@ impl Holding {
     /// does.
     pub fn part(&self, outcome: &Outcome, word: &CommitWord) -> Option<HeldBy> {
         let held = self.take()?;
-        failpoint!("source::before_keeper_released", return None);
+        failpoint!("source::before_keeper_released");
         let lost = matches!(outcome, Outcome::Lost(_));
         let (by, parted) = match held {
             Beside::Store(_) if lost => return Some(HeldBy::DescriptorStore),

@@ -8,7 +8,7 @@ pub type Arranged = (Process, &'static str);
 /// The commit cannot be recorded: the source takes its guest back and tells the destination.
 const RETREAT: Arranged = (Process::Source, "source::before_commit_word=return(error)");
 /// The link is lost in the middle of the target brownout.
-const LINK_LOST: Arranged = (Process::Source, "source::after_push_sent=return(error)");
+const LINK_LOST: Arranged = (Process::Source, "source::before_push_claimed=return(error)");
 /// The fault server dies there.
 const SERVER_DIES: Arranged = (Process::Source, "source::after_push_sent=return(crash)");
 /// The fault server dies in the blackout.

@@ -154,12 +154,12 @@ impl SourceShared {
         let mut frame = self.frame(&claim, kind, origin, epoch);
         stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
         match (origin, kind) {
-            (Origin::Seed, _) => failpoint!("source::after_seed_sent", return Err(broken())),
-            (Origin::Demand, _) => failpoint!("source::after_demand_sent", return Err(broken())),
+            (Origin::Seed, _) => failpoint!("source::after_seed_sent"),
+            (Origin::Demand, _) => failpoint!("source::after_demand_sent"),
             (_, PageKind::Zero | PageKind::Hole) => {
-                failpoint!("source::after_zeros_sent", return Err(broken()));
+                failpoint!("source::after_zeros_sent");
             }
-            _ => failpoint!("source::after_push_sent", return Err(broken())),
+            _ => failpoint!("source::after_push_sent"),
         }
         self.sent(claim, kind, origin);
         Ok(())

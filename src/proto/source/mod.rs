@@ -414,22 +414,6 @@ impl SourceSession {
         }
     }
 
-    fn cancel(&mut self, now: Duration, why: String) {
-        use SourceState as S;
-        match self.state {
-            S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
-            S::Retracting => self.finish_aborted(now),
-            // Too late (or already on its way out): the guest is the destination's.
-            S::Unpausing
-            | S::Committing
-            | S::Committed
-            | S::TakingBack
-            | S::Brownout
-            | S::Releasing
-            | S::Over => {}
-        }
-    }
-
     /// Ends a session before the commit, for a reason of this side; the guest is, or
     /// will be, running here.
     fn abort(&mut self, now: Duration, why: String) {

@@ -123,6 +123,22 @@ impl SourceSession {
         }
     }
 
+    pub(super) fn cancel(&mut self, now: Duration, why: String) {
+        use SourceState as S;
+        match self.state {
+            S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
+            S::Retracting => self.finish_aborted(now),
+            // Too late (or already on its way out): the guest is the destination's.
+            S::Unpausing
+            | S::Committing
+            | S::Committed
+            | S::TakingBack
+            | S::Brownout
+            | S::Releasing
+            | S::Over => {}
+        }
+    }
+
     pub(super) fn given_up(&mut self, now: Duration, why: String) {
         use SourceState as S;
         match self.state {
