@@ -120,6 +120,11 @@ impl FaultBook {
         self.open.store(book.open.len(), Ordering::SeqCst);
     }
 
+    /// The pages that somebody waits for.
+    pub fn waited_for(&self) -> Vec<PageIndex> {
+        self.lock().open.iter().map(|fault| fault.page).collect()
+    }
+
     /// The figures so far.
     pub fn figures(&self) -> FaultFigures {
         self.lock().figures.clone()

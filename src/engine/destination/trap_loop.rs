@@ -188,10 +188,22 @@ impl<R: Requests> TrapLoop<R> {
         self.requests.ask(PageRequest { run, vcpu, epoch });
     }
 
-    /// Asks again for everything whose answer the lost link swallowed.
-    pub async fn ask_again(&self) {
+    /// Asks again for everything whose answer the lost link swallowed; and answers those who
+    /// wait for pages that it had told to be zero, if it broke before they were placed.
+    pub async fn ask_again(&self) -> Result<(), LaneError> {
         let ledger = &self.installer.ledger;
         super::placed_out::ask_again(ledger, |page| self.ask(page, None)).await;
+        for page in self.installer.book.waited_for() {
+            match ledger.fault(page).map_err(violation)? {
+                FaultAnswer::Zero(landing) => {
+                    self.installer.place_zero(landing, &mut || self.again())?;
+                }
+                FaultAnswer::Wake => self.installer.wake(PageRun::single(page))?,
+                FaultAnswer::Request => self.ask(page, None),
+                FaultAnswer::Wait => {}
+            }
+        }
+        Ok(())
     }
 
     /// Reads pending events while a placement waits for just that.

@@ -155,8 +155,9 @@ impl Driver {
         if let Err(error) = placed_out::tell(&installer.ledger, &mut link.control).await {
             return self.control_failed(&error);
         }
-        if let Some(traps) = &self.traps {
-            traps.ask_again().await;
+        let Some(traps) = &self.traps else { return };
+        if let Err(error) = traps.ask_again().await {
+            let _ = self.input.send(Input::LinkEnded { generation: self.generation, error });
         }
     }
 }
