@@ -247,7 +247,7 @@ impl FaultServer {
         }
     }
 
-    /// The same in a process that a keeper has started, as its [`RestartCommand`] says: the
+    /// The same in a process that a keeper has started, as its [`RestartCommand`](keeper::RestartCommand) says: the
     /// keeper is at the other end of standard input.
     ///
     /// # Errors
@@ -341,7 +341,7 @@ impl FaultServer {
     }
 
     /// A handle for its operator, whom it also answers at
-    /// [`socket_path`](crate::operator::socket_path) while it runs.
+    /// [`socket_path`] while it runs.
     pub fn operator(&self) -> Operator {
         self.migration.operator()
     }

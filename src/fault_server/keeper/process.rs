@@ -32,7 +32,7 @@ pub fn run_if_asked() -> Option<ExitCode> {
     })
 }
 
-/// The life of a keeper, which [`start`] has started with a socket as standard input. It
+/// The life of a keeper, which [`start`](super::start) has started with a socket as standard input. It
 /// closes every other descriptor of the process: nothing may have been opened before.
 ///
 /// # Errors
