@@ -57,6 +57,9 @@ struct Stage {
     over: Arc<AtomicBool>,
 }
 
+/// How the panic of a cell begins whose migration passed without its point.
+pub const NOT_REACHED: &str = "the point was not reached";
+
 impl Cell {
     /// Runs it; panics if it comes to something that the table does not say.
     pub fn run(&self) -> String {
@@ -100,7 +103,7 @@ impl Cell {
             guest.process.stderr(),
         );
         let landed = log.lines().any(|line| line.split(' ').nth(2) == Some(self.point.name));
-        assert!(landed, "the point was not reached: {}", story);
+        assert!(landed, "{NOT_REACHED}: {}", story);
         assert!(!said.contains("panicked"), "a panic: {}", story);
         assert!(self.expected.allows(place, code), "not what the table says: {}", story);
         match place {

@@ -69,6 +69,10 @@ fn tell(cell: &Cell, text: &str) -> String {
     path.display().to_string()
 }
 
+/// Some points are reached by most migrations only: there must be a fault on a page at the
+/// moment at which it is told to be zero, say. So often a cell is tried until it is.
+const REACHED_BY: u32 = 8;
+
 #[test]
 fn every_point_and_kind_comes_to_what_the_table_says() {
     let table = Table::read();
@@ -85,7 +89,15 @@ fn every_point_and_kind_comes_to_what_the_table_says() {
                         break;
                     };
                     let cell_began = Instant::now();
-                    let done = catch_unwind(AssertUnwindSafe(|| cell.run()));
+                    let done = (1..=REACHED_BY).find_map(|attempt| {
+                        let done = catch_unwind(AssertUnwindSafe(|| cell.run()));
+                        let missed = done.as_ref().is_err_and(|panic| {
+                            let text = panic.downcast_ref::<String>();
+                            text.is_some_and(|text| text.starts_with(cell::NOT_REACHED))
+                        });
+                        if missed && attempt < REACHED_BY { None } else { Some(done) }
+                    });
+                    let done = done.expect("the last attempt counts");
                     let took = cell_began.elapsed().as_secs_f32();
                     match done {
                         Ok(found) => println!("{cell}: {found}, {took:.1} s"),
