@@ -241,6 +241,10 @@ fn each_broken_invariant_is_named() {
         let wrong = report.check();
         assert!(matches!(&wrong[..], [only] if only.contains(expected)), "{expected}: {wrong:?}");
     }
+    let mut recovered = whole();
+    recovered.outcome = Outcome::Recovered;
+    recovered.pages.drained = None;
+    assert!(recovered.check().iter().any(|wrong| wrong.contains("a count of pages is absent")));
     let alone = Report::merge(heading(), source(), None);
     assert_eq!(alone.check(), [""; 0], "the destination's part may be lost on its way");
     let mut report = whole();
