@@ -145,6 +145,8 @@ pub mod report;
 #[cfg(feature = "io")]
 pub mod transport;
 #[cfg(feature = "io")]
+pub mod trial;
+#[cfg(feature = "io")]
 pub mod uffd;
 #[cfg(feature = "io")]
 pub mod vmm;

@@ -55,6 +55,11 @@ const LAYERS: &[Layer] = &[
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
+        name: "trial",
+        modules: &["program", "proto", "report", "transport", "uffd"],
+        crates: None,
+    },
+    Layer {
         name: "fault_server",
         modules: &[
             "attach",
