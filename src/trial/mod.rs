@@ -5,7 +5,10 @@
 //! with an emulated link between the two sides if one is asked for. What a trial measured is the
 //! source's report, which holds the destination's part.
 
+mod link;
 mod process;
+
+pub use link::LinkShape;
 
 use crate::program::exit::Failure;
 use crate::report::schema::Report;
@@ -63,24 +66,6 @@ pub enum Voice {
     Quiet,
     /// Nowhere: the end of what they say becomes the reason of a failure.
     Kept,
-}
-
-/// An emulated link; nothing of it set is the loopback device itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LinkShape {
-    /// Its rate each way, in bits a second.
-    pub bandwidth_bps: Option<u64>,
-    /// Its round trip.
-    pub rtt: Option<Duration>,
-    /// The share of packets that it loses.
-    pub loss: Option<f64>,
-}
-
-impl LinkShape {
-    /// Whether it is the loopback device itself.
-    pub fn is_loopback(self) -> bool {
-        self == Self::default()
-    }
 }
 
 /// What no wait of a trial outlasts.

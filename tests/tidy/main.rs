@@ -60,6 +60,11 @@ const LAYERS: &[Layer] = &[
         crates: None,
     },
     Layer {
+        name: "bench",
+        modules: &["memory", "program", "proto", "report", "trial", "uffd", "vmm"],
+        crates: None,
+    },
+    Layer {
         name: "fault_server",
         modules: &[
             "attach",
@@ -104,6 +109,7 @@ const UNSAFE: &[&str] = &[
     "examples/tiny_vmm/vmm.rs",
     "src/attach/commit_word.rs",
     "src/attach/socket.rs",
+    "src/bench/floors/trapped.rs",
     "src/engine/destination/guest.rs",
     "src/engine/destination/trap_loop.rs",
     // Where a VMM promises what `serve.rs` builds on.
