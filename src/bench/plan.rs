@@ -103,7 +103,7 @@ fn compare(name: &str, there: &Value, here: &Value, found: &mut Vec<String>) {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::bench::matrix::Matrix;
     use crate::proto::prepaging::PolicyKind;

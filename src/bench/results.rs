@@ -196,7 +196,7 @@ fn floor_results(rounds: BTreeMap<u32, Floors>) -> FloorResults {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::bench::floors::{Found, Measured};
     use crate::bench::plan::tests::plan;

@@ -6,8 +6,11 @@ use super::results::{CellResults, Results};
 use super::statistics::Spread;
 use std::fmt::Write;
 
+/// How a value is written.
+type Written = fn(f64) -> String;
+
 /// The columns: a heading, a figure, and how it is written.
-const COLUMNS: &[(&str, &str, fn(f64) -> String)] = &[
+const COLUMNS: &[(&str, &str, Written)] = &[
     ("stall p50", "stall_p50_ns", nanos),
     ("stall p99", "stall_p99_ns", nanos),
     ("stall max", "stall_max_ns", nanos),
