@@ -75,16 +75,16 @@ fn a_minimal_benchmark_leaves_its_results_and_goes_on_where_it_ended() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let out = folder.path().join("bench");
     let ended = bench(&out, MATRIX);
-    let (stdout, stderr) = (text(&ended.stdout), text(&ended.stderr));
+    let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
     assert!(ended.status.success(), "{ended:?}");
     assert!(stdout.contains("x floor") && stdout.contains("1Gbit:1ms"), "{stdout}");
     assert!(stderr.contains("2 cells, 1 runs each, in an order by seed 1"), "{stderr}");
 
     let found = results(&out);
     assert_eq!(found["schema"], "postcopy-bench/1");
-    assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 2, "failed": 0}));
+    assert_eq!(found["runs"], serde_json::json!({"planned": 4, "completed": 4, "failed": 0}));
     for cell in 0..2 {
-        let figures = &found["cells"][cell]["runs"][0]["figures"];
+        let figures = &found["cells"][cell]["runs"][1]["figures"];
         for figure in ["pages_per_second", "downtime_us", "total_us", "wire_bits_per_second"] {
             assert!(figures[figure].as_f64().is_some_and(|of| of > 0.0), "{figure}: {found:#}");
         }
@@ -94,22 +94,31 @@ fn a_minimal_benchmark_leaves_its_results_and_goes_on_where_it_ended() {
     assert!(floor.as_f64().is_some_and(|of| of > 0.0), "{found:#}");
     assert!(found["cells"][0]["figures"]["rate_to_udp"]["median"].is_f64(), "{found:#}");
 
+    // The first run of each cell was recorded, and is drawn.
+    let page = std::fs::read_to_string(out.join("results.html")).expect("results.html");
+    let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
+    let parsed = roxmltree::Document::parse_with_options(&page, options).expect("well-formed");
+    let text: Vec<&str> = parsed.descendants().filter_map(|node| node.text()).collect();
+    let drawn = text.iter().filter(|text| text.contains("Which page came when")).count();
+    assert_eq!(drawn, 2, "{text:?}");
+
     // One run is lost: only it is made again.
     let before = run_files(&out);
-    assert_eq!(before.len(), 2);
+    assert_eq!(before.len(), 4);
     std::fs::remove_file(&before[0].0).expect("a run's file");
     let again = bench(&out, MATRIX);
     assert!(again.status.success(), "{again:?}");
-    assert_eq!(text(&again.stderr).matches("round 1: ").count(), 1, "{again:?}");
+    assert!(!text_of(&again.stderr).contains("round 1: "), "{again:?}");
+    assert_eq!(text_of(&again.stderr).matches("round 0: ").count(), 1, "{again:?}");
     let after = run_files(&out);
-    assert_eq!(after.len(), 2);
+    assert_eq!(after.len(), 4);
     assert_ne!(before[0].1, after[0].1, "it was not made again");
-    assert_eq!(before[1], after[1], "it was made again, and was there");
+    assert_eq!(before[1..], after[1..], "they were made again, and were there");
 
     // Another matrix does not go with it.
     let refused = bench(&out, &MATRIX.replace("8M", "16M"));
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-    let why = text(&refused.stderr);
+    let why = text_of(&refused.stderr);
     assert!(
         why.contains("holds another benchmark")
             && why.contains("cells[0].memory: 8388608 there, 16777216 now"),
@@ -126,9 +135,9 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     // 8 MiB are too little for four vCPUs whose memory is zero for the most part.
     let ended =
-        bench(folder.path(), "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify");
+        bench(folder.path(), "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify --no-record");
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
-    let (stdout, stderr) = (text(&ended.stdout), text(&ended.stderr));
+    let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
     assert!(stdout.contains("failed, round 1: process random bubbling 8M 4vcpu"), "{stdout}");
     assert!(stdout.contains("leave too little for 4 vCPUs"), "{stdout}");
     assert!(stderr.contains("1 of 2 runs failed"), "{stderr}");
@@ -138,6 +147,6 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     assert!(failed["reason"].as_str().is_some_and(|why| why.contains("too little")), "{found:#}");
 }
 
-fn text(bytes: &[u8]) -> String {
+fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

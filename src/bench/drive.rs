@@ -4,16 +4,18 @@ use super::cell::Cell;
 use super::floors::Floors;
 use super::machine::load_average;
 use super::matrix::order;
-use super::plan::Plan;
+use super::page;
+use super::plan::{Plan, RECORDED_ROUND};
 use super::results::Results;
 use super::store::{self, Failed, Outcome, RUN_SCHEMA, Run, Store};
 use super::table;
+use crate::engine::destination::Recorded;
 use crate::program::exit::{Failure, code, one_line};
 use crate::report::schema::Report;
 use crate::trial::{self, Limit};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -97,14 +99,16 @@ pub fn bench(
 ) -> anyhow::Result<Results> {
     let store = Store::open(folder, plan)?;
     let plan = store.plan();
-    display.length(u64::from(plan.rounds) * plan.cells.len() as u64);
-    for round in 1..=plan.rounds {
+    display.length(plan.runs());
+    for round in plan.all_rounds() {
         run_round(&store, round, retry, display, stop)?;
     }
     display.finish();
     let results = Results::of(&store)?;
     store::write(&folder.join("results.json"), &results)?;
     store::write_text(&folder.join("results.txt"), &table::render(&results))?;
+    let record = |cell: &Cell| Recorded::read(&store.record_path(cell)).ok();
+    store::write_text(&folder.join("results.html"), &page::render(&results, record)?)?;
     Ok(results)
 }
 
@@ -129,7 +133,8 @@ fn run_round(
         }
     }
     let stopped = || stop.load(Ordering::SeqCst);
-    if !missing.is_empty() && !stopped() && store.floors(round)?.is_none() {
+    let counts = round != RECORDED_ROUND;
+    if counts && !missing.is_empty() && !stopped() && store.floors(round)?.is_none() {
         let time = Duration::from_millis(plan.conditions.floor_ms);
         let floors = Floors::measure(time, |floor| display.now(&format!("floor {floor}")));
         store.keep_floors(round, &floors)?;
@@ -139,7 +144,8 @@ fn run_round(
             return Ok(());
         }
         display.now(&format!("round {round}: {cell}"));
-        let run = run_cell(plan, round, cell, stop);
+        let record = (!counts).then(|| store.record_path(cell));
+        let run = run_cell(plan, round, cell, record, stop);
         // What was cut short says nothing.
         if stopped() {
             return Ok(());
@@ -160,11 +166,17 @@ fn run_round(
 }
 
 /// Runs a cell once.
-fn run_cell(plan: &Plan, round: u32, cell: &Cell, stop: &Arc<AtomicBool>) -> Run {
+fn run_cell(
+    plan: &Plan,
+    round: u32,
+    cell: &Cell,
+    record: Option<PathBuf>,
+    stop: &Arc<AtomicBool>,
+) -> Run {
     let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let (began, load_average) = (Instant::now(), load_average());
     let limit = Limit::new(Duration::from_millis(plan.conditions.limit_ms), stop.clone());
-    let outcome = match migrate(plan, cell, limit) {
+    let outcome = match migrate(plan, cell, record, limit) {
         Ok(report) => Outcome::Completed(Box::new(report)),
         Err(error) => Outcome::Failed(Failed { reason: one_line(&error), code: code(&error) }),
     };
@@ -179,8 +191,17 @@ fn run_cell(plan: &Plan, round: u32, cell: &Cell, stop: &Arc<AtomicBool>) -> Run
     }
 }
 
-fn migrate(plan: &Plan, cell: &Cell, limit: Limit) -> anyhow::Result<Report> {
-    let report = cell.trial(&plan.conditions).prepare(limit)?.migrate()?.finish()?;
+fn migrate(
+    plan: &Plan,
+    cell: &Cell,
+    record: Option<PathBuf>,
+    limit: Limit,
+) -> anyhow::Result<Report> {
+    let mut trial = cell.trial(&plan.conditions);
+    if let Some(path) = record {
+        trial.destination.extend(["--record".into(), path.into_os_string()]);
+    }
+    let report = trial.prepare(limit)?.migrate()?.finish()?;
     trial::check(&report, plan.conditions.verify)?;
     Ok(report)
 }

@@ -6,7 +6,7 @@
 //! round begins with the [`floors`]: what the same machine, at that time, needs for the least
 //! that a fault consists of. A [`store`] keeps every finished run as a file, so that a benchmark
 //! that was interrupted goes on; [`results`] makes medians and spreads of them, for the [`table`]
-//! and the JSON.
+//! and the JSON; a [`page`] has them with plots, those of recorded runs included.
 //!
 //! It measures by what users can run: each migration is made by processes of this program, and
 //! verified. It knows nothing of how one works.
@@ -17,7 +17,9 @@ pub mod figures;
 pub mod floors;
 pub mod machine;
 pub mod matrix;
+pub mod page;
 pub mod plan;
+mod plots;
 pub mod results;
 pub mod statistics;
 pub mod store;

@@ -5,6 +5,7 @@ use super::cell::Cell;
 use super::machine::{Machine, Program};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// What is equal for all cells.
@@ -30,6 +31,8 @@ pub struct Conditions {
     pub limit_ms: u64,
     /// How long each floor is measured, each round.
     pub floor_ms: u64,
+    /// Whether each cell has a first run that is recorded, for the plots, and not counted.
+    pub record: bool,
 }
 
 impl Conditions {
@@ -56,10 +59,25 @@ pub struct Plan {
     pub machine: Machine,
 }
 
+/// The round whose runs are recorded and not counted: a recording costs time, and what runs
+/// first on a machine runs otherwise.
+pub const RECORDED_ROUND: u32 = 0;
+
 /// The most differences that are named.
 const NAMED_MAX: usize = 5;
 
 impl Plan {
+    /// All rounds, in order, the recorded one included.
+    pub fn all_rounds(&self) -> RangeInclusive<u32> {
+        let first = if self.conditions.record { RECORDED_ROUND } else { 1 };
+        first..=self.rounds
+    }
+
+    /// All runs.
+    pub fn runs(&self) -> u64 {
+        self.all_rounds().count() as u64 * self.cells.len() as u64
+    }
+
     /// What is not the same in another plan, by name, and how it is there and here; empty if
     /// they are equal.
     pub fn differences(&self, other: &Plan) -> Vec<String> {
@@ -137,6 +155,7 @@ pub(super) mod tests {
                 verify: true,
                 limit_ms: 60_000,
                 floor_ms: 200,
+                record: true,
             },
             cells: matrix.cells().unwrap(),
             program: Program {

@@ -4,7 +4,7 @@
 use super::cell::Cell;
 use super::figures::{self, FIGURES};
 use super::floors::{Floor, Floors};
-use super::plan::Plan;
+use super::plan::{Plan, RECORDED_ROUND};
 use super::statistics::Spread;
 use super::store::{Failed, Outcome, Run, Store};
 use serde::{Deserialize, Serialize};
@@ -84,7 +84,7 @@ pub struct CellResults {
 /// A run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunResults {
-    /// Its round.
+    /// Its round; 0: it was recorded, and is not in the spreads.
     pub round: u32,
     /// When it began, in milliseconds since 1970.
     pub at_unix_ms: u64,
@@ -120,7 +120,7 @@ impl Results {
         }
         let mut runs = Vec::new();
         for cell in &plan.cells {
-            for round in 1..=plan.rounds {
+            for round in plan.all_rounds() {
                 runs.extend(store.run(round, cell)?);
             }
         }
@@ -129,8 +129,7 @@ impl Results {
 
     /// Makes the results of these runs.
     pub fn made(plan: Plan, floors: BTreeMap<u32, Floors>, runs: &[Run]) -> Self {
-        let mut count =
-            Count { planned: u64::from(plan.rounds) * plan.cells.len() as u64, ..Count::default() };
+        let mut count = Count { planned: plan.runs(), ..Count::default() };
         let mut cells = Vec::new();
         for cell in &plan.cells {
             let of_cell: Vec<RunResults> = runs
@@ -173,9 +172,10 @@ fn run_results(run: &Run, floors: Option<&Floors>) -> RunResults {
 }
 
 fn spreads(runs: &[RunResults]) -> BTreeMap<String, Spread> {
+    let counted = runs.iter().filter(|run| run.round != RECORDED_ROUND);
     let of = |name: &str| {
         let values: Vec<f64> =
-            runs.iter().filter_map(|run| run.figures.get(name).copied()).collect();
+            counted.clone().filter_map(|run| run.figures.get(name).copied()).collect();
         Spread::of(&values)
     };
     FIGURES.iter().filter_map(|figure| Some((figure.name.to_owned(), of(figure.name)?))).collect()
@@ -233,7 +233,7 @@ pub(super) mod tests {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// Results of fixed figures: three rounds, of which the last has not ended.
+    /// Results of fixed figures: a recorded round and three others, none of them whole.
     pub fn results() -> Results {
         let plan = plan();
         let (loopback, emulated) = (&plan.cells[0], &plan.cells[1]);
@@ -249,6 +249,7 @@ pub(super) mod tests {
         let completed = |n| Outcome::Completed(Box::new(report(n)));
         let failed = Failed { reason: "the link did not come back".into(), code: 4 };
         let runs = [
+            run(0, loopback, completed(1000)),
             run(1, loopback, completed(1)),
             run(2, loopback, completed(5)),
             run(3, loopback, completed(2)),
@@ -280,13 +281,16 @@ pub(super) mod tests {
     #[test]
     fn ratios_are_to_the_floor_of_the_same_round_and_of_the_same_device() {
         let results = results();
-        assert_eq!(results.runs, Count { planned: 6, completed: 4, failed: 1 });
-        assert_eq!(results.runs.missing(), 1);
+        assert_eq!(results.runs, Count { planned: 8, completed: 5, failed: 1 });
+        assert_eq!(results.runs.missing(), 2);
         let loopback = &results.cells[0];
         // 42, 50 and 44 us over 20, 40 and 60 us.
         let ratios: Vec<f64> =
-            loopback.runs.iter().map(|run| run.figures["stall_p50_to_tcp_fault"]).collect();
+            loopback.runs[1..].iter().map(|run| run.figures["stall_p50_to_tcp_fault"]).collect();
         assert_eq!(ratios, [2.1, 1.25, 44.0 / 60.0]);
+        // What was recorded is not counted.
+        assert_eq!(loopback.figures["stall_p50_ns"].count, 3);
+        assert_eq!(loopback.figures["stall_p50_ns"].max, 50_000.0);
         assert_eq!(loopback.median("stall_p50_to_tcp_fault"), Some(1.25));
         // 8.5 MB in 50 ms are 1.36 Gbit/s, half of UDP's.
         assert_eq!(loopback.median("rate_to_udp"), Some(0.5));

@@ -5,6 +5,7 @@
 //! plan.json                       what is measured; a benchmark with another one is refused
 //! floors/001.json                 the floors of round 1
 //! runs/001-CELL.json              the run of a cell in round 1, whole or failed
+//! records/CELL.record             when what happened in its run of round 0
 //! results.json, results.html      made of all of these, again and again
 //! ```
 
@@ -29,7 +30,7 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 pub struct Run {
     /// [`RUN_SCHEMA`].
     pub schema: String,
-    /// Which round it was a part of, from 1.
+    /// Which round it was a part of: from 1, or 0 for a run that was recorded.
     pub round: u32,
     /// The cell.
     pub cell: Cell,
@@ -74,7 +75,7 @@ impl Store {
     /// Opens the folder for this plan: a new one, an empty one, or one of the same plan.
     pub fn open(folder: &Path, plan: Plan) -> anyhow::Result<Self> {
         let shown = folder.display();
-        for part in ["runs", "floors"] {
+        for part in ["runs", "floors", "records"] {
             let path = folder.join(part);
             fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         }
@@ -142,6 +143,11 @@ impl Store {
     /// Keeps the floors of a round.
     pub fn keep_floors(&self, round: u32, floors: &Floors) -> anyhow::Result<()> {
         write(&self.floors_path(round), floors)
+    }
+
+    /// Where the recording of a cell is, or is to be.
+    pub fn record_path(&self, cell: &Cell) -> PathBuf {
+        self.folder.join("records").join(format!("{}.record", cell.slug()))
     }
 
     fn run_path(&self, round: u32, cell: &Cell) -> PathBuf {

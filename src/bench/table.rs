@@ -2,12 +2,13 @@
 //! else there is is in the JSON.
 
 use super::floors::{Floor, Found};
-use super::results::{CellResults, Results};
+use super::plan::RECORDED_ROUND;
+use super::results::{CellResults, Results, RunResults};
 use super::statistics::Spread;
 use std::fmt::Write;
 
 /// How a value is written.
-type Written = fn(f64) -> String;
+pub type Written = fn(f64) -> String;
 
 /// The columns: a heading, a figure, and how it is written.
 const COLUMNS: &[(&str, &str, Written)] = &[
@@ -121,7 +122,8 @@ fn headings() -> Vec<String> {
 
 fn row(cell: &CellResults, name: &str) -> Vec<String> {
     let failed = cell.failures().count();
-    let completed = cell.runs.len() - failed;
+    let counted = |run: &&RunResults| run.failed.is_none() && run.round != RECORDED_ROUND;
+    let completed = cell.runs.iter().filter(counted).count();
     let runs = match failed {
         0 => completed.to_string(),
         _ => format!("{completed}, {failed} failed"),

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 /// Runs every combination of what is listed, several times and interleaved, each as a
 /// migration between processes of its own that is verified, and beside them floors: what this
 /// machine needs for the least that a fault consists of. Prints a table of medians; the folder
-/// gets the same as JSON, with every run.
+/// gets the same as JSON, with every run, and as a page with plots, results.html.
 ///
 /// Without arguments it takes a minute or two; with --full hours. Interrupted, it leaves what it
 /// has, and the same command with --out goes on. A run that fails is shown with its reason, the
@@ -71,6 +71,9 @@ pub struct Bench {
     /// Do not compare the guests' pages in the end.
     #[arg(long)]
     no_verify: bool,
+    /// No first run of each cell that is recorded for the plots, and not counted.
+    #[arg(long)]
+    no_record: bool,
     /// Least time from one step of a vCPU to its next, in nanoseconds.
     #[arg(long, default_value_t = 0, value_name = "NS")]
     think_ns: u64,
@@ -138,6 +141,7 @@ impl Bench {
                 verify: !self.no_verify,
                 limit_ms: millis(self.limit),
                 floor_ms: millis(self.floor_time),
+                record: !self.no_record,
             },
             cells: self.matrix().cells()?,
             program: Program::here(),

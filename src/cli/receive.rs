@@ -6,7 +6,7 @@ use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::operator::desk::Desk;
 use postcopy::program::exit::{Failure, Side, both, write_report};
-use postcopy::program::signals::on_interrupt;
+use postcopy::program::signals::{complain, on_interrupt};
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
@@ -59,6 +59,9 @@ pub struct Receive {
     /// Where to make a socket (mode 0600) for `postcopy session --operator`.
     #[arg(long, value_name = "PATH")]
     operator: Option<PathBuf>,
+    /// Record when each fault came and each run of pages was placed, in 16 bytes each.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
     /// Write this side's report as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -76,6 +79,7 @@ impl Receive {
             .push_lanes(usize::from(self.push_lanes))
             .ticket_life(self.ticket_life)
             .backing(self.backing)
+            .record(self.record.is_some())
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });
@@ -111,6 +115,12 @@ impl Receive {
         let arrival = Arrival::default();
         let end = receiver.run(Box::new(arrival.clone()))?;
         drop(desk);
+        if let (Some(path), Some(recorded)) = (&self.record, &end.recorded) {
+            // No figure of a migration is worth the guest that it has brought.
+            recorded.write(path).unwrap_or_else(|error| {
+                complain("postcopy", &format!("no recording {}: {error}", path.display()));
+            });
+        }
         let guest = arrival.take();
         let mut report = end.report;
         if let Err(failure) = Failure::of(&end.outcome, Side::Destination) {

@@ -61,7 +61,7 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "bench",
-        modules: &["memory", "program", "proto", "report", "trial", "uffd", "vmm"],
+        modules: &["engine", "memory", "program", "proto", "report", "trial", "uffd", "vmm"],
         crates: None,
     },
     Layer {

@@ -45,6 +45,7 @@ impl DestinationBuilder {
             backing: DestinationBacking::MemfdContinue,
             is_kvm: |_| true,
             users: Vec::new(),
+            record: false,
         };
         Self { config, public_host: None, on_event: None }
     }
@@ -77,6 +78,13 @@ impl DestinationBuilder {
     /// [`DestinationVm::memory`](crate::engine::vm::DestinationVm::memory).
     pub fn backing(mut self, backing: DestinationBacking) -> Self {
         self.config.backing = backing;
+        self
+    }
+
+    /// Keeps when each fault was read and each run of pages placed, in 16 bytes an event and
+    /// 64 MiB at most, for [`DestinationEnd::recorded`](super::DestinationEnd::recorded).
+    pub fn record(mut self, record: bool) -> Self {
+        self.config.record = record;
         self
     }
 

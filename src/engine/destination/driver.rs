@@ -11,8 +11,9 @@ use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
 use super::links::{NewLink, accept_links, last_words};
 use super::push_in::{self, PushGate};
+use super::recording::Recording;
 use super::trap_loop::{FaultCounts, TrapLoop};
-use super::{DestinationConfig, DestinationEnd, Receiver, report};
+use super::{DestinationConfig, DestinationEnd, Receiver, Recorded, report};
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::operator::{Asked, LinkDiary};
@@ -290,6 +291,7 @@ impl Driver {
             GuestEvent::Restored => self.handle(DestinationEvent::Restored),
             GuestEvent::RestoreFailed(why) => self.handle(DestinationEvent::RestoreFailed(why)),
             GuestEvent::Entered(at) => {
+                self.recording().inspect(|recording| recording.entered(at));
                 let at = at.saturating_duration_since(self.began);
                 self.handle(DestinationEvent::Entered(at));
                 // Nothing may have been missing at all.
@@ -323,7 +325,8 @@ impl Driver {
         let Shell { ram, trap, placer, threads, .. } = shell;
         let ledger = DestinationLedger::new(ram.layout().pages());
         let book = FaultBook::new(threads.len());
-        let installer = Installer::new(ledger, placer, book, self.full.0.clone());
+        let recording = self.config.record.then(|| Recording::new(ledger.pages()));
+        let installer = Installer::new(ledger, placer, book, self.full.0.clone(), recording);
         let traps =
             TrapLoop::new(trap, installer.clone(), self.faults.clone(), self.queues.clone());
         let traps = match traps {
@@ -344,6 +347,17 @@ impl Driver {
         self.traps = Some(traps);
         self.ram = Some(ram);
         self.handle(DestinationEvent::Prepared);
+    }
+
+    fn recording(&self) -> Option<&Recording> {
+        self.installer.as_ref()?.recording.as_ref()
+    }
+
+    /// When what happened, once no thread has anything to add.
+    fn recorded(&self) -> Option<Recorded> {
+        let run = self.facts.guest.as_ref();
+        let history = run.map_or(&[][..], |run| &run.history);
+        Some(self.recording()?.take(history, run.and_then(|run| run.steady_per_second)))
     }
 
     fn ledger_full(&mut self) {
@@ -418,12 +432,13 @@ impl Driver {
                 warn!(%error, "a push lane ended badly");
             }
         }
+        let recorded = self.recorded();
         let name = "guest".to_owned();
         let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
         let lost = self.installer.filter(|installer| installer.lost.pages() > 0);
         let poisoned = lost.map(|of| of.ledger.poisoned_set()).unwrap_or_default();
-        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report })
+        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report, recorded })
     }
 }

@@ -93,6 +93,8 @@ pub struct RunFigures {
     pub steady_per_second: Option<u64>,
     /// From the first entry until the rate reached 90 % of the steady one.
     pub until_90_percent: Option<Duration>,
+    /// Steps by the time since the first entry.
+    pub history: Vec<(Duration, u64)>,
 }
 
 /// The guest thread.
@@ -313,6 +315,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             figures.steady_per_second = Some(steady as u64);
             figures.until_90_percent = history.until_rate(0.9 * steady);
         }
+        figures.history.clone_from(&history.samples);
         figures
     }
 }

@@ -3,6 +3,7 @@
 //! Any thread may install; the ledger's landings keep two of them off one page.
 
 use super::fault_book::FaultBook;
+use super::recording::Recording;
 use crate::engine::lane::LaneError;
 use crate::engine::lost_pages::LostPages;
 use crate::failpoint::failpoint;
@@ -74,6 +75,8 @@ pub struct Installer {
     pub arrivals: Arrivals,
     /// Pages whose content is lost.
     pub lost: LostPages,
+    /// When what happened, if somebody wants to know.
+    pub recording: Option<Recording>,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
     current: RwLock<Current>,
@@ -94,12 +97,13 @@ impl Installer {
         placer: Placer,
         book: FaultBook,
         full: UnboundedSender<()>,
+        recording: Option<Recording>,
     ) -> Arc<Self> {
         let full_told = AtomicBool::new(false);
         let arrivals = Arrivals::default();
         let lost = LostPages::default();
         let current = RwLock::default();
-        Arc::new(Self { ledger, placer, book, arrivals, lost, full, full_told, current })
+        Arc::new(Self { ledger, placer, book, arrivals, lost, recording, full, full_told, current })
     }
 
     /// Pages of `epoch` are welcome from now on and no others. When this returns, none of
@@ -187,6 +191,9 @@ impl Installer {
             }
         }
         current.first_placed.get_or_init(Instant::now);
+        if let Some(recording) = &self.recording {
+            recording.placed(frame, Instant::now());
+        }
         failpoint!(
             frame.origin == Origin::Seed => "destination::after_seed_installed",
             "destination::after_page_installed",

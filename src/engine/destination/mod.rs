@@ -13,6 +13,8 @@ mod install;
 mod links;
 mod placed_out;
 mod push_in;
+mod record_file;
+mod recording;
 mod report;
 mod said;
 mod trap_loop;
@@ -34,6 +36,7 @@ use crate::transport::{
 use crate::uffd::DestinationBacking;
 pub use builder::DestinationBuilder;
 use driver::{Driver, Input};
+pub use record_file::{EventKind, RecordError, Recorded, RecordedEvent};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -63,6 +66,8 @@ pub struct DestinationConfig {
     pub is_kvm: fn(&Hello) -> bool,
     /// Users of guest memory that only the VMM knows of.
     pub users: Vec<MemoryUser>,
+    /// Whether to keep when each fault was read and each run of pages placed.
+    pub record: bool,
 }
 
 /// A destination that waits for its guest.
@@ -102,6 +107,8 @@ pub struct DestinationEnd {
     pub poisoned: PageSet,
     /// This side's part of the report.
     pub report: DestinationPart,
+    /// When what happened, if that was to be kept.
+    pub recorded: Option<Recorded>,
 }
 
 impl Receiver {

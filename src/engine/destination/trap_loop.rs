@@ -152,6 +152,9 @@ impl<R: Requests> TrapLoop<R> {
         };
         // First the book, then the ledger: see `FaultBook::enter`.
         let new = self.installer.book.enter(page, thread, vcpu, now);
+        if let Some(recording) = self.installer.recording.as_ref().filter(|_| new) {
+            recording.fault(page, vcpu, now);
+        }
         failpoint!("destination::before_fault_answered");
         match self.installer.ledger.fault(page).map_err(violation)? {
             FaultAnswer::Request => {
