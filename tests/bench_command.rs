@@ -98,7 +98,8 @@ fn a_minimal_benchmark_leaves_its_results_and_goes_on_where_it_ended() {
     let page = std::fs::read_to_string(out.join("results.html")).expect("results.html");
     let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
     let parsed = roxmltree::Document::parse_with_options(&page, options).expect("well-formed");
-    let text: Vec<&str> = parsed.descendants().filter_map(|node| node.text()).collect();
+    let texts = parsed.descendants().filter(|node| node.is_text());
+    let text: Vec<&str> = texts.filter_map(|node| node.text()).collect();
     let drawn = text.iter().filter(|text| text.contains("Which page came when")).count();
     assert_eq!(drawn, 2, "{text:?}");
 
@@ -134,8 +135,10 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     // 8 MiB are too little for four vCPUs whose memory is zero for the most part.
-    let ended =
-        bench(folder.path(), "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify --no-record");
+    let ended = bench(
+        folder.path(),
+        "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify --no-record",
+    );
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
     assert!(stdout.contains("failed, round 1: process random bubbling 8M 4vcpu"), "{stdout}");

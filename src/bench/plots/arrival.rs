@@ -47,7 +47,7 @@ pub fn map(history: &History) -> Plot {
             [(x(column), y(row)), (x(column + 1), y(row + 1))]
         };
         for (name, dot, color) in
-            [("pushed", Dot::Pushed, PUSHED), ("demanded", Dot::Demanded, DEMANDED)]
+            [("not asked for", Dot::Pushed, PUSHED), ("demanded", Dot::Demanded, DEMANDED)]
         {
             let fields = (0..FIELDS.0 * FIELDS.1).filter(|index| dots[*index] == dot);
             let drawn = fields.map(|index| {
