@@ -167,12 +167,12 @@ mod tests {
 
     #[test]
     fn a_thread_costs_no_other_its_events() {
-        let recording = Recording::new(4000);
+        let recording = Recording::new(200_000);
         std::thread::scope(|scope| {
             for thread in 0..4u64 {
                 let recording = &recording;
                 scope.spawn(move || {
-                    for page in (thread..4000).step_by(4) {
+                    for page in (thread..200_000).step_by(4) {
                         recording.fault(PageIndex::new(page), Some(thread as u16), Instant::now());
                     }
                 });
@@ -181,7 +181,7 @@ mod tests {
         let recorded = recording.take(&[], None);
         let mut pages: Vec<_> = recorded.events.iter().map(|event| event.page).collect();
         pages.sort_unstable();
-        assert_eq!(pages, (0..4000).collect::<Vec<_>>());
+        assert_eq!(pages, (0..200_000).collect::<Vec<_>>());
         assert!(recorded.events.iter().all(|event| event.vcpu == Some((event.page % 4) as u8)));
     }
 }
