@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// For all that a minimal benchmark does, on a machine that does many other things.
@@ -15,18 +15,29 @@ const COMMON: &str = "--guest process --workload random --policy bubbling --runs
 
 /// Runs `postcopy bench` with these arguments, and kills it after the limit.
 fn bench(out: &Path, more: &str) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_postcopy"))
+    wait(start(out, more))
+}
+
+fn start(out: &Path, more: &str) -> Child {
+    let common: Vec<&str> = COMMON.split_whitespace().collect();
+    // What is said again counts.
+    let more: Vec<&str> = more.split_whitespace().collect();
+    let common = common.chunks(2).filter(|pair| !more.contains(&pair[0]));
+    Command::new(env!("CARGO_BIN_EXE_postcopy"))
         // The parent is this thread: whatever is left ends with its test.
         .args(["--die-with-parent", "bench"])
-        .args(COMMON.split_whitespace())
-        .args(more.split_whitespace())
+        .args(common.flatten())
+        .args(&more)
         .arg("--out")
         .arg(out)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("the program starts");
+        .expect("the program starts")
+}
+
+fn wait(mut child: Child) -> Output {
     let deadline = Instant::now() + LIMIT;
     // What it says fits a pipe.
     while child.try_wait().expect("a child").is_none() {
@@ -148,6 +159,49 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 1, "failed": 1}));
     let failed = &found["cells"][1]["runs"][0]["failed"];
     assert!(failed["reason"].as_str().is_some_and(|why| why.contains("too little")), "{found:#}");
+}
+
+#[test]
+fn a_migration_that_does_not_end_in_its_time_is_ended_and_fails() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    // The guest alone runs longer than that before it is migrated.
+    let ended = bench(
+        folder.path(),
+        "--memory 8M --link loopback --no-record --limit 60ms --run-before 100ms --floor-time 20ms",
+    );
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let found = results(folder.path());
+    let reason = found["cells"][0]["runs"][0]["failed"]["reason"].as_str();
+    assert!(reason.is_some_and(|why| why.contains("did not end within 60ms")), "{found:#}");
+}
+
+#[test]
+fn an_interrupted_benchmark_leaves_what_it_has() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("bench");
+    let more = "--memory 8M --link loopback --no-record --runs 900 --floor-time 20ms";
+    let mut child = start(&out, more);
+    let deadline = Instant::now() + LIMIT;
+    while !out.join("runs").is_dir() || run_files(&out).len() < 2 {
+        assert!(Instant::now() < deadline, "no run was kept: {:?}", child.kill());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let id = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGINT).expect("it runs");
+    let ended = wait(child);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert!(text_of(&ended.stderr).contains("interrupted, "), "{ended:?}");
+    assert!(text_of(&ended.stdout).contains("not finished: "), "{ended:?}");
+    let found = results(&out);
+    let completed = found["runs"]["completed"].as_u64();
+    assert!(completed.is_some_and(|count| (2..900).contains(&count)), "{found:#}");
+    assert_eq!(found["runs"]["failed"], 0, "what was cut short did not fail");
 }
 
 fn text_of(bytes: &[u8]) -> String {

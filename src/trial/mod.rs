@@ -85,6 +85,19 @@ impl Limit {
         self.until.is_none() && self.stop.is_none()
     }
 
+    /// Sleeps for so long, unless the limit comes first.
+    fn sleep(&self, time: Duration) -> anyhow::Result<()> {
+        const LOOK_EVERY: Duration = Duration::from_millis(20);
+        let until = Instant::now() + time;
+        loop {
+            self.check()?;
+            match until.saturating_duration_since(Instant::now()) {
+                Duration::ZERO => return Ok(()),
+                left => std::thread::sleep(left.min(LOOK_EVERY)),
+            }
+        }
+    }
+
     fn check(&self) -> anyhow::Result<()> {
         if self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::SeqCst)) {
             anyhow::bail!("interrupted");
@@ -171,7 +184,7 @@ impl Prepared {
 
     /// Lets the guest run for its time, and starts its migration.
     pub fn migrate(self) -> anyhow::Result<Migrating> {
-        std::thread::sleep(self.trial.run_before);
+        self.limit.sleep(self.trial.run_before)?;
         let at = |name: &str| self.folder.path().join(name);
         let kept = self.trial.voice == Voice::Kept;
         let complaints = kept.then(|| at("source.stderr"));
