@@ -55,7 +55,7 @@ pub fn bars(results: &Results, figure: &str, title: &str, written: Written) -> P
             Rectangle::new([(0.0, row + 0.2), (spread.median, row + 0.8)], PUSHED.mix(0.7).filled())
         }))?;
         chart.draw_series(places().map(|(row, (_, spread))| {
-            PathElement::new([(spread.min, row + 0.5), (spread.max, row + 0.5)], &BLACK)
+            PathElement::new([(spread.min, row + 0.5), (spread.max, row + 0.5)], BLACK)
         }))?;
         let plane = chart.plotting_area();
         for (row, (name, _)) in places() {
