@@ -212,6 +212,16 @@ impl DestinationLedger {
         Ok(Landings::new(self, run, Cargo::Bytes))
     }
 
+    /// Takes in hand what of `run` has not come, to hand it back: nobody lands there meanwhile.
+    /// It counts nothing as come.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest; then nothing is in hand.
+    pub fn hold(&self, run: PageRun) -> Result<Landings<'_>, OutOfRange> {
+        self.check(run)?;
+        Ok(Landings::new(self, run, Cargo::Nothing))
+    }
+
     /// Yields the maximal stretches inside `within` that are known to be zero and
     /// not placed, to place zeros in the background or to retry what was handed
     /// back.
@@ -469,6 +479,8 @@ impl fmt::Debug for DestinationLedger {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Cargo {
     Bytes,
+    /// Nothing: pages are only held.
+    Nothing,
     /// Zeros, on pages that are known to be zero.
     Zeros,
 }
@@ -483,7 +495,7 @@ pub(super) struct Taken {
 impl Cargo {
     fn land(self, state: PageState) -> Result<PageState, Refusal> {
         match self {
-            Self::Bytes => state.land(),
+            Self::Bytes | Self::Nothing => state.land(),
             Self::Zeros => state.land_zero().ok_or(Refusal::Duplicate),
         }
     }
