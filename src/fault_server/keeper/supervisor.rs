@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -72,11 +72,9 @@ impl Supervisor {
 
     /// How long a session that was aborted may still be of use to somebody.
     fn linger(&self) -> Duration {
-        let newest = self.record.memfd().try_clone_to_owned().ok();
-        let newest = newest.and_then(|fd| RecordFile::open(fd).ok());
-        let in_doubt = newest.filter(|newest| newest.record().state_left);
+        let in_doubt = self.record.newest().ok().filter(|newest| newest.state_left);
         // After that a destination as patient as this side has given up by itself.
-        in_doubt.map_or(Duration::ZERO, |newest| newest.record().plan.patience())
+        in_doubt.map_or(Duration::ZERO, |newest| newest.plan.patience())
     }
 
     fn due(&mut self) -> Option<Instant> {
@@ -96,10 +94,9 @@ impl Supervisor {
     /// One line where the fault servers write theirs. Nobody may read there any more.
     fn say(&self, what: &str) {
         let Some(orders) = &self.orders else { return };
-        if let Ok(stderr) = orders.outputs.stderr.try_clone() {
-            let line = format!("postcopy-keeper: {what}\n");
-            let _ = File::from(stderr).write_all(line.as_bytes());
-        }
+        let line = format!("postcopy-keeper: {what}\n");
+        // It may be for want of descriptors that there is something to say.
+        let _ = nix::unistd::write(&orders.outputs.stderr, line.as_bytes());
     }
 
     /// Nobody is left of what was started last, when another one is to follow.
@@ -128,6 +125,7 @@ impl Supervisor {
             .stderr(Stdio::from(orders.outputs.stderr.try_clone()?))
             .process_group(0)
             .spawn()?;
+        self.restarts.started(Instant::now());
         let number = self.restarts.count();
         self.say(&format!(
             "the fault server is gone; process {} goes on with the session (start {number} \
@@ -171,8 +169,22 @@ impl Succession for Supervisor {
     }
 
     fn start(&mut self) -> Option<Connection> {
-        self.restarts.started(Instant::now());
-        self.spawn().inspect_err(|error| self.say(&format!("no fault server: {error}"))).ok()
+        match self.spawn() {
+            Ok(connection) => {
+                *self.idle.borrow_mut() = None;
+                Some(connection)
+            }
+            Err(error) => {
+                self.restarts.failed(Instant::now());
+                let why = format!("no fault server can be started, which is tried again: {error}");
+                let said = self.idle.replace(Some(why.clone()));
+                // Once, however long it takes.
+                if said.as_ref() != Some(&why) {
+                    self.say(&why);
+                }
+                None
+            }
+        }
     }
 }
 
