@@ -5,7 +5,7 @@
 //! they visit, when a visit is a stall, and how stalls are counted.
 
 use crate::rom::rom;
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use postcopy::memory::ram::{Backing, GuestRam};
 use postcopy::proto::layout::{GuestAddress, MemoryLayout, Region};
 use postcopy::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -40,7 +40,7 @@ pub struct Load {
 pub struct Payload {
     ram: GuestRam,
     rom: Vec<u8>,
-    think_loop: std::ops::RangeInclusive<u64>,
+    between_steps: [std::ops::RangeInclusive<u64>; 2],
 }
 
 impl Payload {
@@ -60,8 +60,8 @@ impl Payload {
         image::write(&ram, &workload, tsc_hz())?;
         let entry = Entry::new(ram.layout(), 0);
         let rom = rom(&entry).context("the program does not lie where a ROM can enter it")?;
-        let think_loop = think_loop(&ram, &entry)?;
-        Ok(Self { ram, rom, think_loop })
+        let between_steps = between_steps(&ram, &entry)?;
+        Ok(Self { ram, rom, between_steps })
     }
 
     /// The machine's firmware.
@@ -110,7 +110,7 @@ impl Payload {
     /// Whether a processor at `instruction` is between two steps, with all of the last one
     /// in memory.
     pub fn is_between_steps(&self, instruction: u64) -> bool {
-        self.think_loop.contains(&instruction)
+        self.between_steps.iter().any(|range| range.contains(&instruction))
     }
 }
 
@@ -125,9 +125,14 @@ fn layout(bytes: u64) -> anyhow::Result<MemoryLayout> {
     Ok(MemoryLayout::new(regions)?)
 }
 
-/// Where the program waits from one step to the next: its only `pause`, and the jump from
-/// there to where the loop begins.
-fn think_loop(ram: &GuestRam, entry: &Entry) -> anyhow::Result<std::ops::RangeInclusive<u64>> {
+/// Where the program is between two steps: in the loop that waits for the next one, and from
+/// where that loop is left for up to the step's first instruction, `rdtsc`.
+///
+/// The loop ends with `jae` out of it, the program's only `pause`, and a jump back.
+fn between_steps(
+    ram: &GuestRam,
+    entry: &Entry,
+) -> anyhow::Result<[std::ops::RangeInclusive<u64>; 2]> {
     const PROGRAM_PAGES: u64 = 4;
     let page_bytes = PAGE_SIZE as u64;
     // Pages lie in the guest's virtual memory in order; the control page tells from where on.
@@ -136,18 +141,24 @@ fn think_loop(ram: &GuestRam, entry: &Entry) -> anyhow::Result<std::ops::RangeIn
     let run = PageRun::new(PageIndex::new(first), PROGRAM_PAGES).context("no program")?;
     let mut program = vec![0; run.bytes()];
     ram.read_run(run, &mut program);
-    let wait = (entry.instruction % page_bytes) as usize;
-    // pause; jmp
-    let wait = wait
-        + program[wait..]
-            .windows(3)
-            .position(|at| at == [0xF3, 0x90, 0xEB])
-            .context("the program does not wait")?;
-    let back = program.get(wait + 3).context("the program ends too early")?.cast_signed();
-    let after = base + first * page_bytes + wait as u64 + 4;
-    let begins = after.wrapping_add_signed(back.into());
-    ensure!(back < 0 && begins >= entry.instruction, "the program's wait is not what it was");
-    Ok(begins..=after - 2)
+    let address = |offset: usize| base + first * page_bytes + offset as u64;
+
+    let changed = "the program's wait is not what it was";
+    let from = (entry.instruction % page_bytes) as usize;
+    let pause = program[from..].windows(3).position(|at| at == [0xF3, 0x90, 0xEB]);
+    let pause = from + pause.context(changed)?;
+    let (Some([0x0F, 0x83, out @ ..]), Some(back)) =
+        (program[..pause].last_chunk::<6>(), program.get(pause + 3))
+    else {
+        bail!(changed);
+    };
+    let jump = |from: usize, by: i32| from.checked_add_signed(by as isize).context(changed);
+    let begins = jump(pause + 4, back.cast_signed().into())?;
+    let left_for = jump(pause, i32::from_le_bytes(*out))?;
+    let step = program[left_for..].windows(2).position(|at| at == [0x0F, 0x31]);
+    let step = left_for + step.context(changed)?;
+    ensure!(from <= left_for && step < begins && begins < pause, changed);
+    Ok([address(begins)..=address(pause + 2), address(left_for)..=address(step)])
 }
 
 /// The guest's own counts, from its control page and histogram.

@@ -27,7 +27,8 @@ const START_MAX: Duration = Duration::from_secs(30);
 const POST_COPY_MAX: Duration = Duration::from_secs(300);
 /// In bytes a second: no limit, for every version.
 const UNLIMITED: u64 = 1 << 40;
-/// How often the guest is looked for between two steps: it is there most of the time.
+/// How often the guest is looked for between two steps: it is there most of the time, or at
+/// least at one time in ten.
 const STOPS_MAX: u32 = 200;
 
 /// How QEMU moves the guest.
