@@ -6,6 +6,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
 use postcopy::program::exit::{Failure, both, write_report};
+use postcopy::program::output;
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::report::schema::Report;
@@ -140,7 +141,7 @@ impl Demo {
 
     fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{}", line.trim_end());
+            output::out(line.trim_end());
         }
     }
 

@@ -5,6 +5,7 @@ use clap::Args;
 use postcopy::host::new_guest;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
+use postcopy::program::signals::complain;
 use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
@@ -58,7 +59,10 @@ impl GuestArgs {
         self.guest.unwrap_or_else(|| match kvm_available() {
             Ok(()) => GuestKind::Kvm,
             Err(why) => {
-                eprintln!("postcopy: KVM does not work here ({why}); using the process guest");
+                complain(
+                    "postcopy",
+                    &format!("KVM does not work here ({why}); using the process guest"),
+                );
                 GuestKind::Process
             }
         })

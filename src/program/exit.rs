@@ -5,6 +5,7 @@
 //! run on; 5 the memory or the report is
 //! not what it should be; 6 done, but the report could not be written.
 
+use super::output;
 use super::signals::complain;
 use crate::proto::message::printable;
 use crate::proto::source::Outcome;
@@ -121,8 +122,15 @@ pub fn both(
     }
 }
 
-/// Prints the error of `program` in one line and returns its exit code.
-pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
+/// The end of `program`: prints its error in one line, if it is one, and returns its exit code.
+/// Whoever reads what was said has a second for it.
+pub fn ended(program: &str, done: &anyhow::Result<()>) -> ExitCode {
+    let code = done.as_ref().err().map_or(ExitCode::SUCCESS, |error| report(program, error));
+    output::farewell();
+    code
+}
+
+fn report(program: &str, error: &anyhow::Error) -> ExitCode {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
         // Some errors already say what their cause says.

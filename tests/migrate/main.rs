@@ -45,6 +45,8 @@ mod bad_peer;
 mod broken_guest;
 // Hosts without KVM, without userfaultfd, or with a full disk.
 mod missing_devices;
+// Outputs that are full, and that nobody reads.
+mod stalled_reader;
 // What an operator sees and decides.
 mod operator;
 // Memory that is not what it should be.

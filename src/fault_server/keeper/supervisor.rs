@@ -8,11 +8,13 @@ use super::super::record::RecordFile;
 use super::restarts::{Restarts, STARTS_MAX, WINDOW};
 use crate::attach::keep::{Gone, Next, Succession};
 use crate::attach::socket::Connection;
+use crate::program::output::{FAREWELL, Line, voice_to};
+use crate::program::voice::Voice;
 use serde::{Deserialize, Serialize};
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -49,9 +51,11 @@ pub(super) struct Orders {
 pub(super) type Idle = Rc<RefCell<Option<String>>>;
 
 /// Who follows a fault server that is gone.
-#[derive(Debug)]
 pub(super) struct Supervisor {
     orders: Option<Orders>,
+    /// For words to where fault servers write, since there is one: no fault server is started by a
+    /// thread that waits for a reader.
+    voice: OnceCell<Voice<Line>>,
     record: RecordFile,
     restarts: Restarts,
     /// Whether somebody should be at work: not after one that ended on purpose, or too many
@@ -67,7 +71,8 @@ impl Supervisor {
     pub fn new(orders: Option<Orders>, record: RecordFile, idle: Idle) -> Self {
         let wanted = orders.is_some();
         let (restarts, child, until) = (Restarts::default(), None, None);
-        Self { orders, record, restarts, wanted, child, until, idle }
+        let voice = OnceCell::new();
+        Self { orders, voice, record, restarts, wanted, child, until, idle }
     }
 
     /// How long a session that was aborted may still be of use to somebody.
@@ -95,10 +100,16 @@ impl Supervisor {
 
     /// One line where the fault servers write theirs. Nobody may read there any more.
     fn say(&self, what: &str) {
+        let line = Line::word(&format!("postcopy-keeper: {what}"));
+        if let Some(voice) = self.voice.get() {
+            voice.say(line);
+            return;
+        }
         let Some(orders) = &self.orders else { return };
-        if let Ok(stderr) = orders.outputs.stderr.try_clone() {
-            let line = format!("postcopy-keeper: {what}\n");
-            let _ = File::from(stderr).write_all(line.as_bytes());
+        let voice = || voice_to("voice", File::from(orders.outputs.stderr.try_clone()?));
+        // Without a thread or a descriptor the fault server is needed all the more.
+        if let Ok(voice) = voice() {
+            self.voice.get_or_init(|| voice).say(line);
         }
     }
 
@@ -139,6 +150,15 @@ impl Supervisor {
     }
 }
 
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // The keeper's end.
+        if let Some(voice) = self.voice.get() {
+            voice.finish(FAREWELL);
+        }
+    }
+}
+
 impl Succession for Supervisor {
     fn next(&mut self, gone: Option<Gone>) -> Next {
         let now = Instant::now();
@@ -148,6 +168,7 @@ impl Succession for Supervisor {
                 *self.idle.borrow_mut() = Some("its fault server has ended; see --resume".into());
                 // Whoever reads there waits for the end of all that write there, and this may
                 // stay for long.
+                self.voice.take();
                 self.orders = self.orders.take().map(Orders::mute);
             } else if gone.was_at_work && self.orders.is_some() {
                 if !std::mem::replace(&mut self.wanted, true) {
