@@ -125,12 +125,15 @@ pub fn both(
 /// The end of `program`: prints its error in one line, if it is one, and returns its exit code.
 /// Whoever reads what was said has a second for it.
 pub fn ended(program: &str, done: &anyhow::Result<()>) -> ExitCode {
-    let code = done.as_ref().err().map_or(ExitCode::SUCCESS, |error| report(program, error));
+    if let Err(error) = done {
+        complain(program, &one_line(error));
+    }
     output::farewell();
-    code
+    done.as_ref().err().map_or(ExitCode::SUCCESS, |error| ExitCode::from(code(error)))
 }
 
-fn report(program: &str, error: &anyhow::Error) -> ExitCode {
+/// An error and its causes, in one line.
+pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
         // Some errors already say what their cause says.
@@ -139,9 +142,13 @@ fn report(program: &str, error: &anyhow::Error) -> ExitCode {
         }
     }
     // Paths, arguments and peers may hold anything; this is one line all the same.
-    complain(program, &printable(line));
-    let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
-    ExitCode::from(code.map_or(1, Failure::code))
+    printable(line)
+}
+
+/// The exit code of a program that ends with this error.
+pub fn code(error: &anyhow::Error) -> u8 {
+    let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    failure.map_or(1, Failure::code)
 }
 
 #[cfg(test)]

@@ -62,6 +62,12 @@ fn write(stream: &mut impl Write, said: Said<Line>) {
 static OUT: LazyLock<io::Result<Voice<Line>>> = LazyLock::new(|| voice_to("stdout", io::stdout()));
 static ERR: LazyLock<io::Result<Voice<Line>>> = LazyLock::new(|| voice_to("stderr", io::stderr()));
 
+/// Makes both voices: later there may be no threads to be had.
+pub(super) fn open() {
+    LazyLock::force(&OUT);
+    LazyLock::force(&ERR);
+}
+
 fn hand_over(voice: &io::Result<Voice<Line>>, mut stream: impl Write, line: Line) {
     match voice {
         Ok(voice) => drop(voice.say(line)),
@@ -83,7 +89,7 @@ pub fn err(line: &str) {
 /// To be called before the process ends: waits a moment for what was said to be read.
 pub fn farewell() {
     let until = Instant::now() + FAREWELL;
-    for voice in [&OUT, &ERR].into_iter().filter_map(|voice| LazyLock::force(voice).as_ref().ok()) {
+    for voice in [&OUT, &ERR].into_iter().filter_map(|voice| voice.as_ref().ok()) {
         voice.finish(until.saturating_duration_since(Instant::now()));
     }
 }

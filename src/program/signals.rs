@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 /// `postcopy::engine=debug`; warnings, if it is no filter. Panics are said there, too. Nobody
 /// waits for whoever reads it: see [`output`].
 pub fn log_to_stderr(program: &str, filter: &str) {
+    output::open();
     output::take_panics();
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
         complain(program, &format!("--log: {error}; logging warnings"));

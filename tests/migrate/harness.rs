@@ -189,6 +189,11 @@ impl Running {
         }
     }
 
+    /// The next line that it prints; none if it ends without.
+    pub fn line_if_any(&mut self) -> Option<String> {
+        self.stdout.next(SOON)
+    }
+
     /// Waits until it has said something with `text` in it.
     pub fn says(&mut self, text: &str) {
         loop {

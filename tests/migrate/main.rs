@@ -43,6 +43,8 @@ mod commit_word;
 mod bad_peer;
 // Guests that the destination cannot take, or cannot run.
 mod broken_guest;
+// Descriptors and threads that run out.
+mod scarce;
 // Hosts without KVM, without userfaultfd, or with a full disk.
 mod missing_devices;
 // Outputs that are full, and that nobody reads.

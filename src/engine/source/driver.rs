@@ -109,6 +109,8 @@ pub struct Driver {
     phase: Option<(SourceState, Span)>,
     figures: report::Observed,
     diary: LinkDiary,
+    /// What failed on this side when a link was lost last, or not made.
+    failed_here: Option<String>,
     /// Who waits to hear whether the guest is taken back.
     taking_back: Option<Asked>,
 }
@@ -191,6 +193,7 @@ impl Driver {
             phase: None,
             figures: report::Observed::of(matches!(beginning, Beginning::Left(_))),
             diary: LinkDiary::default(),
+            failed_here: None,
             taking_back: None,
         })
     }
@@ -287,13 +290,7 @@ impl Driver {
                 self.heard(now, message);
             }
             Input::LinkEnded { epoch, error } if epoch == self.machine.epoch() => {
-                self.watch.losing(&error);
-                self.diary.lost(now, &error);
-                let event = match error {
-                    LaneError::Violation(why) => SourceEvent::Violation(why),
-                    error => SourceEvent::LinkLost(error.to_string()),
-                };
-                self.machine.handle(now, event);
+                self.link_ended(now, error);
             }
             // From a link that was replaced since.
             Input::Heard { .. } | Input::LinkEnded { .. } => {}
@@ -439,7 +436,7 @@ impl Driver {
             match lane {
                 Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),
                 Err(error) => {
-                    let why = format!("cannot start push lane {index}: {error}");
+                    let why = format!("cannot start push lane {index}: {}", error_chain(&error));
                     self.machine.handle(self.now(), SourceEvent::Cancel(why));
                 }
             }

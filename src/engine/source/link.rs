@@ -6,7 +6,7 @@ use super::push::PushShared;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
-use crate::transport::{self, Lane, LinkOptions, Ticket};
+use crate::transport::{self, Lane, LinkOptions, Ticket, TransportError};
 use quinn::{RecvStream, SendStream};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -199,9 +199,16 @@ async fn connect(
     options: &LinkOptions,
     lane: Lane,
 ) -> Result<transport::Link, LaneError> {
-    transport::connect(ticket, lane, options)
-        .await
-        .map_err(|error| LaneError::Link(crate::engine::error_chain(&error)))
+    use TransportError::{Bind, Io, PortInUse, Resolve, Setup};
+    transport::connect(ticket, lane, options).await.map_err(|error| {
+        let why = crate::engine::error_chain(&error);
+        match error {
+            Bind { .. } | Io { .. } | PortInUse { .. } | Resolve { .. } | Setup { .. } => {
+                LaneError::Local(why)
+            }
+            _ => LaneError::Link(why),
+        }
+    })
 }
 
 async fn connect_push(
