@@ -124,6 +124,8 @@ another process than the engine is reached through [`attach`] and served by [`fa
 
 #[cfg(feature = "io")]
 pub mod attach;
+#[cfg(feature = "io")]
+pub mod bench;
 pub mod checker;
 #[cfg(feature = "io")]
 pub mod engine;
@@ -144,6 +146,8 @@ pub mod proto;
 pub mod report;
 #[cfg(feature = "io")]
 pub mod transport;
+#[cfg(feature = "io")]
+pub mod trial;
 #[cfg(feature = "io")]
 pub mod uffd;
 #[cfg(feature = "io")]

@@ -14,15 +14,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a start waits for another one in the same directory.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
+/// How long a listener rests that cannot take its clients in.
+const REST: Duration = Duration::from_millis(100);
+
 /// A listening socket; its file goes when it is dropped.
 #[derive(Debug)]
 pub struct PrivateListener {
     listener: UnixListener,
+    /// It has said that it cannot take its clients in.
+    said: AtomicBool,
     path: PathBuf,
     /// Device and inode of the socket's file, so that only ours is removed.
     file: (u64, u64),
@@ -59,17 +65,28 @@ impl PrivateListener {
         let listener = listen_privately(path).map_err(|errno| failed(errno.into()))?;
         listener.set_nonblocking(true).map_err(failed)?;
         let file = identity(path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned(), file })
+        Ok(Self { listener, said: AtomicBool::new(false), path: path.to_owned(), file })
     }
 
     /// The next client, if one waits. A client of another user is an error.
+    ///
+    /// Where there is no descriptor for it, clients stay in the queue, and this rests for a
+    /// moment: whoever waits for them must not spin until there are some.
     pub fn accept(&self) -> Option<Result<Connection, SocketError>> {
         match self.listener.accept() {
-            Ok((stream, _)) => Some(Connection::new(stream)),
+            Ok((stream, _)) => {
+                self.said.store(false, Ordering::Relaxed);
+                Some(Connection::new(stream))
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => {
-                let source = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
-                Some(Err(SocketError::System { action: "accept a client at", source }))
+                // Once, however long it takes.
+                if !self.said.swap(true, Ordering::Relaxed) {
+                    let at = self.path.display();
+                    tracing::warn!(%error, "the clients at {at} wait: they cannot be taken in");
+                }
+                std::thread::sleep(REST);
+                None
             }
         }
     }

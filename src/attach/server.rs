@@ -252,11 +252,6 @@ impl Server {
             Ok(connection) => Some(connection),
             Err(error) => {
                 tracing::warn!("attach client not accepted: {}", one_line(&error));
-                if let SocketError::System { .. } = error {
-                    // Out of descriptors, say: the client stays in the queue, and this
-                    // must not spin until there are some.
-                    std::thread::sleep(Duration::from_millis(100));
-                }
                 None
             }
         }

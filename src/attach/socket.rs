@@ -106,10 +106,19 @@ pub enum SocketError {
     Descriptors {
         /// How many came.
         got: usize,
-        /// Whether the kernel dropped some more, for want of room or of free numbers.
+        /// Whether the kernel dropped some more, for want of room.
         more: bool,
         /// How many belong to it.
         expected: usize,
+    },
+    /// The kernel made fewer descriptors for this process than were sent.
+    #[error(
+        "this process could take only {got} of the file descriptors that came: is its limit of \
+         open files too low?"
+    )]
+    NoRoom {
+        /// How many it made.
+        got: usize,
     },
     /// The peer runs as another user.
     #[error("the peer is process {pid} of user {uid}; only user {own} or root may attach")]
@@ -230,6 +239,10 @@ impl Connection {
                 Err(ReceiveError::System(source)) => return Err(system("read from")(source)),
                 Err(ReceiveError::TooManyDescriptors) => {
                     let (got, expected) = (descriptors.len(), DESCRIPTORS_MAX);
+                    // The rest would have had room.
+                    if got < expected {
+                        return Err(SocketError::NoRoom { got });
+                    }
                     return Err(SocketError::Descriptors { got, more: true, expected });
                 }
             }

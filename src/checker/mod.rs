@@ -15,6 +15,7 @@ mod diagnosis;
 mod failure;
 mod machine;
 mod model;
+mod parallel;
 mod replay;
 mod stream;
 mod system;

@@ -6,6 +6,7 @@
 
 use super::CheckPattern;
 use super::model::{Model, mulhi};
+use super::parallel::on_threads;
 
 /// Lanes of the strided pattern, and its stride.
 const STRIDE: u64 = 16;
@@ -21,20 +22,12 @@ pub(super) struct Replay {
     pub(super) cursors: Vec<(u64, u64)>,
 }
 
-/// Replays `steps[v]` steps of each vCPU `v`, on a thread each.
+/// Replays `steps[v]` steps of each vCPU `v`, on a thread each if there are as many.
 pub(super) fn replay(model: &Model, steps: Vec<u64>) -> Replay {
     let mut visits = vec![0; model.slice as usize * steps.len()];
-    let cursors = std::thread::scope(|scope| {
-        let slices = visits.chunks_exact_mut(model.slice as usize);
-        let threads: Vec<_> = slices
-            .zip(model.vcpus().zip(&steps))
-            .map(|(visits, (vcpu, &steps))| scope.spawn(move || one(model, vcpu, steps, visits)))
-            .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        threads.into_iter().map(join).collect()
-    });
+    let slices = visits.chunks_exact_mut(model.slice as usize);
+    let work = slices.zip(model.vcpus().zip(&steps)).collect();
+    let cursors = on_threads(work, |(visits, (vcpu, &steps))| one(model, vcpu, steps, visits));
     Replay { steps, visits, cursors }
 }
 

@@ -3,6 +3,7 @@
 use super::diagnosis::Findings;
 use super::failure::CheckFailure;
 use super::model::{Model, PAGE_BYTES, Page, Place};
+use super::parallel::on_threads;
 use super::replay::Replay;
 use std::io::{ErrorKind, Read};
 
@@ -68,14 +69,8 @@ pub(super) fn compare_arena_and_tail<R: Read>(
         let share = count.div_ceil(threads);
         let parts =
             (first..).step_by(share as usize).zip(batch.chunks(share as usize * PAGE_BYTES));
-        let found: Vec<Findings> = std::thread::scope(|scope| {
-            let work = |(first, part)| scope.spawn(move || compare(model, replay, first, part));
-            let threads: Vec<_> = parts.map(work).collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            threads.into_iter().map(join).collect()
-        });
+        let found =
+            on_threads(parts.collect(), |(first, part)| compare(model, replay, first, part));
         found.into_iter().for_each(|later| findings.append(later));
         first += count;
     }

@@ -2,20 +2,17 @@
 
 use super::cut::{self, Cut, Made};
 use super::guest_args::GuestArgs;
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
-use postcopy::program::exit::{Failure, both, write_report};
+use postcopy::program::exit::{both, write_report};
+use postcopy::program::output;
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
-use postcopy::report::schema::Report;
-use postcopy::transport::Ticket;
-use postcopy::transport::relay::{self, Relay, RelayConfig};
+use postcopy::transport::relay::Relay;
+use postcopy::trial::{self, Limit, LinkShape, Migrating, Trial, Voice};
 use postcopy::uffd::DestinationBacking;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -67,177 +64,64 @@ pub struct Demo {
 impl Demo {
     /// Runs the demonstration.
     pub fn run(self) -> anyhow::Result<()> {
-        let folder = tempfile::Builder::new().prefix("postcopy-demo-").tempdir()?;
-        let control = folder.path().join("control");
-        let from_source = folder.path().join("source.json");
-        let from_destination = folder.path().join("destination.json");
-
-        let kind = self.guest.kind();
-        let mut guest = Process::start("guest", |command| {
-            command.arg("run").arg("--control").arg(&control);
-            command.args(self.guest.to_arguments(kind));
-        })?;
-        self.say(&guest.line()?);
-
-        let mut destination = Process::start("destination", |command| {
-            command.arg("receive").arg("--quiet").arg("--report").arg(&from_destination);
-            command.args(["--push-lanes", &self.push_lanes.to_string()]);
-            command.args(["--backing", &self.backing.to_string()]);
-            command.args(["--patience", &self.patience()]);
-            let after = humantime::format_duration(self.run_after).to_string();
-            command.args(["--verify-after", &after]);
-        })?;
-        let ticket: Ticket = destination.line()?.trim().parse()?;
-        self.say(&format!("destination waits as process {}", destination.child.id()));
-        let (ticket, relay) = self.relayed(ticket)?;
-
-        std::thread::sleep(self.run_before);
-        let mut source = Process::start("fault server", |command| {
-            command.arg("migrate").arg("--control").arg(&control);
-            command.args(["--ticket", "-"]).arg("--report").arg(&from_source);
-            command.args(self.policy.to_arguments());
-            command.args(["--patience", &self.patience()]);
-            // All processes of a demonstration end with it; a keeper outlives its makers.
-            command.arg("--no-keeper");
-            if self.quiet {
-                command.arg("--quiet");
-            }
-            command.stdin(Stdio::piped()).stdout(Stdio::null());
-        })?;
-        source.tell(&ticket.to_string())?;
-        self.say(&format!("fault server runs as process {}", source.child.id()));
-        let cuts = match relay.clone().filter(|_| !self.cut.is_empty()) {
-            Some(relay) => Some(self.cuts(&mut guest, relay)?),
+        let prepared = self.trial().prepare(Limit::default())?;
+        self.say(&prepared.guest_line);
+        self.say(&format!("destination waits as process {}", prepared.destination_id()));
+        let mut migrating = prepared.migrate()?;
+        self.say(&format!("fault server runs as process {}", migrating.source_id()));
+        let cuts = match migrating.relay().filter(|_| !self.cut.is_empty()) {
+            Some(relay) => Some(self.cuts(&mut migrating, relay)?),
             None => None,
         };
-        source.succeed()?;
-        guest.succeed()?;
-        destination.succeed()?;
-
-        let mut report = read_report(&from_source)?;
-        report.verified = read_report(&from_destination)?.verified;
-        report.guest.backing = self.backing.to_string();
-        report.link.bandwidth_limit_bps = self.bandwidth;
+        let report = migrating.finish()?;
         self.say(&render(&report));
         if let Some(cuts) = cuts {
             let made = cuts.join().map_err(|_| anyhow!("the cuts ended badly"))??;
             self.say(&cut::render(&made, &report, self.bandwidth));
         }
-        let mut wrong = report.check();
-        if report.verified != Some(true) {
-            wrong.insert(0, "the destination did not verify the guest".into());
-        }
-        let session = match wrong.is_empty() {
-            true => Ok(()),
-            false => Err(Failure::Wrong(wrong.join("; ")).into()),
-        };
+        let session = trial::check(&report, true).map_err(Into::into);
         both("postcopy", session, write_report(&report, self.report.as_deref()))
     }
 
-    fn patience(&self) -> String {
-        humantime::format_duration(self.patience).to_string()
+    fn trial(&self) -> Trial {
+        Trial {
+            guest: self.guest.to_arguments(self.guest.kind()),
+            policy: self.policy.to_arguments(),
+            destination: Vec::new(),
+            backing: self.backing,
+            push_lanes: self.push_lanes,
+            link: LinkShape { bandwidth_bps: self.bandwidth, rtt: self.rtt, loss: self.loss },
+            relayed: !self.cut.is_empty(),
+            seed: self.guest.seed,
+            patience: self.patience,
+            run_before: self.run_before,
+            run_after: self.run_after,
+            verify: true,
+            voice: if self.quiet { Voice::Quiet } else { Voice::Aloud },
+        }
     }
 
     fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{}", line.trim_end());
+            output::out(line.trim_end());
         }
     }
 
     /// Has the link cut, from when the guest's VMM says that the guest has left it.
     fn cuts(
         &self,
-        guest: &mut Process,
+        migrating: &mut Migrating,
         relay: Arc<Relay>,
     ) -> anyhow::Result<JoinHandle<anyhow::Result<Vec<Made>>>> {
-        let mut lines = guest.lines.take().ok_or_else(|| anyhow!("the guest says nothing"))?;
+        let lines = migrating.guest_lines().ok_or_else(|| anyhow!("the guest says nothing"))?;
         let cuts = self.cut.clone();
         let make = move || {
             // Nothing, if the guest never leaves: its process ends with the demonstration.
-            match lines.read_line(&mut String::new())? {
-                0 => Ok(Vec::new()),
-                _ => cut::make(&relay, &cuts),
+            match lines.recv() {
+                Err(_) => Ok(Vec::new()),
+                Ok(_) => cut::make(&relay, &cuts),
             }
         };
         Ok(std::thread::Builder::new().name("cuts".into()).spawn(make)?)
-    }
-
-    /// Puts an emulated link between the two sides, if one was asked for.
-    fn relayed(&self, ticket: Ticket) -> anyhow::Result<(Ticket, Option<Arc<Relay>>)> {
-        let emulated = self.bandwidth.is_some() || self.rtt.is_some() || self.loss.is_some();
-        if !emulated && self.cut.is_empty() {
-            return Ok((ticket, None));
-        }
-        let targets = relay::targets(IpAddr::V4(Ipv4Addr::LOCALHOST), &ticket);
-        let config = RelayConfig {
-            bandwidth_bps: self.bandwidth,
-            rtt: self.rtt.unwrap_or_default(),
-            loss: self.loss.unwrap_or_default(),
-            seed: self.guest.seed,
-            ..RelayConfig::default()
-        };
-        let relay = Relay::spawn(config, &targets).context("cannot make the emulated link")?;
-        let ticket = relay.redirect(&ticket)?;
-        Ok((ticket, Some(Arc::new(relay))))
-    }
-}
-
-fn read_report(path: &Path) -> anyhow::Result<Report> {
-    let text =
-        std::fs::read(path).with_context(|| format!("there is no report at {}", path.display()))?;
-    Ok(serde_json::from_slice(&text)?)
-}
-
-/// A child process that does not outlive this one.
-struct Process {
-    name: &'static str,
-    child: Child,
-    lines: Option<BufReader<ChildStdout>>,
-}
-
-impl Process {
-    fn start(name: &'static str, arguments: impl FnOnce(&mut Command)) -> anyhow::Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--die-with-parent").stdin(Stdio::null()).stdout(Stdio::piped());
-        arguments(&mut command);
-        let mut child = command.spawn().with_context(|| format!("cannot start the {name}"))?;
-        let lines = child.stdout.take().map(BufReader::new);
-        Ok(Self { name, child, lines })
-    }
-
-    /// The next line that it prints.
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        if let Some(lines) = &mut self.lines {
-            lines.read_line(&mut line)?;
-        }
-        if line.is_empty() {
-            let status = self.child.wait()?;
-            return Err(Failure::of_child(status.code(), self.name));
-        }
-        Ok(line)
-    }
-
-    fn tell(&mut self, line: &str) -> anyhow::Result<()> {
-        if let Some(mut stdin) = self.child.stdin.take() {
-            writeln!(stdin, "{line}")?;
-        }
-        Ok(())
-    }
-
-    fn succeed(&mut self) -> anyhow::Result<()> {
-        let status = self.child.wait()?;
-        if status.success() {
-            return Ok(());
-        }
-        Err(Failure::of_child(status.code(), self.name))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It has ended already unless something failed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

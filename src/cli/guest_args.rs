@@ -5,6 +5,7 @@ use clap::Args;
 use postcopy::host::new_guest;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
+use postcopy::program::signals::complain;
 use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
@@ -55,13 +56,7 @@ impl GuestArgs {
     /// The guest asked for; where KVM does not work and was not asked for, the process
     /// guest, with a line that says so.
     pub fn kind(&self) -> GuestKind {
-        self.guest.unwrap_or_else(|| match kvm_available() {
-            Ok(()) => GuestKind::Kvm,
-            Err(why) => {
-                eprintln!("postcopy: KVM does not work here ({why}); using the process guest");
-                GuestKind::Process
-            }
-        })
+        self.guest.unwrap_or_else(default_kind)
     }
 
     /// What the guest does.
@@ -114,5 +109,17 @@ impl GuestArgs {
         .into_iter()
         .flat_map(|(name, value)| [name.to_owned(), value])
         .collect()
+    }
+}
+
+/// KVM, or where that does not work the process guest, with a line that says so.
+pub fn default_kind() -> GuestKind {
+    match kvm_available() {
+        Ok(()) => GuestKind::Kvm,
+        Err(why) => {
+            let why = format!("KVM does not work here ({why}); using the process guest");
+            complain("postcopy", &why);
+            GuestKind::Process
+        }
     }
 }

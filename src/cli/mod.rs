@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod bench;
 mod check;
 mod cut;
 mod demo;
@@ -44,6 +45,8 @@ pub struct Arguments {
 enum Command {
     /// Migrate a guest under load between processes of this machine, and verify it.
     Demo(demo::Demo),
+    /// Measure migrations: workloads, policies, sizes, backings and links, beside floors.
+    Bench(bench::Bench),
     /// Start a guest that can be migrated away.
     Run(run::Run),
     /// Wait for a guest: print a ticket, take the guest in, go on running it.
@@ -64,14 +67,12 @@ pub fn run(arguments: Arguments) -> ExitCode {
     }
     let done = match arguments.command {
         Command::Demo(demo) => demo.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Run(run) => run.run(),
         Command::Receive(receive) => receive.run(),
         Command::Migrate(migrate) => migrate.run(arguments.log),
         Command::Session(session) => session.run(),
         Command::Check(check) => check.run(),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::report("postcopy", &error),
-    }
+    exit::ended("postcopy", &done)
 }

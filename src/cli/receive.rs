@@ -6,7 +6,8 @@ use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::operator::desk::Desk;
 use postcopy::program::exit::{Failure, Side, both, write_report};
-use postcopy::program::signals::on_interrupt;
+use postcopy::program::output;
+use postcopy::program::signals::{complain, on_interrupt};
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
 use postcopy::proto::page::{PageIndex, PageRun};
@@ -93,17 +94,19 @@ impl Receive {
         if !self.quiet {
             destination = destination.on_event(|event| match event {
                 Event::Paused { why } => {
-                    eprintln!("the link is lost: {why}; waiting for the source to come back");
+                    output::err(&format!(
+                        "the link is lost: {why}; waiting for the source to come back"
+                    ));
                 }
-                Event::LinkUp { epoch: 1.. } => eprintln!("the link is back"),
+                Event::LinkUp { epoch: 1.. } => output::err("the link is back"),
                 _ => {}
             });
         }
         let receiver = destination.build()?;
         let desk = self.operator.as_ref().map(|path| Desk::open(path, receiver.operator()));
         let desk = desk.transpose().context("cannot make the operator socket")?;
-        println!("{}", receiver.ticket());
-        std::io::stdout().flush()?;
+        // This may wait for its reader: before somebody has read it nobody can come.
+        writeln!(std::io::stdout(), "{}", receiver.ticket()).context("cannot print the ticket")?;
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
@@ -137,14 +140,14 @@ impl Receive {
         report.verified = verified.as_ref().map(Result::is_ok);
         let report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
         if !self.quiet {
-            println!("{}", render(&report));
+            output::out(&render(&report));
         }
         self.end(&report, verified.unwrap_or(Ok(())))
     }
 
     fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{line}");
+            output::out(line);
         }
     }
 
@@ -154,7 +157,7 @@ impl Receive {
             std::thread::sleep(Duration::from_millis(50));
         }
         if let Some(why) = guest.failure() {
-            eprintln!("postcopy: the guest stopped: {why}");
+            complain("postcopy", &format!("the guest stopped: {why}"));
         }
     }
 

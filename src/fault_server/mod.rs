@@ -7,6 +7,7 @@
 //! needed to use it.
 
 pub mod arguments;
+mod display;
 mod guest_config;
 mod holding;
 pub mod keeper;
@@ -381,7 +382,8 @@ impl FaultServer {
         // Nothing of the migration needs it.
         let desk = Desk::open_when_free(self.desk, self.migration.operator());
         let _desk = desk.inspect_err(|error| {
-            tracing::warn!(%error, "no operator can ask this session anything");
+            let why = crate::engine::error_chain(error);
+            tracing::warn!(why, "no operator can ask this session anything");
         });
         let mut end = self.migration.on_event(watch).run(Box::new(self.vmm))?;
         // Nobody asks the VMM for anything any more: the conversation ends here.

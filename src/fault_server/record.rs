@@ -130,13 +130,13 @@ impl RecordFile {
     /// Reads what another process has written. It may have died while it did.
     pub fn open(memfd: OwnedFd) -> Result<Self, RecordError> {
         let file = File::from(memfd);
-        let read = (0..SLOTS).filter_map(|slot| read_slot(&file, slot).transpose());
-        let slots: Vec<_> = read.collect::<Result<_, _>>().map_err(system("read"))?;
-        let newest = slots.into_iter().max_by_key(|(sequence, _)| *sequence);
-        match newest {
-            Some((sequence, record)) => Ok(Self { file, sequence, record }),
-            None => Err(foreign_version(&file).unwrap_or(RecordError::Damaged)),
-        }
+        let (sequence, record) = read(&file)?;
+        Ok(Self { file, sequence, record })
+    }
+
+    /// What another process has written since.
+    pub fn newest(&self) -> Result<SessionRecord, RecordError> {
+        Ok(read(&self.file)?.1)
     }
 
     /// The record as it was read, or written last.
@@ -198,6 +198,14 @@ impl Journal for RecordFile {
     fn drained(&mut self) -> io::Result<()> {
         self.change(|record| record.drained = true).map_err(io::Error::other)
     }
+}
+
+/// The newest record in `file`, and its number.
+fn read(file: &File) -> Result<(u64, SessionRecord), RecordError> {
+    let read = (0..SLOTS).filter_map(|slot| read_slot(file, slot).transpose());
+    let slots: Vec<_> = read.collect::<Result<_, _>>().map_err(system("read"))?;
+    let newest = slots.into_iter().max_by_key(|(sequence, _)| *sequence);
+    newest.ok_or_else(|| foreign_version(file).unwrap_or(RecordError::Damaged))
 }
 
 /// What is wrong with a file in which no slot is of this version, if one is of another.

@@ -49,13 +49,16 @@ pub(super) struct KeeperWatch {
     making: Arc<Making>,
     restarts: Restarts,
     state: State,
+    /// Why there was none to be had.
+    why_none: Option<String>,
 }
 
 impl KeeperWatch {
     /// Watches the keeper of `holding`.
     pub fn new(holding: Holding, making: Making) -> Self {
         let state = holding.socket().map_or(State::Ended, State::There);
-        Self { holding, making: Arc::new(making), restarts: Restarts::default(), state }
+        let (making, restarts) = (Arc::new(making), Restarts::default());
+        Self { holding, making, restarts, state, why_none: None }
     }
 
     /// Looks, and does what is to be done; never waits.
@@ -83,23 +86,32 @@ impl KeeperWatch {
             State::Coming(answer) => match answer.try_recv() {
                 Ok(Ok(keeper)) => {
                     info!("a keeper holds the guest's memory again");
+                    self.restarts.started(Instant::now());
+                    self.why_none = None;
                     self.holding.renew(keeper);
                     self.state = self.holding.socket().map_or(State::Ended, State::There);
                 }
-                Ok(Err(error)) => {
-                    warn!(error = error_chain(&error), "no other keeper can be started");
-                    self.state = State::Ended;
-                }
-                Err(TryRecvError::Disconnected) => self.state = State::Ended,
+                Ok(Err(error)) => self.failed(error_chain(&error)),
+                Err(TryRecvError::Disconnected) => self.failed("its start broke off".into()),
                 Err(TryRecvError::Empty) => {}
             },
             State::There(_) | State::GivenUp => {}
         }
     }
 
+    /// There was none to be had, which may pass.
+    fn failed(&mut self, why: String) {
+        self.restarts.failed(Instant::now());
+        self.state = State::Ended;
+        // Once, however long it takes.
+        if self.why_none.as_ref() != Some(&why) {
+            warn!(why, "no other keeper can be started, which is tried again");
+            self.why_none = Some(why);
+        }
+    }
+
     /// Starts one, on a thread of its own: faults are served on this one.
     fn start(&mut self) {
-        self.restarts.started(Instant::now());
         let (tell, answer) = channel();
         let making = self.making.clone();
         let make = move || {
@@ -108,7 +120,7 @@ impl KeeperWatch {
         let thread = std::thread::Builder::new().name("keeper's start".into()).spawn(make);
         match thread {
             Ok(_) => self.state = State::Coming(answer),
-            Err(error) => warn!(%error, "no thread to start a keeper on"),
+            Err(error) => self.failed(format!("no thread to start it on: {error}")),
         }
     }
 }

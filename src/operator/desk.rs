@@ -52,21 +52,24 @@ impl Desk {
     }
 
     /// The same, without waiting, and from when the path is free: a session that is over but
-    /// for its last words may still be there. If there can be no socket, a warning says so.
+    /// for its last words may still be there. If there can be no socket, a warning says so, and
+    /// it is tried again: it may be for want of descriptors.
     ///
     /// # Errors
     /// If there is no thread to be had.
     pub fn open_when_free(path: PathBuf, operator: Operator) -> Result<Self, DeskError> {
         Self::start(move |stop, asking| {
+            let mut said = false;
             loop {
                 match PrivateListener::bind(&path) {
                     Ok(listener) => return serve(&listener, &operator, &stop, &asking),
                     Err(ListenError::InUse(_)) => {}
-                    Err(error) => {
+                    Err(error) if !said => {
                         let why = crate::engine::error_chain(&error);
-                        tracing::warn!(why, "no operator can ask this session anything");
-                        return;
+                        tracing::warn!(why, "no operator can ask this session anything so far");
+                        said = true;
                     }
+                    Err(_) => {}
                 }
                 let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
                 let again = PollTimeout::try_from(AGAIN).unwrap_or(PollTimeout::NONE);
@@ -122,10 +125,6 @@ fn serve(listener: &PrivateListener, operator: &Operator, stop: &UnixStream, ask
             Some(Ok(connection)) => connection,
             Some(Err(error)) => {
                 tracing::warn!("operator not accepted: {}", crate::engine::error_chain(&error));
-                if let SocketError::System { .. } = error {
-                    // Out of descriptors, say: this must not spin until there are some.
-                    std::thread::sleep(AGAIN);
-                }
                 continue;
             }
         };

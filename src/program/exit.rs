@@ -5,6 +5,7 @@
 //! run on; 5 the memory or the report is
 //! not what it should be; 6 done, but the report could not be written.
 
+use super::output;
 use super::signals::complain;
 use crate::proto::message::printable;
 use crate::proto::source::Outcome;
@@ -121,8 +122,18 @@ pub fn both(
     }
 }
 
-/// Prints the error of `program` in one line and returns its exit code.
-pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
+/// The end of `program`: prints its error in one line, if it is one, and returns its exit code.
+/// Whoever reads what was said has a second for it.
+pub fn ended(program: &str, done: &anyhow::Result<()>) -> ExitCode {
+    if let Err(error) = done {
+        complain(program, &one_line(error));
+    }
+    output::farewell();
+    done.as_ref().err().map_or(ExitCode::SUCCESS, |error| ExitCode::from(code(error)))
+}
+
+/// An error and its causes, in one line.
+pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
         // Some errors already say what their cause says.
@@ -131,9 +142,13 @@ pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
         }
     }
     // Paths, arguments and peers may hold anything; this is one line all the same.
-    complain(program, &printable(line));
-    let code = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
-    ExitCode::from(code.map_or(1, Failure::code))
+    printable(line)
+}
+
+/// The exit code of a program that ends with this error.
+pub fn code(error: &anyhow::Error) -> u8 {
+    let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    failure.map_or(1, Failure::code)
 }
 
 #[cfg(test)]

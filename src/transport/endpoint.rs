@@ -9,8 +9,9 @@
 use super::{
     error::{REASON_BYTES_MAX, TransportError},
     lanes::{Lane, LinkOptions, PUSH_LANES_MAX},
+    resolve::resolve,
     socket::{CappedSocket, enlarge_buffers, route_mtu},
-    ticket::{Host, Ticket},
+    ticket::Ticket,
     tls::{self, Identity, SERVER_NAME, setup},
 };
 use quinn::{
@@ -38,9 +39,6 @@ const HANDSHAKES_UNPROVEN_MAX: usize = 8;
 const INCOMING_MAX: usize = 64;
 const INCOMING_BYTES_MAX: u64 = 64 << 10;
 const INCOMING_BYTES_TOTAL_MAX: u64 = 1 << 20;
-
-/// How many of a host name's addresses are tried.
-const ADDRESSES_MAX: usize = 4;
 
 /// How long a closing side waits for the peer to have heard of it.
 const CLOSE_WAIT: Duration = Duration::from_millis(500);
@@ -320,7 +318,7 @@ pub async fn connect(
         host: ticket.host().to_string(),
         source: io::ErrorKind::NotFound.into(),
     });
-    for peer in resolve(ticket.host(), port).await? {
+    for peer in resolve(ticket.host(), port, options.handshake_timeout).await? {
         result = connect_to(peer, crypto.clone(), lane, options).await;
         // Only silence says that the host may be found at another of its addresses.
         if !matches!(result, Err(TransportError::HandshakeTimeout { .. })) {
@@ -376,16 +374,6 @@ async fn connect_to(
         });
     }
     Ok(Link { connection, endpoint, lane })
-}
-
-async fn resolve(host: &Host, port: u16) -> Result<Vec<SocketAddr>, TransportError> {
-    match host {
-        Host::Ip(ip) => Ok(vec![SocketAddr::new(*ip, port)]),
-        Host::Name(name) => tokio::net::lookup_host((name.as_str(), port))
-            .await
-            .map(|addresses| addresses.take(ADDRESSES_MAX).collect())
-            .map_err(|source| TransportError::Resolve { host: name.clone(), source }),
-    }
 }
 
 fn endpoint(

@@ -24,6 +24,7 @@ pub mod error;
 pub mod lanes;
 pub mod redirect;
 pub mod relay;
+mod resolve;
 pub mod socket;
 pub mod thread;
 pub mod ticket;

@@ -5,6 +5,7 @@
 
 use super::error::TransportError;
 use std::{future::Future, io, thread};
+use tokio::runtime::{Builder, Runtime};
 
 /// A running lane thread whose body ends with a `T`.
 #[derive(Debug)]
@@ -29,11 +30,8 @@ impl<T: Send + 'static> LaneThread<T> {
     {
         let name = name.into();
         let io_error = |what| move |source| TransportError::Io { what, source };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .enable_time()
-            .build()
-            .map_err(io_error("start a lane's runtime"))?;
+        let runtime = Builder::new_current_thread().enable_io().enable_time().build();
+        let runtime = LaneRuntime(Some(runtime.map_err(io_error("start a lane's runtime"))?));
         let handle = thread::Builder::new()
             .name(name.clone())
             .spawn(move || runtime.block_on(async move { body().await }))
@@ -64,6 +62,24 @@ impl<T: Send + 'static> LaneThread<T> {
                 .unwrap_or_else(|| "no message".to_owned());
             TransportError::ThreadPanicked { name: self.name, message }
         })
+    }
+}
+
+/// A runtime that may be dropped anywhere: where there is no thread for it, that is on another
+/// lane's, and tokio panics if it is to wait there.
+struct LaneRuntime(Option<Runtime>);
+
+impl LaneRuntime {
+    fn block_on<T>(&self, body: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("it is there until it is dropped").block_on(body)
+    }
+}
+
+impl Drop for LaneRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 

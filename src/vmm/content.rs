@@ -59,17 +59,25 @@ pub fn fill_memory(ram: &GuestRam, workload: &Workload, tick_hz: u64) {
     let slices: Vec<Slice> = (0..workload.vcpus).map(|v| workload.slice(layout, v)).collect();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let share = tail.div_ceil(threads);
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let slices = &slices;
-            scope.spawn(move || {
-                let mut words = [0u64; WORDS];
-                for page in thread * share..((thread + 1) * share).min(tail) {
-                    fill_page(&mut words, workload, slices, page);
-                    write_page(ram, PageIndex::new(page), &words);
-                }
-            });
+    let next = AtomicU64::new(0);
+    let fill = || {
+        let mut words = [0u64; WORDS];
+        loop {
+            let first = next.fetch_add(share, Ordering::Relaxed);
+            if first >= tail {
+                return;
+            }
+            for page in first..(first + share).min(tail) {
+                fill_page(&mut words, workload, &slices, page);
+                write_page(ram, PageIndex::new(page), &words);
+            }
         }
+    };
+    std::thread::scope(|scope| {
+        // Where a thread cannot be made, those that are there do its share.
+        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, fill).is_ok();
+        (1..threads).all(spawn);
+        fill();
     });
     for page in tail + workload.zero_pages / 2..layout.pages() {
         write_page(ram, PageIndex::new(page), &[0; WORDS]);

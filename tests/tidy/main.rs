@@ -55,6 +55,16 @@ const LAYERS: &[Layer] = &[
     // Programs.
     Layer { name: "program", modules: &["proto", "report"], crates: None },
     Layer {
+        name: "trial",
+        modules: &["program", "proto", "report", "transport", "uffd"],
+        crates: None,
+    },
+    Layer {
+        name: "bench",
+        modules: &["memory", "program", "proto", "report", "trial", "uffd", "vmm"],
+        crates: None,
+    },
+    Layer {
         name: "fault_server",
         modules: &[
             "attach",
@@ -99,6 +109,7 @@ const UNSAFE: &[&str] = &[
     "examples/tiny_vmm/vmm.rs",
     "src/attach/commit_word.rs",
     "src/attach/socket.rs",
+    "src/bench/floors/trapped.rs",
     "src/engine/destination/guest.rs",
     "src/engine/destination/trap_loop.rs",
     // Where a VMM promises what `serve.rs` builds on.

@@ -12,39 +12,57 @@ pub const WINDOW: Duration = Duration::from_secs(60);
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// The starts of the last minute.
+/// The starts of the last minute, and those since the last one that came to nothing.
 #[derive(Debug, Default)]
-pub struct Restarts(VecDeque<Instant>);
+pub struct Restarts {
+    starts: VecDeque<Instant>,
+    failed: u32,
+    /// Not before then, because of those.
+    again: Option<Instant>,
+}
 
 impl Restarts {
     /// When the next start is due, if one is needed `now`: at once after a long time, later
     /// the more of them there were. None if there were too many.
     pub fn due(&mut self, now: Instant) -> Option<Instant> {
-        while self.0.front().is_some_and(|&start| now.duration_since(start) >= WINDOW) {
-            self.0.pop_front();
+        while self.starts.front().is_some_and(|&start| now.duration_since(start) >= WINDOW) {
+            self.starts.pop_front();
         }
-        let Some(last) = self.0.back() else { return Some(now) };
-        if self.0.len() >= STARTS_MAX {
+        let again = self.again.map_or(now, |again| now.max(again));
+        let Some(last) = self.starts.back() else { return Some(again) };
+        if self.starts.len() >= STARTS_MAX {
             return None;
         }
-        let doubled = PAUSE_MIN * (1 << (self.0.len() - 1));
-        Some(now.max(*last + doubled.min(PAUSE_MAX)))
+        Some(again.max(*last + pause(self.starts.len() as u32 - 1)))
     }
 
     /// Counts a start.
     pub fn started(&mut self, now: Instant) {
-        self.0.push_back(now);
+        self.starts.push_back(now);
+        (self.failed, self.again) = (0, None);
+    }
+
+    /// A start came to nothing: there was no process, or no descriptor for it. That is tried
+    /// again for as long as it takes, and is none of those that are too many.
+    pub fn failed(&mut self, now: Instant) {
+        self.again = Some(now + pause(self.failed));
+        self.failed = self.failed.saturating_add(1);
     }
 
     /// Starts of the last minute.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.starts.len()
     }
 
     /// Forgets them all: somebody has looked after it.
     pub fn forgive(&mut self) {
-        self.0.clear();
+        *self = Self::default();
     }
+}
+
+/// The pause after so many.
+fn pause(before: u32) -> Duration {
+    (PAUSE_MIN * (1 << before.min(10))).min(PAUSE_MAX)
 }
 
 #[cfg(test)]
@@ -70,6 +88,26 @@ mod tests {
         assert_eq!(restarts.due(later), Some(later));
         restarts.forgive();
         assert_eq!(restarts.due(began), Some(began));
+    }
+
+    #[test]
+    fn one_for_which_there_is_no_process_is_tried_for_as_long_as_it_takes() {
+        let (mut restarts, began) = (Restarts::default(), Instant::now());
+        restarts.started(began);
+        let (mut now, mut pauses) = (began, Vec::new());
+        for _ in 0..100 {
+            let due = restarts.due(now).expect("it is tried");
+            pauses.push((due - now).as_millis());
+            now = due;
+            restarts.failed(now);
+        }
+        assert_eq!(pauses[..8], [100, 100, 200, 400, 800, 1600, 3200, 5000]);
+        assert!(pauses[8..].iter().all(|&pause| pause == 5000), "{pauses:?}");
+        // The next one that there is a process for is as good as the first.
+        let due = restarts.due(now).expect("it is tried");
+        restarts.started(due);
+        assert_eq!(restarts.count(), 1);
+        assert_eq!(restarts.due(due), Some(due + PAUSE_MIN));
     }
 
     #[test]

@@ -8,11 +8,13 @@ use super::super::record::RecordFile;
 use super::restarts::{Restarts, STARTS_MAX, WINDOW};
 use crate::attach::keep::{Gone, Next, Succession};
 use crate::attach::socket::Connection;
+use crate::program::output::{FAREWELL, Line, voice_to};
+use crate::program::voice::Voice;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -49,9 +51,11 @@ pub(super) struct Orders {
 pub(super) type Idle = Rc<RefCell<Option<String>>>;
 
 /// Who follows a fault server that is gone.
-#[derive(Debug)]
 pub(super) struct Supervisor {
     orders: Option<Orders>,
+    /// For words to where fault servers write, since there is one: no fault server is started by a
+    /// thread that waits for a reader.
+    voice: Option<Voice<Line>>,
     record: RecordFile,
     restarts: Restarts,
     /// Whether somebody should be at work: not after one that ended on purpose, or too many
@@ -67,16 +71,19 @@ impl Supervisor {
     pub fn new(orders: Option<Orders>, record: RecordFile, idle: Idle) -> Self {
         let wanted = orders.is_some();
         let (restarts, child, until) = (Restarts::default(), None, None);
-        Self { orders, record, restarts, wanted, child, until, idle }
+        // Made before there is anything to say: it may be for want of threads or descriptors that
+        // there is.
+        let voice = orders.as_ref().and_then(|orders| {
+            voice_to("voice", File::from(orders.outputs.stderr.try_clone().ok()?)).ok()
+        });
+        Self { orders, voice, record, restarts, wanted, child, until, idle }
     }
 
     /// How long a session that was aborted may still be of use to somebody.
     fn linger(&self) -> Duration {
-        let newest = self.record.memfd().try_clone_to_owned().ok();
-        let newest = newest.and_then(|fd| RecordFile::open(fd).ok());
-        let in_doubt = newest.filter(|newest| newest.record().state_left);
+        let in_doubt = self.record.newest().ok().filter(|newest| newest.state_left);
         // After that a destination as patient as this side has given up by itself.
-        in_doubt.map_or(Duration::ZERO, |newest| newest.record().plan.patience())
+        in_doubt.map_or(Duration::ZERO, |newest| newest.plan.patience())
     }
 
     fn due(&mut self) -> Option<Instant> {
@@ -95,10 +102,8 @@ impl Supervisor {
 
     /// One line where the fault servers write theirs. Nobody may read there any more.
     fn say(&self, what: &str) {
-        let Some(orders) = &self.orders else { return };
-        if let Ok(stderr) = orders.outputs.stderr.try_clone() {
-            let line = format!("postcopy-keeper: {what}\n");
-            let _ = File::from(stderr).write_all(line.as_bytes());
+        if let Some(voice) = &self.voice {
+            voice.say(Line::word(&format!("postcopy-keeper: {what}")));
         }
     }
 
@@ -128,6 +133,7 @@ impl Supervisor {
             .stderr(Stdio::from(orders.outputs.stderr.try_clone()?))
             .process_group(0)
             .spawn()?;
+        self.restarts.started(Instant::now());
         let number = self.restarts.count();
         self.say(&format!(
             "the fault server is gone; process {} goes on with the session (start {number} \
@@ -136,6 +142,15 @@ impl Supervisor {
         ));
         self.child = Some(child);
         Connection::new(ours).map_err(io::Error::other)
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // The keeper's end.
+        if let Some(voice) = &self.voice {
+            voice.finish(FAREWELL);
+        }
     }
 }
 
@@ -148,6 +163,7 @@ impl Succession for Supervisor {
                 *self.idle.borrow_mut() = Some("its fault server has ended; see --resume".into());
                 // Whoever reads there waits for the end of all that write there, and this may
                 // stay for long.
+                self.voice = None;
                 self.orders = self.orders.take().map(Orders::mute);
             } else if gone.was_at_work && self.orders.is_some() {
                 if !std::mem::replace(&mut self.wanted, true) {
@@ -171,8 +187,22 @@ impl Succession for Supervisor {
     }
 
     fn start(&mut self) -> Option<Connection> {
-        self.restarts.started(Instant::now());
-        self.spawn().inspect_err(|error| self.say(&format!("no fault server: {error}"))).ok()
+        match self.spawn() {
+            Ok(connection) => {
+                *self.idle.borrow_mut() = None;
+                Some(connection)
+            }
+            Err(error) => {
+                self.restarts.failed(Instant::now());
+                let why = format!("no fault server can be started, which is tried again: {error}");
+                let said = self.idle.replace(Some(why.clone()));
+                // Once, however long it takes.
+                if said.as_ref() != Some(&why) {
+                    self.say(&why);
+                }
+                None
+            }
+        }
     }
 }
 

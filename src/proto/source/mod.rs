@@ -88,6 +88,8 @@ pub struct SourceSession {
     abort_reason: String,
     /// Why the destination gave the guest up, if it did while the commit was being made.
     lost: Option<String>,
+    /// Why the link, or the last attempt to make another, came to its end.
+    unlinked: String,
     /// The destination had every page before this process began.
     drained: bool,
     actions: VecDeque<SourceAction>,
@@ -114,6 +116,7 @@ impl SourceSession {
             deadline: Some(now + limits.handshake),
             abort_reason: String::new(),
             lost: None,
+            unlinked: String::new(),
             drained: false,
             actions: VecDeque::new(),
             timeline: Timeline::default(),

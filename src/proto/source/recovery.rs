@@ -101,6 +101,7 @@ impl SourceSession {
             deadline: None,
             abort_reason: String::new(),
             lost: None,
+            unlinked: String::new(),
             drained: false,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
@@ -150,6 +151,7 @@ impl SourceSession {
     pub(super) fn link_lost(&mut self, now: Duration, why: String) {
         use SourceState as S;
         self.link = Link::Dialing;
+        self.unlinked.clone_from(&why);
         match self.state {
             S::Connecting | S::Negotiating => self.abort(now, why),
             S::Pausing => self.abort(now, format!("the link was lost: {why}")),
@@ -178,7 +180,12 @@ impl SourceSession {
             // The destination needs nothing; only its report is missing.
             return self.complete(now);
         }
-        self.finish(now, Outcome::Lost("the link did not come back after the commit".into()));
+        let why = "the link did not come back after the commit";
+        let why = match self.unlinked.as_str() {
+            "" => why.to_owned(),
+            last => format!("{why} (at last: {last})"),
+        };
+        self.finish(now, Outcome::Lost(why));
     }
 
     pub(super) fn dial_again(&mut self, now: Duration) {

@@ -7,11 +7,13 @@ use crate::engine::source::link::PushCommand;
 use crate::engine::source::serve::answer_requests;
 use crate::engine::source::{link, said};
 use crate::proto::message::{ToDestination, ToSource};
+use crate::proto::source::SourceEvent;
 use crate::transport::LinkOptions;
 use quinn::RecvStream;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
+use tracing::warn;
 
 /// The least that a hello's round trip is taken for: the peer's own work is part of it.
 const RTT_MIN: Duration = Duration::from_millis(10);
@@ -38,6 +40,25 @@ impl Driver {
         if let Some(replaced) = self.dial.replace(dial) {
             replaced.abort();
         }
+    }
+
+    /// The link is lost, or could not be made.
+    pub(super) fn link_ended(&mut self, now: Duration, error: LaneError) {
+        if let LaneError::Local(why) = &error
+            && self.machine.paused()
+            && self.failed_here.as_ref() != Some(why)
+        {
+            // Once, however often it is tried: no descriptors, say, which may pass.
+            warn!(why, "this side failed");
+            self.failed_here = Some(why.clone());
+        }
+        self.watch.losing(&error);
+        self.diary.lost(now, &error);
+        let event = match error {
+            LaneError::Violation(why) => SourceEvent::Violation(why),
+            error => SourceEvent::LinkLost(error.to_string()),
+        };
+        self.machine.handle(now, event);
     }
 
     /// How to connect: where the round trip is known, a lost hello is sent again soon.
@@ -83,7 +104,7 @@ impl Driver {
         self.drop_link(why).await;
         for lane in &self.push_lanes {
             let (done, stopped) = oneshot::channel();
-            let _ = lane.commands.send(PushCommand::Stop { done });
+            let _ = lane.commands.send(PushCommand::Stop { done }).await;
             // One that has ended sends nothing, either.
             let _ = stopped.await;
         }
@@ -100,6 +121,7 @@ impl Driver {
     /// Answers page requests from now on. Before the guest is paused nobody asks.
     pub(super) fn open_lanes(&mut self, epoch: u32) {
         self.diary.up();
+        self.failed_here = None;
         let Some(link) = &mut self.link else { return };
         for (pages, mut requests) in link.demand.drain(..) {
             let (shared, input) = (self.shared.clone(), self.input.clone());

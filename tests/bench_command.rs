@@ -1,0 +1,143 @@
+//! `postcopy bench`: a minimal benchmark, what it leaves behind, and how it goes on.
+#![cfg(feature = "io")]
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// For all that a minimal benchmark does, on a machine that does many other things.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Two cells of the smallest guest, one run each.
+const MATRIX: &str = "--memory 8M --link loopback,1Gbit:1ms";
+const COMMON: &str = "--guest process --workload random --policy bubbling --runs 1 \
+    --run-before 20ms --run-after 20ms --floor-time 60ms";
+
+/// Runs `postcopy bench` with these arguments, and kills it after the limit.
+fn bench(out: &Path, more: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_postcopy"))
+        // The parent is this thread: whatever is left ends with its test.
+        .args(["--die-with-parent", "bench"])
+        .args(COMMON.split_whitespace())
+        .args(more.split_whitespace())
+        .arg("--out")
+        .arg(out)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let deadline = Instant::now() + LIMIT;
+    // What it says fits a pipe.
+    while child.try_wait().expect("a child").is_none() {
+        if Instant::now() > deadline {
+            child.kill().expect("a child that runs can be killed");
+            let output = child.wait_with_output().expect("a child that was killed ends");
+            panic!("not over within {LIMIT:?}: {output:?}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.wait_with_output().expect("a child that has ended")
+}
+
+/// Whether guests can be taken in here at all.
+fn userfaultfd_works() -> bool {
+    let permitted = std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
+    let unprivileged = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    let root = nix::unistd::geteuid().is_root();
+    let works = root || permitted.is_ok() || unprivileged.is_ok_and(|text| text.trim() == "1");
+    if !works {
+        println!("SKIPPED: userfaultfd is not permitted here");
+    }
+    works
+}
+
+fn results(out: &Path) -> Value {
+    let text = std::fs::read(out.join("results.json")).expect("results.json");
+    serde_json::from_slice(&text).expect("results.json is JSON")
+}
+
+fn run_files(out: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(out.join("runs")).expect("a folder of runs");
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.expect("an entry").path())
+        .map(|path| (path.display().to_string(), std::fs::read(&path).expect("a run")))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_minimal_benchmark_leaves_its_results_and_goes_on_where_it_ended() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("bench");
+    let ended = bench(&out, MATRIX);
+    let (stdout, stderr) = (text(&ended.stdout), text(&ended.stderr));
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(stdout.contains("x floor") && stdout.contains("1Gbit:1ms"), "{stdout}");
+    assert!(stderr.contains("2 cells, 1 runs each, in an order by seed 1"), "{stderr}");
+
+    let found = results(&out);
+    assert_eq!(found["schema"], "postcopy-bench/1");
+    assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 2, "failed": 0}));
+    for cell in 0..2 {
+        let figures = &found["cells"][cell]["runs"][0]["figures"];
+        for figure in ["pages_per_second", "downtime_us", "total_us", "wire_bits_per_second"] {
+            assert!(figures[figure].as_f64().is_some_and(|of| of > 0.0), "{figure}: {found:#}");
+        }
+    }
+    // The floors were measured beside it, and what crossed the same device is put beside them.
+    let floor = &found["floors"]["spread"]["tcp-fault"]["median"];
+    assert!(floor.as_f64().is_some_and(|of| of > 0.0), "{found:#}");
+    assert!(found["cells"][0]["figures"]["rate_to_udp"]["median"].is_f64(), "{found:#}");
+
+    // One run is lost: only it is made again.
+    let before = run_files(&out);
+    assert_eq!(before.len(), 2);
+    std::fs::remove_file(&before[0].0).expect("a run's file");
+    let again = bench(&out, MATRIX);
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(text(&again.stderr).matches("round 1: ").count(), 1, "{again:?}");
+    let after = run_files(&out);
+    assert_eq!(after.len(), 2);
+    assert_ne!(before[0].1, after[0].1, "it was not made again");
+    assert_eq!(before[1], after[1], "it was made again, and was there");
+
+    // Another matrix does not go with it.
+    let refused = bench(&out, &MATRIX.replace("8M", "16M"));
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let why = text(&refused.stderr);
+    assert!(
+        why.contains("holds another benchmark")
+            && why.contains("cells[0].memory: 8388608 there, 16777216 now"),
+        "{why}"
+    );
+    assert_eq!(run_files(&out), after);
+}
+
+#[test]
+fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    // 8 MiB are too little for four vCPUs whose memory is zero for the most part.
+    let ended =
+        bench(folder.path(), "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify");
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let (stdout, stderr) = (text(&ended.stdout), text(&ended.stderr));
+    assert!(stdout.contains("failed, round 1: process random bubbling 8M 4vcpu"), "{stdout}");
+    assert!(stdout.contains("leave too little for 4 vCPUs"), "{stdout}");
+    assert!(stderr.contains("1 of 2 runs failed"), "{stderr}");
+    let found = results(folder.path());
+    assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 1, "failed": 1}));
+    let failed = &found["cells"][1]["runs"][0]["failed"];
+    assert!(failed["reason"].as_str().is_some_and(|why| why.contains("too little")), "{found:#}");
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
