@@ -93,7 +93,7 @@ fn set_out(guest: &mut Guest, receiver: &Receiver) -> (Running, Relay) {
 
 /// Two destinations come one after the other where there is room for one and a half.
 fn two_into_room_for_one(backing: &str) {
-    let Some(group) = Group::new(192 * MIB) else { return };
+    let Some(group) = Group::new(160 * MIB) else { return };
     let start = || Receiver::start_as(group.postcopy(), &["--backing", backing]);
     let (first_to, second_to) = (start(), start());
     let (mut first, second) = (guest("96M", "5", "2000", true), guest("96M", "5", "2000", false));
