@@ -56,8 +56,6 @@ fn main() -> ExitCode {
     let shown = format.to_possible_value().map(|value| value.get_name().to_owned());
     let again = ["--log".to_owned(), arguments.log, "--status".to_owned()];
     let again = again.into_iter().chain(shown).map(Into::into).collect();
-    match arguments.serve.run("fault-server", again, watch, |report| status::end(format, report)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::report("fault-server", &error),
-    }
+    let show = move |report: &_| status::end(format, report);
+    exit::ended("fault-server", &arguments.serve.run("fault-server", again, watch, show))
 }

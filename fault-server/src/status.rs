@@ -130,7 +130,8 @@ fn end_line(format: Format, report: &Report) -> String {
 }
 
 fn print(line: &str) {
-    // A reader that went away must not end a migration.
+    // A reader that went away must not end a migration. One that has only stopped holds up
+    // nothing but this thread, whose work is to print.
     let _ = writeln!(std::io::stdout().lock(), "{line}");
 }
 

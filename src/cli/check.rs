@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::Args;
 use postcopy::checker::{CheckMachine, CheckParams, CheckPattern, check};
 use postcopy::program::exit::Failure;
+use postcopy::program::output;
 use postcopy::vmm::workload::PageTables;
 use std::fs::File;
 use std::io::Read;
@@ -73,13 +74,13 @@ impl Check {
             None => Box::new(std::io::stdin().lock()),
         };
         let summary = check(&params, memory).map_err(|error| Failure::Wrong(error.to_string()))?;
-        println!(
+        output::out(&format!(
             "verified: {} pages compared, {} unmodelled; {} steps, {} visits that wrote",
             summary.pages_compared,
             summary.pages_unmodelled,
             summary.steps.iter().sum::<u64>(),
             summary.visits,
-        );
+        ));
         Ok(())
     }
 }

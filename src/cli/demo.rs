@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use clap::Args;
 use postcopy::fault_server::arguments::PolicyArgs;
 use postcopy::program::exit::{both, write_report};
+use postcopy::program::output;
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
 use postcopy::report::human::render;
 use postcopy::transport::relay::Relay;
@@ -102,7 +103,7 @@ impl Demo {
 
     fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{}", line.trim_end());
+            output::out(line.trim_end());
         }
     }
 

@@ -5,6 +5,7 @@ use clap::Args;
 use postcopy::host::new_guest;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
+use postcopy::program::signals::complain;
 use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
@@ -116,7 +117,8 @@ pub fn default_kind() -> GuestKind {
     match kvm_available() {
         Ok(()) => GuestKind::Kvm,
         Err(why) => {
-            eprintln!("postcopy: KVM does not work here ({why}); using the process guest");
+            let why = format!("KVM does not work here ({why}); using the process guest");
+            complain("postcopy", &why);
             GuestKind::Process
         }
     }

@@ -5,6 +5,7 @@ use postcopy::Event;
 use postcopy::fault_server::arguments::ServeArgs;
 use postcopy::report::human::render;
 use postcopy::report::progress::{Progress, ProgressMode, Snapshot};
+use std::io::Write;
 
 /// Attaches to a running guest and moves it: this process is the fault server, and
 /// holds the guest's memory until the destination has it all.
@@ -43,9 +44,10 @@ impl Migrate {
         };
         // Nobody looks at the display of a process that was started in this one's place.
         let again = ["--log", &log, "migrate", "--quiet"].map(Into::into).to_vec();
-        self.serve.run("postcopy", again, watch, |report| {
+        self.serve.run("postcopy", again, watch, move |report| {
             if !self.quiet {
-                println!("{}", render(report));
+                // On the display's thread, which may wait; nobody may read there any more.
+                let _ = writeln!(std::io::stdout(), "{}", render(report));
             }
         })
     }

@@ -74,8 +74,5 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Session(session) => session.run(),
         Command::Check(check) => check.run(),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => exit::report("postcopy", &error),
-    }
+    exit::ended("postcopy", &done)
 }

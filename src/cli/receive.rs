@@ -6,6 +6,7 @@ use postcopy::host::arrival::{self, Arrival};
 use postcopy::memory::ram::GuestRam;
 use postcopy::operator::desk::Desk;
 use postcopy::program::exit::{Failure, Side, both, write_report};
+use postcopy::program::output;
 use postcopy::program::signals::{complain, on_interrupt};
 use postcopy::program::units::parse_time;
 use postcopy::proto::layout::Region;
@@ -44,6 +45,10 @@ pub struct Receive {
     /// What the guest's memory is made of here.
     #[arg(long, value_enum, default_value = "memfd-continue")]
     backing: DestinationBacking,
+    /// Take guests that this host's memory does not hold. Else memory for every page is
+    /// reserved before the guest is paused, and what turns out to be zero is given back.
+    #[arg(long)]
+    overcommit: bool,
     /// How long the ticket is good.
     #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
     ticket_life: Duration,
@@ -80,6 +85,7 @@ impl Receive {
             .ticket_life(self.ticket_life)
             .backing(self.backing)
             .record(self.record.is_some())
+            .overcommit(self.overcommit)
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });
@@ -92,17 +98,19 @@ impl Receive {
         if !self.quiet {
             destination = destination.on_event(|event| match event {
                 Event::Paused { why } => {
-                    eprintln!("the link is lost: {why}; waiting for the source to come back");
+                    output::err(&format!(
+                        "the link is lost: {why}; waiting for the source to come back"
+                    ));
                 }
-                Event::LinkUp { epoch: 1.. } => eprintln!("the link is back"),
+                Event::LinkUp { epoch: 1.. } => output::err("the link is back"),
                 _ => {}
             });
         }
         let receiver = destination.build()?;
         let desk = self.operator.as_ref().map(|path| Desk::open(path, receiver.operator()));
         let desk = desk.transpose().context("cannot make the operator socket")?;
-        println!("{}", receiver.ticket());
-        std::io::stdout().flush()?;
+        // This may wait for its reader: before somebody has read it nobody can come.
+        writeln!(std::io::stdout(), "{}", receiver.ticket()).context("cannot print the ticket")?;
         let interrupted = Arc::new(AtomicBool::new(false));
         let canceller = receiver.canceller();
         let seen = interrupted.clone();
@@ -142,14 +150,14 @@ impl Receive {
         report.verified = verified.as_ref().map(Result::is_ok);
         let report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
         if !self.quiet {
-            println!("{}", render(&report));
+            output::out(&render(&report));
         }
         self.end(&report, verified.unwrap_or(Ok(())))
     }
 
     fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{line}");
+            output::out(line);
         }
     }
 
@@ -159,7 +167,7 @@ impl Receive {
             std::thread::sleep(Duration::from_millis(50));
         }
         if let Some(why) = guest.failure() {
-            eprintln!("postcopy: the guest stopped: {why}");
+            complain("postcopy", &format!("the guest stopped: {why}"));
         }
     }
 

@@ -5,7 +5,7 @@ use anyhow::Context;
 use clap::Args;
 use postcopy::attach::server::{ServeEnd, Server};
 use postcopy::host::departure::Departure;
-use std::io::Write;
+use postcopy::program::output;
 use std::path::PathBuf;
 
 /// Starts a reference guest and serves its control socket, until the guest has left
@@ -27,22 +27,22 @@ impl Run {
         })?;
         let mut guest = self.guest.create()?;
         guest.resume()?;
-        println!(
+        // The guest runs: nobody waits for whoever reads this.
+        output::out(&format!(
             "{} guest of {} MiB runs as process {}; control socket {}",
             guest.kind().name(),
             self.guest.memory >> 20,
             std::process::id(),
             self.control.display()
-        );
-        std::io::stdout().flush()?;
+        ));
         let mut departure = Departure::new(guest)?;
         let end = server.serve(&mut departure)?;
-        match end {
-            ServeEnd::Released => println!("the guest has left"),
-            ServeEnd::Stopped => println!("the guest was stopped"),
+        output::out(match end {
+            ServeEnd::Released => "the guest has left",
+            ServeEnd::Stopped => "the guest was stopped",
             // Only a keeper ends so.
-            ServeEnd::GivenBack => println!("the guest was given back"),
-        }
+            ServeEnd::GivenBack => "the guest was given back",
+        });
         Ok(())
     }
 }

@@ -9,12 +9,13 @@ use postcopy::fault_server::{FaultServer, FaultServerError};
 use postcopy::operator::client::{AskError, ask};
 use postcopy::operator::socket_path;
 use postcopy::program::exit::Failure;
+use postcopy::program::output;
 use postcopy::program::signals::on_interrupt;
 use postcopy::proto::operator::Risk;
 use postcopy::proto::source::Outcome;
 use postcopy::transport::ticket::TICKET_BYTES_MAX;
-use std::fmt::Write;
-use std::io::Read;
+use std::fmt::Write as _;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -136,7 +137,7 @@ impl Session {
             Command::GiveUp(give_up) => {
                 let acknowledged = give_up.yes_lose_the_guest.then_some(Risk::LoseTheGuest);
                 let done = give_up.at.done(&Request::GiveUp { acknowledged });
-                println!("given up: {}", done.context("not given up")?);
+                output::out(&format!("given up: {}", done.context("not given up")?));
                 Ok(())
             }
             Command::TakeBack(take_back) => take_back.run(),
@@ -151,11 +152,12 @@ impl Status {
             Answer::Refused(refusal) => return Err(refusal.into()),
             Answer::Done { .. } => bail!("the session answered something else"),
         };
-        match self.json {
-            true => println!("{}", serde_json::to_string_pretty(&status)?),
-            false => print!("{}", for_people(&status)),
-        }
-        Ok(())
+        let text = match self.json {
+            true => serde_json::to_string_pretty(&status)? + "\n",
+            false => for_people(&status),
+        };
+        // Nothing waits for this process: it waits for its reader.
+        std::io::stdout().write_all(text.as_bytes()).context("cannot print the status")
     }
 }
 
@@ -170,7 +172,7 @@ impl Redirect {
         }
         // Broken over lines by a terminal or a mail program, as tickets are.
         let to: String = to.split_whitespace().collect();
-        println!("{}", self.at.done(&Request::Redirect { to }).context("not redirected")?);
+        output::out(&self.at.done(&Request::Redirect { to }).context("not redirected")?);
         Ok(())
     }
 }
@@ -198,7 +200,7 @@ impl TakeBack {
         let acknowledged = self.yes_it_runs_nowhere_else.then_some(Risk::TwoRunningGuests);
         let asked = ask(&self.at.path(), &Request::TakeBack { acknowledged });
         match (asked, &self.at.control) {
-            (Ok(Answer::Done { text }), _) => println!("taken back: {text}"),
+            (Ok(Answer::Done { text }), _) => output::out(&format!("taken back: {text}")),
             (Ok(Answer::Refused(refusal)), _) => {
                 return Err(anyhow::Error::from(refusal).context("not taken back"));
             }
@@ -222,12 +224,14 @@ impl TakeBack {
 /// Takes a guest back whose fault server is gone.
 fn alone(control: &Path, acknowledged: Option<Risk>) -> anyhow::Result<()> {
     let session = FaultServer::take_back(control, acknowledged).context("not taken back")?;
-    println!("taken back: the guest runs on in its VMM");
+    output::out("taken back: the guest runs on in its VMM");
     let Some(session) = session else {
-        println!("nobody tells the destination: it has no keeper any more that knows where it is");
+        output::out(
+            "nobody tells the destination: it has no keeper any more that knows where it is",
+        );
         return Ok(());
     };
-    println!("looking for the destination, to tell it; an interrupt ends that");
+    output::out("looking for the destination, to tell it; an interrupt ends that");
     let canceller = session.canceller();
     let stop = move || canceller.cancel("interrupted by the user");
     on_interrupt("postcopy", stop, session.deserter());
@@ -236,7 +240,7 @@ fn alone(control: &Path, acknowledged: Option<Risk>) -> anyhow::Result<()> {
     match (end.outcome, end.stranded) {
         (Outcome::Aborted(why), Some(stranded)) => Err(Failure::Stranded { why, stranded }.into()),
         (Outcome::Aborted(why), None) => {
-            println!("over: {why}");
+            output::out(&format!("over: {why}"));
             Ok(())
         }
         (other, _) => Err(anyhow!("the session ended otherwise: {other:?}")),

@@ -22,6 +22,7 @@ mod lost_pages;
 pub mod operator;
 mod outage;
 mod process_figures;
+mod room;
 pub mod source;
 pub mod vm;
 

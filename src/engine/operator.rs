@@ -6,12 +6,14 @@
 //! comes. Whether a command is possible, and what follows from it, the session machine
 //! says; the socket at which others ask is in [`operator`](crate::operator).
 
+use super::room::{REQUESTS_MAX, Room};
 use crate::proto::operator::{Command, Consequence, Risk, Whereabouts};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a session may take to answer; it may be waiting for its peer to take a message.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -202,14 +204,15 @@ pub struct Asked {
     /// What is asked for.
     pub request: Request,
     answer: SyncSender<Answer>,
+    _room: OwnedSemaphorePermit,
 }
 
 impl Asked {
     /// A request, and where its answer comes.
-    fn new(request: Request) -> (Self, Receiver<Answer>) {
+    fn new(request: Request, room: OwnedSemaphorePermit) -> (Self, Receiver<Answer>) {
         // Room for the one answer: whoever gives it never waits.
         let (answer, answered) = sync_channel(1);
-        (Self { request, answer }, answered)
+        (Self { request, answer, _room: room }, answered)
     }
 
     /// Answers. Who asked may have gone.
@@ -220,7 +223,10 @@ impl Asked {
 
 /// A handle of a session for its operator; good until the session is over.
 #[derive(Clone)]
-pub struct Operator(Arc<dyn Fn(Asked) -> bool + Send + Sync>);
+pub struct Operator {
+    driver: Arc<dyn Fn(Asked) -> bool + Send + Sync>,
+    room: Arc<Semaphore>,
+}
 
 impl fmt::Debug for Operator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -229,9 +235,10 @@ impl fmt::Debug for Operator {
 }
 
 impl Operator {
-    /// Hands requests to `driver`, which says whether it is still there.
-    pub(super) fn new(driver: impl Fn(Asked) -> bool + Send + Sync + 'static) -> Self {
-        Self(Arc::new(driver))
+    /// Hands requests to `driver`, which says whether it is still there, if its `room` has some
+    /// for them.
+    pub(super) fn new(room: &Room, driver: impl Fn(Asked) -> bool + Send + Sync + 'static) -> Self {
+        Self { driver: Arc::new(driver), room: room.requests.clone() }
     }
 
     /// Asks. Blocks until the session answers, for 45 s at most.
@@ -240,8 +247,12 @@ impl Operator {
             Request::TakeBack { .. } => VMM_ANSWER_MAX,
             _ => ANSWER_MAX,
         };
-        let (asked, answered) = Asked::new(request);
-        if !(self.0)(asked) {
+        let Ok(room) = self.room.clone().try_acquire_owned() else {
+            let why = format!("{REQUESTS_MAX} others have asked, and wait for an answer");
+            return Answer::Refused(Refusal::NotNow { why });
+        };
+        let (asked, answered) = Asked::new(request, room);
+        if !(self.driver)(asked) {
             return Answer::Refused(Refusal::Over);
         }
         answered.recv_timeout(within).unwrap_or_else(|error| {

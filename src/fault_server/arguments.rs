@@ -1,5 +1,6 @@
 //! The command line of a fault server, and its run from arguments to exit.
 
+use super::display::Display;
 use super::keeper::{self, KeeperCommand, RestartCommand};
 use super::{FaultServer, HeldBy, Holder, PushPlan};
 use crate::engine::event::Event;
@@ -112,7 +113,8 @@ impl PolicyArgs {
 
 impl ServeArgs {
     /// Attaches, migrates, and writes the report if one was asked for; an interrupt
-    /// stops it before the commit. `watch` shows how it goes on, `show` the report. `again`
+    /// stops it before the commit. `watch` shows how it goes on, `show` the report, both on a
+    /// thread of their own, for whose writing nobody waits. `again`
     /// are the arguments, beside these, with which this program does the same once more: it
     /// is started with them if it dies in the middle.
     ///
@@ -124,7 +126,7 @@ impl ServeArgs {
         program: &'static str,
         again: Vec<OsString>,
         watch: impl FnMut(Event) + Send + 'static,
-        show: impl FnOnce(&Report),
+        show: impl FnOnce(&Report) + Send + 'static,
     ) -> anyhow::Result<()> {
         if self.discard {
             let path = keeper::socket_path(&self.control);
@@ -136,8 +138,9 @@ impl ServeArgs {
         let stop = move || canceller.cancel("interrupted by the user");
         on_interrupt(program, stop, server.deserter());
         let report = server.report().map(ToOwned::to_owned);
-        let (end, last_word) = server.run(watch)?;
-        show(&end.report);
+        let display = Display::start(watch, show).context("cannot show how it goes on")?;
+        let (end, last_word) = server.run(display.watch())?;
+        display.end(&end.report);
         let mut session = Failure::of(&end.outcome, Side::Source);
         if let (Outcome::Aborted(why), Some(stranded)) = (&end.outcome, end.stranded) {
             session = Err(Failure::Stranded { why: why.clone(), stranded });
@@ -161,6 +164,7 @@ impl ServeArgs {
         if let (Err(Failure::Lost(why)), Some(by)) = (&mut session, held) {
             why.push_str(&self.still_held(by));
         }
+        display.finish();
         both(program, session.map_err(Into::into), reported)
     }
 }

@@ -7,6 +7,7 @@
 //! needed to use it.
 
 pub mod arguments;
+mod display;
 mod guest_config;
 mod holding;
 pub mod keeper;

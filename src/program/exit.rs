@@ -5,6 +5,7 @@
 //! run on; 5 the memory or the report is
 //! not what it should be; 6 done, but the report could not be written.
 
+use super::output;
 use super::signals::complain;
 use crate::proto::message::printable;
 use crate::proto::source::Outcome;
@@ -121,10 +122,14 @@ pub fn both(
     }
 }
 
-/// Prints the error of `program` in one line and returns its exit code.
-pub fn report(program: &str, error: &anyhow::Error) -> ExitCode {
-    complain(program, &one_line(error));
-    ExitCode::from(code(error))
+/// The end of `program`: prints its error in one line, if it is one, and returns its exit code.
+/// Whoever reads what was said has a second for it.
+pub fn ended(program: &str, done: &anyhow::Result<()>) -> ExitCode {
+    if let Err(error) = done {
+        complain(program, &one_line(error));
+    }
+    output::farewell();
+    done.as_ref().err().map_or(ExitCode::SUCCESS, |error| ExitCode::from(code(error)))
 }
 
 /// An error and its causes, in one line.

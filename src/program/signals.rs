@@ -1,13 +1,16 @@
 //! What a program says and hears beside its work: the log on standard error, and
 //! interrupts.
 
+use super::output;
 use nix::sys::{prctl, signal::Signal};
-use std::io::Write;
 use tracing_subscriber::EnvFilter;
 
 /// Logs to standard error what `filter` lets through, such as `info` or
-/// `postcopy::engine=debug`; warnings, if it is no filter.
+/// `postcopy::engine=debug`; warnings, if it is no filter. Panics are said there, too. Nobody
+/// waits for whoever reads it: see [`output`].
 pub fn log_to_stderr(program: &str, filter: &str) {
+    output::open();
+    output::take_panics();
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
         complain(program, &format!("--log: {error}; logging warnings"));
         EnvFilter::new("warn")
@@ -15,16 +18,16 @@ pub fn log_to_stderr(program: &str, filter: &str) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        // It would be said on standard error, with a panic if that cannot be written to.
+        .with_writer(output::Log)
+        // It would be said on standard error at once, with a panic if nobody reads there.
         .log_internal_errors(false)
         .init();
 }
 
-/// Says one line on standard error. Whoever read there may be gone, which is nothing to the
-/// guest: unlike `eprintln`, this does not panic then.
+/// Says one line on standard error. Whoever read there may be gone, or may have stopped, which
+/// is nothing to the guest: unlike `eprintln`, this neither panics nor waits.
 pub fn complain(program: &str, what: &str) {
-    let _ = writeln!(std::io::stderr(), "{program}: {what}");
+    output::err(&format!("{program}: {what}"));
 }
 
 /// Has the kernel end this process as soon as its parent ends.
@@ -46,6 +49,7 @@ pub fn on_interrupt(
         if std::mem::replace(&mut asked, true) {
             complain(program, "interrupted twice");
             leave();
+            output::farewell();
             std::process::exit(130);
         }
         complain(program, "interrupted; a migration is only stopped before its commit");

@@ -66,8 +66,9 @@ impl GuestFigures {
 }
 
 impl StallFigures {
-    /// From a histogram, the sum of what it counts, and a bound on each (0: none).
-    fn of(buckets: &[u64; STALL_BUCKETS], sum: u64, bound: u64, tsc_hz: u64) -> Self {
+    /// From a histogram, the sum of what it counts, and a bound on each (0: none), all in
+    /// ticks.
+    pub fn of(buckets: &[u64; STALL_BUCKETS], sum: u64, bound: u64, tsc_hz: u64) -> Self {
         let count = buckets.iter().fold(0u64, |total, &count| total.saturating_add(count));
         if count == 0 {
             return Self::default();

@@ -76,6 +76,13 @@ struct OutputState {
 }
 
 impl Output {
+    /// Of which nothing comes here.
+    fn elsewhere() -> Self {
+        let output = Self::default();
+        lock(&output.0.0).ended = true;
+        output
+    }
+
     fn of(stream: impl Read + Send + 'static) -> Self {
         let output = Self::default();
         let to = output.clone();
@@ -151,16 +158,27 @@ impl Running {
     }
 
     /// The same, as `command` says: as another user, in another namespace.
-    pub fn start_as(mut command: Command, arguments: &[&str]) -> Self {
+    pub fn start_as(command: Command, arguments: &[&str]) -> Self {
+        let mut running = Self::start_into(command, arguments, [Stdio::piped(), Stdio::piped()]);
+        running.stdout = Output::of(running.child.stdout.take().expect("piped"));
+        running.stderr = Output::of(running.child.stderr.take().expect("piped"));
+        running
+    }
+
+    /// The same with these for standard output and error, of which nothing is known here.
+    pub fn start_into(
+        mut command: Command,
+        arguments: &[&str],
+        [stdout, stderr]: [Stdio; 2],
+    ) -> Self {
         // The parent is this thread: whatever is left ends with its test.
         command.arg("--die-with-parent").args(arguments);
         command.env_remove("POSTCOPY_LOG").env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr);
         command.process_group(0);
-        let mut child = command.spawn().expect("the binary under test starts");
-        let stdout = Output::of(child.stdout.take().expect("piped"));
-        let stderr = Output::of(child.stderr.take().expect("piped"));
-        Self { name: arguments.join(" "), child, stdout, stderr }
+        let child = command.spawn().expect("the binary under test starts");
+        let name = arguments.join(" ");
+        Self { name, child, stdout: Output::elsewhere(), stderr: Output::elsewhere() }
     }
 
     /// The next line that it prints.

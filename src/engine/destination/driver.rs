@@ -10,7 +10,7 @@ use super::fault_book::FaultBook;
 use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
 use super::install::Installer;
 use super::links::{NewLink, accept_links, last_words};
-use super::push_in::{self, PushGate};
+use super::push_in::{self, PushEnd, PushGate};
 use super::recording::Recording;
 use super::trap_loop::{FaultCounts, TrapLoop};
 use super::{DestinationConfig, DestinationEnd, Receiver, Recorded, report};
@@ -44,13 +44,15 @@ const CLOSE_DONE: u32 = 0;
 /// When the ledger is asked again after it said that pages are in hand.
 const FULL_AGAIN: Duration = Duration::from_millis(1);
 
-/// What the driver waits for.
+/// What the driver waits for. Each kind has a bound: new links, what is heard and what others ask
+/// for by their room; what the guest's thread says, by what it was told to do; and of each link,
+/// and of each push lane, there is one end at a time.
 pub enum Input {
-    Event(DestinationEvent),
+    Cancel { why: String, _room: OwnedSemaphorePermit },
     Linked(Box<NewLink>),
     Heard { generation: u64, message: ToDestination, _room: OwnedSemaphorePermit },
     LinkEnded { generation: u64, error: LaneError },
-    PushEnded { epoch: u32, error: LaneError },
+    PushEnded(PushEnd),
     TrapsEnded(LaneError),
     Guest(GuestEvent),
     Operator(Asked),
@@ -81,6 +83,8 @@ pub struct Driver {
     queues: DemandQueues,
     gate: Arc<PushGate>,
     push_lanes: Vec<LaneThread<Result<(), TransportError>>>,
+    /// Told once by the installer, once when the guest runs, and again by whoever found that
+    /// it was not so yet.
     full: (UnboundedSender<()>, UnboundedReceiver<()>),
     next_progress: Duration,
     workload_ended: bool,
@@ -108,7 +112,12 @@ impl Driver {
         for (index, socket) in (0u8..).zip(sockets) {
             let (identity, options) = (identity.clone(), config.link.clone());
             let (gate, input) = (gate.clone(), input.clone());
-            let ended = move |epoch, error| drop(input.send(Input::PushEnded { epoch, error }));
+            let end = PushEnd::default();
+            let ended = move |epoch, error| {
+                if end.put(epoch, error) {
+                    let _ = input.send(Input::PushEnded(end.clone()));
+                }
+            };
             push_lanes.push(LaneThread::spawn(format!("push-{index}"), move || {
                 push_in::receive_lane(socket, identity, index, options, gate, ended)
             })?);
@@ -223,10 +232,10 @@ impl Driver {
 
     async fn take(&mut self, input: Input) {
         match input {
-            Input::Event(DestinationEvent::Cancel(why)) if self.machine.is_none() => {
+            Input::Cancel { why, _room } if self.machine.is_none() => {
                 self.outcome = Some(Outcome::Aborted(why));
             }
-            Input::Event(event) => self.handle(event),
+            Input::Cancel { why, _room } => self.handle(DestinationEvent::Cancel(why)),
             Input::Linked(link) => self.linked(*link).await,
             Input::Heard { generation, message, _room } if generation == self.generation => {
                 let ping = matches!(message, ToDestination::Ping(_));
@@ -240,8 +249,9 @@ impl Driver {
             }
             // From a link that was replaced since.
             Input::Heard { .. } | Input::LinkEnded { .. } => {}
-            Input::PushEnded { epoch, error } => {
-                if self.machine.as_ref().is_some_and(|machine| machine.epoch() == epoch) {
+            Input::PushEnded(end) => {
+                let of = self.machine.as_ref().map(DestinationSession::epoch);
+                if let Some((_, error)) = end.take().filter(|(epoch, _)| Some(*epoch) == of) {
                     self.link_ended(error);
                 }
             }
@@ -259,8 +269,9 @@ impl Driver {
             DestinationAction::Prepare(hello) => {
                 self.hello = Some(hello.clone());
                 let kvm = (self.config.is_kvm)(&hello);
-                let (backing, users) = (self.config.backing, self.config.users.clone());
-                self.guest.tell(GuestCommand::Prepare { hello, backing, kvm, users });
+                let (backing, overcommit) = (self.config.backing, self.config.overcommit);
+                let users = self.config.users.clone();
+                self.guest.tell(GuestCommand::Prepare { hello, backing, overcommit, kvm, users });
             }
             DestinationAction::Say(message) => self.say(message).await,
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
@@ -322,11 +333,12 @@ impl Driver {
             let _ = shell.placer.unregister();
             return self.handle(DestinationEvent::Refused(mismatch));
         }
-        let Shell { ram, trap, placer, threads, .. } = shell;
+        let Shell { ram, trap, placer, reserved, threads, .. } = shell;
         let ledger = DestinationLedger::new(ram.layout().pages());
         let book = FaultBook::new(threads.len());
         let recording = self.config.record.then(|| Recording::new(ledger.pages()));
-        let installer = Installer::new(ledger, placer, book, self.full.0.clone(), recording);
+        let full = self.full.0.clone();
+        let installer = Installer::new(ledger, (placer, reserved), book, full, recording);
         let traps =
             TrapLoop::new(trap, installer.clone(), self.faults.clone(), self.queues.clone());
         let traps = match traps {

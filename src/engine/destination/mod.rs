@@ -21,10 +21,10 @@ mod trap_loop;
 
 use super::event::{Event, Watch};
 use super::operator::Operator;
+use super::room::Room;
 use super::vm::DestinationVm;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::MemoryUser;
-use crate::proto::destination::DestinationEvent;
 use crate::proto::message::Hello;
 use crate::proto::page_set::PageSet;
 use crate::proto::source::{Outcome, SessionLimits};
@@ -40,6 +40,7 @@ pub use record_file::{EventKind, RecordError, Recorded, RecordedEvent};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// What a destination needs to know.
@@ -61,6 +62,8 @@ pub struct DestinationConfig {
     pub ticket_life: Duration,
     /// What guest memory is made of here.
     pub backing: DestinationBacking,
+    /// The memory for the guest need not be there; none is reserved.
+    pub overcommit: bool,
     /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
     /// the proposal's description of the guest.
     pub is_kvm: fn(&Hello) -> bool,
@@ -77,18 +80,26 @@ pub struct Receiver {
     identity: Identity,
     ticket: Ticket,
     sockets: Vec<LaneSocket>,
+    /// Bounded by `room`, and by what the driver has begun.
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+    room: Room,
     watch: Watch,
 }
 
 /// Asks a waiting or running session to stop; only heard before the commit.
 #[derive(Clone, Debug)]
-pub struct Canceller(UnboundedSender<Input>);
+pub struct Canceller {
+    input: UnboundedSender<Input>,
+    room: Arc<Semaphore>,
+}
 
 impl Canceller {
     /// Cancels, for this reason.
     pub fn cancel(&self, why: &str) {
-        let _ = self.0.send(Input::Event(DestinationEvent::Cancel(why.into())));
+        // However often it is said: those that wait to be heard say it already.
+        if let Ok(room) = self.room.clone().try_acquire_owned() {
+            let _ = self.input.send(Input::Cancel { why: why.into(), _room: room });
+        }
     }
 }
 
@@ -127,7 +138,8 @@ impl Receiver {
             TransportError::Setup { what: "the ticket", detail: error.to_string() }
         })?;
         let (inputs, watch) = (unbounded_channel(), Watch::default());
-        Ok(Self { config, identity, ticket, sockets, inputs, watch })
+        let room = Room::default();
+        Ok(Self { config, identity, ticket, sockets, inputs, room, watch })
     }
 
     /// Has `on_event` called with each event, on the thread that serves faults: it must
@@ -144,13 +156,13 @@ impl Receiver {
 
     /// A handle that cancels it.
     pub fn canceller(&self) -> Canceller {
-        Canceller(self.inputs.0.clone())
+        Canceller { input: self.inputs.0.clone(), room: self.room.cancels.clone() }
     }
 
     /// A handle for its operator.
     pub fn operator(&self) -> Operator {
         let input = self.inputs.0.clone();
-        Operator::new(move |asked| input.send(Input::Operator(asked)).is_ok())
+        Operator::new(&self.room, move |asked| input.send(Input::Operator(asked)).is_ok())
     }
 
     /// Waits for the guest and takes it in. Blocks until the session is over.
@@ -165,5 +177,24 @@ impl Receiver {
             async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
         })?
         .join()?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_is_cancelled_a_million_times_hears_of_it_twice() {
+        let (input, mut inputs) = unbounded_channel();
+        let canceller = Canceller { input, room: Room::default().cancels };
+        for _ in 0..1_000_000 {
+            canceller.clone().cancel("enough");
+        }
+        assert_eq!(inputs.len(), 2);
+        // What is heard gives its place back.
+        drop(inputs.try_recv());
+        canceller.cancel("enough");
+        assert_eq!(inputs.len(), 2);
     }
 }

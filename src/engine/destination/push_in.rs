@@ -11,7 +11,7 @@ use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions
 use quinn::{Connection, RecvStream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -73,6 +73,28 @@ impl PushGate {
             self.replaced[0].fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
             self.replaced[1].fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
         }
+    }
+}
+
+/// How a push lane's link in use ended last, until the driver takes it: a peer can make new
+/// ones, and end them, faster than a driver that stands still for a while looks.
+#[derive(Clone, Debug, Default)]
+pub struct PushEnd(Arc<Mutex<Option<(u32, LaneError)>>>);
+
+impl PushEnd {
+    /// Puts it in the place of the one before, which was of an earlier link epoch; whether there
+    /// was none.
+    pub fn put(&self, epoch: u32, error: LaneError) -> bool {
+        self.lock().replace((epoch, error)).is_none()
+    }
+
+    /// What was put in last, and its link epoch.
+    pub fn take(&self) -> Option<(u32, LaneError)> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<(u32, LaneError)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -198,5 +220,20 @@ pub fn wire(error: TransportError) -> LaneError {
             LaneError::Violation(crate::engine::error_chain(&error))
         }
         error => LaneError::Link(crate::engine::error_chain(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_the_ends_of_a_push_lane_the_last_one_waits_for_the_driver() {
+        let end = PushEnd::default();
+        let told = (0..1000).filter(|&epoch| end.put(epoch, LaneError::Link("gone".into())));
+        assert_eq!(told.count(), 1, "the driver is told once");
+        assert!(matches!(end.take(), Some((999, _))));
+        assert!(end.take().is_none());
+        assert!(end.put(1000, LaneError::Link("gone".into())), "and once more");
     }
 }

@@ -5,16 +5,15 @@
 mod keeping;
 mod linking;
 mod operating;
+mod pushing;
 mod telling;
 
 use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
-use super::link::{self, Link, PushCommand};
+use super::link::Link;
 use super::push::{PushShared, lock};
 use super::serve::{SourceShared, send_page};
-use super::zero_scan::scan_zeros;
 use super::{SourceConfig, SourceEnd, report};
-use crate::engine::error_chain;
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
 use crate::engine::operator::{Asked, LinkDiary};
@@ -28,13 +27,14 @@ use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::PolicyConfig;
 use crate::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
-use crate::transport::{LaneThread, TransportError};
+use crate::transport::TransportError;
+use pushing::PushLane;
 use quinn::SendStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
@@ -51,20 +51,17 @@ const CLOSE_DONE: u32 = 0;
 /// How long the last message may take to be acknowledged.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// What the driver waits for.
+/// What the driver waits for. Each kind has a bound: what is heard and what others ask for by
+/// its room; what the guest's thread says, by what it was told to do; and of each link, and of each
+/// of its lanes, there is one end.
 pub enum Input {
     Event(SourceEvent),
+    Cancel { why: String, _room: OwnedSemaphorePermit },
     Linked(Box<Link>),
     Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
     LinkEnded { epoch: u32, error: LaneError },
     Operator(Asked),
-}
-
-/// A push lane's thread and how it is told things.
-struct PushLane {
-    commands: UnboundedSender<PushCommand>,
-    thread: LaneThread<()>,
 }
 
 /// A stream whose unsent bytes are forgotten with it: they lie in the guest's memory.
@@ -262,6 +259,7 @@ impl Driver {
                 self.answer_take_back(&event);
                 self.machine.handle(now, event);
             }
+            Input::Cancel { why, _room } => self.machine.handle(now, SourceEvent::Cancel(why)),
             Input::Operator(asked) => self.operate(asked),
             // Made for an epoch that has passed.
             Input::Linked(link) if link.epoch != self.machine.epoch() => {}
@@ -389,58 +387,6 @@ impl Driver {
             }
         }
         self.machine.handle(self.now(), SourceEvent::StateSent);
-    }
-
-    /// Looks for holes and zero pages while the guest is on its way: the set is only
-    /// right once nothing writes any more.
-    fn spawn_zero_scan(&mut self) {
-        let Some(zeros) = self.zeros.take() else { return };
-        let (ram, shared) = (self.shared.ram.clone(), self.shared.clone());
-        let scan = move || {
-            let scanned = scan_zeros(ram, |run, kind| {
-                shared.known.add(run, kind);
-                let sent = zeros.send((run, kind)).is_ok();
-                shared.push_wake.notify_one();
-                sent
-            });
-            if let Err(error) = scanned {
-                // Pages that are not known to be zero are simply sent.
-                warn!(error = error_chain(&error), "the scan for zero pages ended early");
-            }
-        };
-        if let Err(error) = std::thread::Builder::new().name("zero-scan".into()).spawn(scan) {
-            warn!(%error, "no thread for the scan for zero pages");
-        }
-    }
-
-    fn start_push(&mut self) {
-        self.pinging = true;
-        // Not earlier: it takes a core for a time that grows with the memory, which has
-        // no place in the blackout.
-        self.spawn_zero_scan();
-        for lane in &self.push_lanes {
-            let _ = lane.commands.send(PushCommand::Start { epoch: self.machine.epoch() });
-        }
-    }
-
-    fn spawn_push_lanes(&mut self) {
-        for index in 0..self.config.ticket.push_lanes() as u8 {
-            let (commands, receiver) = unbounded_channel();
-            let (push, input) = (self.push.clone(), self.input.clone());
-            let ended = move |epoch, error| {
-                let _ = input.send(Input::LinkEnded { epoch, error });
-            };
-            let lane = LaneThread::spawn(format!("push-{index}"), move || {
-                link::push_lane(push, index, receiver, ended)
-            });
-            match lane {
-                Ok(thread) => self.push_lanes.push(PushLane { commands, thread }),
-                Err(error) => {
-                    let why = format!("cannot start push lane {index}: {}", error_chain(&error));
-                    self.machine.handle(self.now(), SourceEvent::Cancel(why));
-                }
-            }
-        }
     }
 
     /// Lets every thread go and puts the report together.

@@ -80,6 +80,7 @@ pub fn spawn(
     mut vm: Box<dyn SourceVm>,
     input: UnboundedSender<Input>,
 ) -> std::io::Result<GuestThread> {
+    // One for each step of the session, which then waits for its answer.
     let (sender, commands) = crossbeam_channel::unbounded();
     let said = |error: VmError| error_chain(error.as_ref());
     let run = move || {

@@ -10,7 +10,7 @@ use crate::transport::{self, Lane, LinkOptions, Ticket, TransportError};
 use quinn::{RecvStream, SendStream};
 use std::pin::Pin;
 use std::sync::Arc;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{Receiver, Sender};
 use tokio::sync::oneshot;
 
 /// Priority of the control stream below the demand streams (0).
@@ -73,7 +73,7 @@ pub async fn dial(
     options: &LinkOptions,
     session: SessionId,
     epoch: u32,
-    push_lanes: &[UnboundedSender<PushCommand>],
+    push_lanes: &[Sender<PushCommand>],
 ) -> Result<Link, LaneError> {
     failpoint!("source::before_dial", return Err(broken()));
     let streams = u32::from(config.vcpus) + 2;
@@ -87,10 +87,14 @@ pub async fn dial(
         .map(|lane| {
             let (done, connected) = oneshot::channel();
             let (ticket, options) = (Box::new(config.ticket.clone()), options.clone());
-            let _ = lane.send(PushCommand::Connect { epoch, session, ticket, options, done });
-            connected
+            let connect = PushCommand::Connect { epoch, session, ticket, options, done };
+            let told = lane.try_send(connect);
+            told.map_err(|error| {
+                LaneError::Local(format!("a push lane takes no commands: {error}"))
+            })?;
+            Ok(connected)
         })
-        .collect();
+        .collect::<Result<_, LaneError>>()?;
     let lost = LaneError::lost::<quinn::ConnectionError>;
     let transport = connect(&config.ticket, options, Lane::Urgent).await?;
     failpoint!("source::after_urgent_connected", return Err(broken()));
@@ -121,7 +125,7 @@ async fn greet(stream: &mut SendStream, index: u16) -> Result<(), LaneError> {
 pub async fn push_lane(
     shared: Arc<PushShared>,
     index: u8,
-    mut commands: UnboundedReceiver<PushCommand>,
+    mut commands: Receiver<PushCommand>,
     ended: impl Fn(u32, LaneError),
 ) {
     let mut link: Option<Pushing> = None;
@@ -234,4 +238,44 @@ async fn connect_push(
 #[cfg(feature = "failpoints")]
 fn broken() -> LaneError {
     LaneError::Link("a failpoint".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::Identity;
+    use crate::transport::ticket::Host;
+    use std::net::Ipv4Addr;
+    use tokio::sync::mpsc::channel;
+
+    #[tokio::test]
+    async fn a_push_lane_that_takes_no_commands_costs_the_attempt_and_nothing_waits_for_it() {
+        let identity = Identity::generate(u64::from(u32::MAX)).unwrap();
+        let config = SourceConfig {
+            ticket: identity.ticket(Host::Ip(Ipv4Addr::LOCALHOST.into()), 1, vec![2]).unwrap(),
+            link: LinkOptions::default(),
+            limits: Default::default(),
+            policy: Default::default(),
+            pivots: None,
+            drain_after: None,
+            machine: String::new(),
+            guest: Vec::new(),
+            vcpus: 1,
+            guest_kind: String::new(),
+            workload: None,
+        };
+        let (lane, mut commands) = channel(2);
+        for epoch in 0..1000 {
+            let (options, lanes) = (LinkOptions::default(), [lane.clone()]);
+            let attempt = dial(&config, &options, SessionId([0; _]), epoch, &lanes);
+            // The first ones are left as they are, like those whose time is over.
+            let within = tokio::time::timeout(std::time::Duration::from_millis(20), attempt).await;
+            if epoch >= 2 {
+                let error = within.expect("it waits for nobody").unwrap_err();
+                assert!(error.to_string().contains("takes no commands"), "{error}");
+            }
+        }
+        let waiting = std::iter::from_fn(|| commands.try_recv().ok()).count();
+        assert_eq!(waiting, 2);
+    }
 }

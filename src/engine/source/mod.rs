@@ -16,11 +16,12 @@ mod zero_scan;
 
 use super::event::{Event, Watch};
 use super::operator::Operator;
+use super::room::Room;
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
-use crate::proto::source::{Outcome, SessionLimits, SourceEvent};
+use crate::proto::source::{Outcome, SessionLimits};
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
 pub use builder::SourceBuilder;
@@ -28,6 +29,7 @@ use driver::{Driver, Input};
 pub use journal::{Beginning, Journal, Left};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// What a source needs to know.
@@ -73,12 +75,18 @@ pub struct SourceEnd {
 
 /// Asks a running migration to stop; only heard before the commit.
 #[derive(Clone, Debug)]
-pub struct Canceller(UnboundedSender<Input>);
+pub struct Canceller {
+    input: UnboundedSender<Input>,
+    room: Arc<Semaphore>,
+}
 
 impl Canceller {
     /// Cancels, for this reason.
     pub fn cancel(&self, why: &str) {
-        let _ = self.0.send(Input::Event(SourceEvent::Cancel(why.into())));
+        // However often it is said: those that wait to be heard say it already.
+        if let Ok(room) = self.room.clone().try_acquire_owned() {
+            let _ = self.input.send(Input::Cancel { why: why.into(), _room: room });
+        }
     }
 }
 
@@ -89,7 +97,9 @@ pub struct Migration {
     ram: Arc<GuestRam>,
     beginning: Beginning,
     journal: Option<Box<dyn Journal>>,
+    /// Bounded by `room`, and by what the driver has begun.
     inputs: (UnboundedSender<Input>, UnboundedReceiver<Input>),
+    room: Room,
     watch: Watch,
 }
 
@@ -107,7 +117,8 @@ impl Migration {
 
     fn begin(config: SourceConfig, ram: Arc<GuestRam>, beginning: Beginning) -> Self {
         let (inputs, watch) = (unbounded_channel(), Watch::default());
-        Self { config, ram, beginning, journal: None, inputs, watch }
+        let room = Room::default();
+        Self { config, ram, beginning, journal: None, inputs, room, watch }
     }
 
     /// The same, with what another process would need in order to go on with it kept in
@@ -133,13 +144,13 @@ impl Migration {
 
     /// A handle that cancels it.
     pub fn canceller(&self) -> Canceller {
-        Canceller(self.inputs.0.clone())
+        Canceller { input: self.inputs.0.clone(), room: self.room.cancels.clone() }
     }
 
     /// A handle for its operator.
     pub fn operator(&self) -> Operator {
         let input = self.inputs.0.clone();
-        Operator::new(move |asked| input.send(Input::Operator(asked)).is_ok())
+        Operator::new(&self.room, move |asked| input.send(Input::Operator(asked)).is_ok())
     }
 
     /// Migrates. Blocks until the session is over.
@@ -147,7 +158,7 @@ impl Migration {
     /// # Errors
     /// Only if no thread could be made: every other failure is an [`Outcome`].
     pub fn run(self, vm: Box<dyn SourceVm>) -> Result<SourceEnd, TransportError> {
-        let Self { config, ram, beginning, journal, inputs, watch } = self;
+        let Self { config, ram, beginning, journal, inputs, watch, room: _ } = self;
         let begin = (beginning, journal);
         LaneThread::spawn("urgent", move || {
             let local = tokio::task::LocalSet::new();
@@ -157,5 +168,24 @@ impl Migration {
             async move { local.run_until(drive).await }
         })?
         .join()?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_is_cancelled_a_million_times_hears_of_it_twice() {
+        let (input, mut inputs) = unbounded_channel();
+        let canceller = Canceller { input, room: Room::default().cancels };
+        for _ in 0..1_000_000 {
+            canceller.clone().cancel("enough");
+        }
+        assert_eq!(inputs.len(), 2);
+        // What is heard gives its place back.
+        drop(inputs.try_recv());
+        canceller.cancel("enough");
+        assert_eq!(inputs.len(), 2);
     }
 }

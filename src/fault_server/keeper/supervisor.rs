@@ -8,6 +8,8 @@ use super::super::record::RecordFile;
 use super::restarts::{Restarts, STARTS_MAX, WINDOW};
 use crate::attach::keep::{Gone, Next, Succession};
 use crate::attach::socket::Connection;
+use crate::program::output::{FAREWELL, Line, voice_to};
+use crate::program::voice::Voice;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::ffi::OsString;
@@ -49,9 +51,11 @@ pub(super) struct Orders {
 pub(super) type Idle = Rc<RefCell<Option<String>>>;
 
 /// Who follows a fault server that is gone.
-#[derive(Debug)]
 pub(super) struct Supervisor {
     orders: Option<Orders>,
+    /// For words to where fault servers write, since there is one: no fault server is started by a
+    /// thread that waits for a reader.
+    voice: Option<Voice<Line>>,
     record: RecordFile,
     restarts: Restarts,
     /// Whether somebody should be at work: not after one that ended on purpose, or too many
@@ -67,7 +71,12 @@ impl Supervisor {
     pub fn new(orders: Option<Orders>, record: RecordFile, idle: Idle) -> Self {
         let wanted = orders.is_some();
         let (restarts, child, until) = (Restarts::default(), None, None);
-        Self { orders, record, restarts, wanted, child, until, idle }
+        // Made before there is anything to say: it may be for want of threads or descriptors that
+        // there is.
+        let voice = orders.as_ref().and_then(|orders| {
+            voice_to("voice", File::from(orders.outputs.stderr.try_clone().ok()?)).ok()
+        });
+        Self { orders, voice, record, restarts, wanted, child, until, idle }
     }
 
     /// How long a session that was aborted may still be of use to somebody.
@@ -93,10 +102,9 @@ impl Supervisor {
 
     /// One line where the fault servers write theirs. Nobody may read there any more.
     fn say(&self, what: &str) {
-        let Some(orders) = &self.orders else { return };
-        let line = format!("postcopy-keeper: {what}\n");
-        // It may be for want of descriptors that there is something to say.
-        let _ = nix::unistd::write(&orders.outputs.stderr, line.as_bytes());
+        if let Some(voice) = &self.voice {
+            voice.say(Line::word(&format!("postcopy-keeper: {what}")));
+        }
     }
 
     /// Nobody is left of what was started last, when another one is to follow.
@@ -137,6 +145,15 @@ impl Supervisor {
     }
 }
 
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // The keeper's end.
+        if let Some(voice) = &self.voice {
+            voice.finish(FAREWELL);
+        }
+    }
+}
+
 impl Succession for Supervisor {
     fn next(&mut self, gone: Option<Gone>) -> Next {
         let now = Instant::now();
@@ -146,6 +163,7 @@ impl Succession for Supervisor {
                 *self.idle.borrow_mut() = Some("its fault server has ended; see --resume".into());
                 // Whoever reads there waits for the end of all that write there, and this may
                 // stay for long.
+                self.voice = None;
                 self.orders = self.orders.take().map(Orders::mute);
             } else if gone.was_at_work && self.orders.is_some() {
                 if !std::mem::replace(&mut self.wanted, true) {

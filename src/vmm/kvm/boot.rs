@@ -3,11 +3,11 @@
 //! kernel would do is written here.
 
 use super::error::{KvmError, call};
-use super::payload;
+use super::image::Entry;
 use super::state::{MSR_STEAL_TIME, MSR_SYSTEM_TIME, write_msrs};
 use super::tables::*;
 use crate::proto::layout::MemoryLayout;
-use crate::vmm::workload::{Cpl, control_page};
+use crate::vmm::workload::Cpl;
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
@@ -65,9 +65,10 @@ pub struct Beginning<'a> {
 pub fn set_up(fd: &VcpuFd, vcpu: u32, with: &Beginning) -> Result<(), KvmError> {
     let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
     fd.set_mp_state(runnable).map_err(call("KVM_SET_MP_STATE"))?;
+    let entry = Entry::new(with.layout, vcpu);
     let regs = kvm_regs {
-        rip: payload::entry_address(),
-        r15: virtual_address(control_page(vcpu)),
+        rip: entry.instruction,
+        r15: entry.control,
         // At CPL 3 the task state segment has the stack that interrupts use.
         rsp: if with.cpl == Cpl::Kernel { stack_address(vcpu) } else { 0 },
         rflags: RFLAGS,
@@ -75,7 +76,7 @@ pub fn set_up(fd: &VcpuFd, vcpu: u32, with: &Beginning) -> Result<(), KvmError> 
     };
     fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
     let sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-    let sregs = first_sregs(sregs, vcpu, with);
+    let sregs = first_sregs(sregs, vcpu, entry, with);
     fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
     xcrs.xcrs[0].value = with.xcr0;
@@ -96,7 +97,7 @@ fn clocks(vcpu: u32, with: &Beginning) -> Vec<kvm_msr_entry> {
     clock.into_iter().chain(steal_time).collect()
 }
 
-fn first_sregs(reset: kvm_sregs, vcpu: u32, with: &Beginning) -> kvm_sregs {
+fn first_sregs(reset: kvm_sregs, vcpu: u32, entry: Entry, with: &Beginning) -> kvm_sregs {
     let (data, code, dpl) = match with.cpl {
         Cpl::User => (selector::USER_DATA, selector::USER_CODE, 3),
         Cpl::Kernel => (selector::KERNEL_DATA, selector::KERNEL_CODE, 0),
@@ -104,7 +105,7 @@ fn first_sregs(reset: kvm_sregs, vcpu: u32, with: &Beginning) -> kvm_sregs {
     let data = kvm_segment { selector: data, type_: 3, dpl, s: 1, db: 1, ..segment(0xFFFF_FFFF) };
     let code = kvm_segment { selector: code, type_: 11, l: 1, db: 0, ..data };
     // The interrupt stubs find their vCPU's control page by GS.
-    let gs = kvm_segment { base: virtual_address(control_page(vcpu)), ..data };
+    let gs = kvm_segment { base: entry.control, ..data };
     let task = kvm_segment {
         base: task_address(vcpu),
         selector: selector::TASK,
@@ -125,7 +126,7 @@ fn first_sregs(reset: kvm_sregs, vcpu: u32, with: &Beginning) -> kvm_sregs {
         gdt: table(gdt_address(vcpu), GDT_LIMIT),
         idt: table(virtual_address(IDT), 0xFFF),
         cr0: CR0,
-        cr3: root_address(with.layout),
+        cr3: entry.page_tables,
         cr4: CR4,
         efer: EFER,
         ..reset

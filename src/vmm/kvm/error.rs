@@ -48,9 +48,6 @@ pub enum KvmError {
     /// The workload does not fit the memory.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
-    /// Guest memory could not be described to vm-memory, or not be written.
-    #[error("guest memory cannot be set up")]
-    Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A state that is not one, or not one for this guest.
     #[error(transparent)]
     Envelope(#[from] EnvelopeError),

@@ -1,6 +1,5 @@
 //! [`Machine`]: the virtual machine as KVM sees it, without its threads: memory slots,
-//! interrupt controllers, the processors' features, and the first content of the pages
-//! that belong to the machine.
+//! interrupt controllers and the processors' features.
 
 use super::error::{KvmError, call, of_vcpu};
 use super::processor::{Offer, Processor};
@@ -12,7 +11,7 @@ use crate::vmm::workload::{MachineForm, Workload};
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Where KVM may put three pages of its own on Intel processors.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
@@ -226,32 +225,6 @@ impl Machine {
             crc32fast::hash(&indices),
         )
     }
-
-    /// Writes the machine's own pages: tables, program, stacks.
-    pub fn write_pages(&self) -> Result<(), KvmError> {
-        for (page, table) in tables::page_tables(self.ram.layout(), self.form.page_tables)? {
-            self.write(page.get(), &table_bytes(&table))?;
-        }
-        let interrupts = tables::interrupt_table(payload::handlers());
-        self.write(tables::IDT.get(), &table_bytes(&interrupts))?;
-        for (page, part) in (tables::CODE.get()..).zip(payload::program().chunks(4096)) {
-            self.write(page, part)?;
-        }
-        for vcpu in 0..self.vcpus {
-            let page = tables::processor_page(vcpu).get();
-            self.write(page, &[0; 4096])?;
-            self.write(page, &tables::processor_tables(vcpu))?;
-            self.write(tables::clock_page(vcpu).get(), &[0; 4096])?;
-        }
-        Ok(())
-    }
-
-    fn write(&self, page: u64, bytes: &[u8]) -> Result<(), KvmError> {
-        let page = PageIndex::new(page);
-        let address = self.ram.layout().address_of(page).map_or(u64::MAX, |address| address.0);
-        let written = self.memory.write_slice(bytes, GuestAddress(address));
-        written.map_err(|error| KvmError::Memory(error.into()))
-    }
 }
 
 /// Makes the memory slots, or changes their flags.
@@ -299,8 +272,4 @@ fn cpuid_bytes(entry: &kvm_cpuid_entry2) -> impl Iterator<Item = u8> {
     let words =
         [entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx];
     words.into_iter().flat_map(u32::to_le_bytes)
-}
-
-fn table_bytes(table: &tables::TablePage) -> Vec<u8> {
-    table.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }

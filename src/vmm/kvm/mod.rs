@@ -11,6 +11,7 @@
 //! | `processor`, `features` | what processor the guest sees, and whether a host can show it |
 //! | `tables` | the guest's address space, page and descriptor tables |
 //! | `payload`, `payload_asm` | the guest's program |
+//! | `image` | its memory at the beginning |
 //! | `boot` | a vCPU's first registers |
 //! | `dirty` | the log of what was written |
 //! | `vcpu` | a vCPU's thread: run, kick, park |
@@ -26,6 +27,7 @@ mod dirty;
 pub mod envelope;
 mod error;
 mod features;
+pub mod image;
 mod machine;
 mod payload;
 mod payload_asm;
@@ -38,7 +40,6 @@ mod vcpu;
 pub use error::KvmError;
 pub use tables::LayoutUnsupported;
 
-use super::content::fill_memory;
 use super::guest::{Guest, GuestError, GuestKind};
 use super::workload::Workload;
 use crate::memory::dirty_bitmap::DirtyBitmap;
@@ -136,8 +137,7 @@ impl KvmGuest {
     ) -> Result<Self, KvmError> {
         let (machine, fds) = Machine::create(Arc::clone(&ram), &workload, processor)?;
         if phase == Phase::Paused {
-            fill_memory(&ram, &workload, machine.tsc_hz());
-            machine.write_pages()?;
+            image::write(&ram, &workload, machine.tsc_hz())?;
             machine.set_up(&fds)?;
         }
         let first_entry = Arc::new(FirstEntry::new());

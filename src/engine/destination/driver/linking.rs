@@ -23,7 +23,7 @@ const CLOSE_STALE: u32 = 3;
 impl Driver {
     /// A peer with the right ticket connected and said its first message.
     pub(super) async fn linked(&mut self, link: NewLink) {
-        let NewLink { connection, mut control, control_in, first } = link;
+        let NewLink { connection, mut control, control_in, first, room: _room } = link;
         match (&first, self.state()) {
             (Ok(ToDestination::Hello(hello)), None) => {
                 self.gate.session.send_replace(Some(hello.session));
@@ -72,7 +72,7 @@ impl Driver {
         if self.outcome.is_some() {
             return;
         }
-        if let LaneError::Local(why) = &error {
+        if let LaneError::Local(why) | LaneError::NoMemory(why) = &error {
             warn!(why, "this side failed");
         }
         info!(%error, "the link ended");
@@ -143,6 +143,7 @@ impl Driver {
         queues.clear();
         let mut outgoing = Vec::new();
         for _ in 0..=hello.vcpus {
+            // The ledger has a page asked for once a link: no more than threads wait for one.
             let (queue, requests) = unbounded_channel();
             queues.push(queue);
             outgoing.push(requests);

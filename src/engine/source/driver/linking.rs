@@ -104,7 +104,7 @@ impl Driver {
         self.drop_link(why).await;
         for lane in &self.push_lanes {
             let (done, stopped) = oneshot::channel();
-            let _ = lane.commands.send(PushCommand::Stop { done });
+            let _ = lane.commands.send(PushCommand::Stop { done }).await;
             // One that has ended sends nothing, either.
             let _ = stopped.await;
         }
