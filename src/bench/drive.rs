@@ -11,10 +11,11 @@ use super::store::{self, Failed, Outcome, RUN_SCHEMA, Run, Store};
 use super::table;
 use crate::engine::destination::Recorded;
 use crate::program::exit::{Failure, code, one_line};
+use crate::program::output;
 use crate::report::schema::Report;
 use crate::trial::{self, Limit};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,10 +72,7 @@ impl Display {
         match &self.bar {
             Some(bar) => bar.println(line),
             None if self.quiet => {}
-            None => {
-                // A display that cannot be written must not end a benchmark.
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }
+            None => output::err(line),
         }
     }
 

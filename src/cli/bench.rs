@@ -6,6 +6,7 @@ use postcopy::bench::machine::{Machine, Program};
 use postcopy::bench::matrix::Matrix;
 use postcopy::bench::plan::{Conditions, Plan};
 use postcopy::bench::{self, Display, table};
+use postcopy::program::output;
 use postcopy::program::signals::complain;
 use postcopy::program::units::{parse_memory, parse_time};
 use postcopy::proto::prepaging::PolicyKind;
@@ -110,19 +111,19 @@ impl Bench {
         let plan = self.plan()?;
         let folder = self.out.clone().unwrap_or_else(new_folder);
         if !self.quiet {
-            eprintln!(
+            output::err(&format!(
                 "{} cells, {} runs each, in an order by seed {}; results go to {}",
                 plan.cells.len(),
                 plan.rounds,
                 plan.seed,
                 folder.display()
-            );
+            ));
         }
         let stop = Arc::new(AtomicBool::new(false));
         stop_on_interrupt(stop.clone());
         let display = Display::new(self.quiet);
         let results = bench::bench(plan, &folder, self.retry, &display, &stop)?;
-        print!("{}", table::render(&results));
+        output::out(table::render(&results).trim_end());
         bench::verdict(&results, &folder)
     }
 
@@ -215,6 +216,7 @@ fn stop_on_interrupt(stop: Arc<AtomicBool>) {
     let handler = move || {
         if stop.swap(true, Ordering::SeqCst) {
             complain("postcopy", "interrupted twice");
+            output::farewell();
             std::process::exit(130);
         }
         complain("postcopy", "interrupted; what is finished is kept");
