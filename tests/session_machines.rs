@@ -15,7 +15,9 @@ use postcopy::proto::message::{
 };
 use postcopy::proto::operator::{Command, Risk, Whereabouts};
 use postcopy::proto::placed::{PART_PAGES, PlacedMessages};
-use postcopy::proto::source::{SessionLimits, SourceAction, SourceEvent, SourceSession};
+use postcopy::proto::source::{
+    RESERVING_PER_GIB, SessionLimits, SourceAction, SourceEvent, SourceSession,
+};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -346,6 +348,21 @@ mod source {
         drain(&mut machine);
         machine.handle(NOW, running());
         assert_eq!(drain(&mut machine), ["ReleaseGuest"]);
+    }
+
+    #[test]
+    fn a_destination_has_longer_to_agree_to_a_guest_with_more_memory() {
+        let limits = SessionLimits::default();
+        let until = |gib: u64| {
+            let layout = MemoryLayout::flat(gib << 18).unwrap();
+            let hello = Hello::new(SESSION, layout, "m".into());
+            let mut machine = SourceSession::new(hello, limits, NOW);
+            assert_eq!(machine.timeout(), Some(NOW + limits.handshake));
+            machine.handle(NOW * 2, SourceEvent::LinkUp);
+            machine.timeout().unwrap() - NOW * 2
+        };
+        assert_eq!(until(1), limits.handshake + RESERVING_PER_GIB);
+        assert_eq!(until(4096), limits.handshake + RESERVING_PER_GIB * 4096);
     }
 
     #[test]

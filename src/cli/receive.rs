@@ -45,6 +45,10 @@ pub struct Receive {
     /// What the guest's memory is made of here.
     #[arg(long, value_enum, default_value = "memfd-continue")]
     backing: DestinationBacking,
+    /// Take guests that this host's memory does not hold. Else memory for every page is
+    /// reserved before the guest is paused, and what turns out to be zero is given back.
+    #[arg(long)]
+    overcommit: bool,
     /// How long the ticket is good.
     #[arg(long, default_value = "10m", value_parser = parse_time, value_name = "TIME")]
     ticket_life: Duration,
@@ -77,6 +81,7 @@ impl Receive {
             .push_lanes(usize::from(self.push_lanes))
             .ticket_life(self.ticket_life)
             .backing(self.backing)
+            .overcommit(self.overcommit)
             .is_kvm(|hello| {
                 arrival::description(hello).is_ok_and(|guest| guest.kind == GuestKind::Kvm)
             });

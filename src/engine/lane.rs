@@ -15,6 +15,9 @@ pub enum LaneError {
     /// The kernel refused what must succeed; the guest is incomplete.
     #[error("{0}")]
     Local(String),
+    /// This host has no memory for a page now; it may have some later.
+    #[error("{0}")]
+    NoMemory(String),
 }
 
 impl From<FrameError> for LaneError {

@@ -1,8 +1,7 @@
 //! How much more memory this process can get, so that a migration that cannot
 //! fit is refused at its start and not killed in its middle.
 //!
-//! It looks once; it reserves nothing, and other processes may take the memory
-//! meanwhile.
+//! It looks once, and other processes may take the memory meanwhile; `reserve` takes it.
 
 use std::fs;
 use std::io;

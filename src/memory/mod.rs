@@ -4,6 +4,7 @@ pub mod dirty_bitmap;
 pub mod guarded;
 pub mod limits;
 pub mod ram;
+pub mod reserve;
 pub mod scan;
 pub mod segment;
 pub mod users;

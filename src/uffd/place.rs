@@ -9,6 +9,7 @@ use super::register::{DestinationBacking, Registration, errno_of};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use std::ffi::c_void;
@@ -173,12 +174,41 @@ impl Placer {
         if self.backing() == DestinationBacking::MemfdContinue {
             self.map_again(run)?;
         }
+        self.wake_unplaced(run)
+    }
+
+    /// Lets whoever waits in `run` look again: a thread whose page is still missing is trapped
+    /// anew. For pages that are not placed, in place of [`wake`](Self::wake).
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn wake_unplaced(&self, run: PageRun) -> Result<(), PlaceError> {
+        self.check(run);
         for (_, part) in self.registration.ram().parts(run) {
             let woken = self.registration.uffd().wake(self.address(part), part.bytes());
             woken.map_err(|error| {
                 let source = errno_of(&error);
                 PlaceError { operation: "UFFDIO_WAKE", run: part, placed: 0, source }
             })?;
+        }
+        Ok(())
+    }
+
+    /// Gives the memory of pages back that were reserved in the guest's files and are not
+    /// needed, for they are zero: they are holes afterwards. Nobody else may place them
+    /// meanwhile, and none is placed: what is in them is lost.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn give_back(&self, run: PageRun) -> Result<(), PlaceError> {
+        self.check(run);
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for (segment, part) in self.registration.ram().parts(run) {
+            let failed =
+                |source| PlaceError { operation: "fallocate", run: part, placed: 0, source };
+            let (file, at) = segment.file_at(part.first()).ok_or(failed(Errno::EBADF))?;
+            // No event comes of it, as would of a MADV_REMOVE.
+            fallocate(file, hole, at as i64, part.bytes() as i64).map_err(failed)?;
         }
         Ok(())
     }

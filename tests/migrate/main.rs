@@ -47,6 +47,8 @@ mod broken_guest;
 mod scarce;
 // Hosts without KVM, without userfaultfd, or with a full disk.
 mod missing_devices;
+// Destinations with too little memory.
+mod little_memory;
 // Outputs that are full, and that nobody reads.
 mod stalled_reader;
 // What an operator sees and decides.

@@ -43,6 +43,7 @@ impl DestinationBuilder {
             limits: crate::failpoint::limits(),
             ticket_life: Duration::from_secs(600),
             backing: DestinationBacking::MemfdContinue,
+            overcommit: false,
             is_kvm: |_| true,
             users: Vec::new(),
         };
@@ -77,6 +78,15 @@ impl DestinationBuilder {
     /// [`DestinationVm::memory`](crate::engine::vm::DestinationVm::memory).
     pub fn backing(mut self, backing: DestinationBacking) -> Self {
         self.config.backing = backing;
+        self
+    }
+
+    /// Takes guests that the host's memory does not hold, and reserves nothing for them. Else
+    /// memory for every page is reserved before the guest is paused, and what turns out to be
+    /// zero is given back. With it, pages may find no memory after the commit: the guest then
+    /// stands still until there is some, if the kernel does not kill this process.
+    pub fn overcommit(mut self, overcommit: bool) -> Self {
+        self.config.overcommit = overcommit;
         self
     }
 

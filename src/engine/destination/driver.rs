@@ -268,8 +268,9 @@ impl Driver {
             DestinationAction::Prepare(hello) => {
                 self.hello = Some(hello.clone());
                 let kvm = (self.config.is_kvm)(&hello);
-                let (backing, users) = (self.config.backing, self.config.users.clone());
-                self.guest.tell(GuestCommand::Prepare { hello, backing, kvm, users });
+                let (backing, overcommit) = (self.config.backing, self.config.overcommit);
+                let users = self.config.users.clone();
+                self.guest.tell(GuestCommand::Prepare { hello, backing, overcommit, kvm, users });
             }
             DestinationAction::Say(message) => self.say(message).await,
             DestinationAction::OpenLanes { epoch } => self.open_lanes(epoch),
@@ -330,10 +331,10 @@ impl Driver {
             let _ = shell.placer.unregister();
             return self.handle(DestinationEvent::Refused(mismatch));
         }
-        let Shell { ram, trap, placer, threads, .. } = shell;
+        let Shell { ram, trap, placer, reserved, threads, .. } = shell;
         let ledger = DestinationLedger::new(ram.layout().pages());
         let book = FaultBook::new(threads.len());
-        let installer = Installer::new(ledger, placer, book, self.full.0.clone());
+        let installer = Installer::new(ledger, (placer, reserved), book, self.full.0.clone());
         let traps =
             TrapLoop::new(trap, installer.clone(), self.faults.clone(), self.queues.clone());
         let traps = match traps {

@@ -6,6 +6,7 @@ use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::failpoint::failpoint;
 use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
+use crate::memory::reserve::{Counterweight, Reserved, reserve_files};
 use crate::memory::users::{self, MemoryUser};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::message::{Hello, Mismatch};
@@ -35,6 +36,8 @@ pub enum GuestCommand {
         hello: Box<Hello>,
         /// What memory is made of here.
         backing: DestinationBacking,
+        /// It need not be there.
+        overcommit: bool,
         /// Whether the guest runs under KVM.
         kvm: bool,
         /// Users of guest memory that only the VMM knows of.
@@ -56,6 +59,8 @@ pub struct Shell {
     pub trap: Trap,
     /// Pages go in here.
     pub placer: Placer,
+    /// The memory for them.
+    pub reserved: Reserved,
     /// The kernel thread of each vCPU.
     pub threads: Vec<Pid>,
     /// The machine configuration that came out.
@@ -189,8 +194,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
 
     fn obey(&mut self, command: GuestCommand) -> GuestEvent {
         match command {
-            GuestCommand::Prepare { hello, backing, kvm, users } => {
-                match self.prepare(&hello, backing, kvm, &users) {
+            GuestCommand::Prepare { hello, backing, overcommit, kvm, users } => {
+                match self.prepare(&hello, (backing, overcommit), kvm, &users) {
                     Ok(shell) => GuestEvent::Prepared(Box::new(shell)),
                     Err(mismatch) => GuestEvent::Refused(mismatch),
                 }
@@ -213,7 +218,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
     fn prepare(
         &mut self,
         hello: &Hello,
-        backing: DestinationBacking,
+        (backing, overcommit): (DestinationBacking, bool),
         kvm: bool,
         users: &[MemoryUser],
     ) -> Result<Shell, Mismatch> {
@@ -247,7 +252,15 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             }
         };
         // After the VMM's own is emptied: it would count twice.
-        check_can_hold(bytes).map_err(|error| unfit(&error))?;
+        failpoint!(
+            "destination::before_reserved",
+            return Err(cannot("memory", "a failpoint".into()))
+        );
+        let reserved = match overcommit {
+            true => Reserved::Nothing,
+            false => reserve(&ram, backing).map_err(|error| unfit(error.as_ref()))?,
+        };
+        failpoint!("destination::after_reserved");
         let ram = Arc::new(ram);
         failpoint!(
             "destination::before_registered",
@@ -273,7 +286,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             // No vCPU of it ever ran: its memory can go as it is.
             let _ = placer.unregister();
         })?;
-        Ok(Shell { ram, trap, placer, threads, machine })
+        Ok(Shell { ram, trap, placer, reserved, threads, machine })
     }
 
     /// Looks at the running guest.
@@ -315,6 +328,22 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         }
         figures
     }
+}
+
+/// Takes the memory that the guest's pages will need, so that it is this guest's before it is
+/// committed.
+fn reserve(ram: &GuestRam, backing: DestinationBacking) -> Result<Reserved, VmError> {
+    // Where there is too little, taking it could have the kernel kill a process.
+    check_can_hold(ram.layout().bytes())?;
+    Ok(match backing {
+        DestinationBacking::MemfdContinue => {
+            reserve_files(ram)?;
+            Reserved::InPlace
+        }
+        DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
+            Reserved::Elsewhere(Counterweight::new(ram.layout().pages())?)
+        }
+    })
 }
 
 /// Memory that the VMM made for the proposed guest, emptied.

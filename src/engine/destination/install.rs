@@ -6,10 +6,12 @@ use super::fault_book::FaultBook;
 use crate::engine::lane::LaneError;
 use crate::engine::lost_pages::LostPages;
 use crate::failpoint::failpoint;
+use crate::memory::reserve::Reserved;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::uffd::{PlaceError, Placer, Stop};
+use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
@@ -74,6 +76,7 @@ pub struct Installer {
     pub arrivals: Arrivals,
     /// Pages whose content is lost.
     pub lost: LostPages,
+    reserved: Reserved,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
     current: RwLock<Current>,
@@ -91,7 +94,7 @@ impl Installer {
     /// when none is any more.
     pub fn new(
         ledger: DestinationLedger,
-        placer: Placer,
+        (placer, reserved): (Placer, Reserved),
         book: FaultBook,
         full: UnboundedSender<()>,
     ) -> Arc<Self> {
@@ -99,7 +102,7 @@ impl Installer {
         let arrivals = Arrivals::default();
         let lost = LostPages::default();
         let current = RwLock::default();
-        Arc::new(Self { ledger, placer, book, arrivals, lost, full, full_told, current })
+        Arc::new(Self { ledger, placer, book, arrivals, lost, reserved, full, full_told, current })
     }
 
     /// Pages of `epoch` are welcome from now on and no others. When this returns, none of
@@ -178,6 +181,7 @@ impl Installer {
                 }
             }
             PageKind::Zero | PageKind::Hole | PageKind::Compressed => {
+                self.give_back(frame.run)?;
                 let counter = self.arrivals.of(frame.kind, frame.origin);
                 counter.fetch_add(frame.run.count(), Ordering::Relaxed);
                 for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
@@ -185,6 +189,9 @@ impl Installer {
                     self.place(landing, Cargo::Zeros, demanded, again)?;
                 }
             }
+        }
+        if let Reserved::Elsewhere(weight) = &self.reserved {
+            weight.lower_to(self.ledger.missing());
         }
         current.first_placed.get_or_init(Instant::now);
         failpoint!(
@@ -196,12 +203,29 @@ impl Installer {
         Ok(())
     }
 
+    /// Gives back what was reserved in the guest's files for the pages of `run`, which are zero:
+    /// before anybody hears of it, for a page that was touched then may have been written to.
+    fn give_back(&self, run: PageRun) -> Result<(), LaneError> {
+        let Reserved::InPlace = self.reserved else { return Ok(()) };
+        let out_of_range = |error| LaneError::Violation(format!("{error}"));
+        for held in self.ledger.hold(run).map_err(out_of_range)? {
+            self.placer.give_back(held.run()).map_err(local)?;
+            // Who faults meanwhile is remembered, and told with the others.
+            held.hand_back();
+        }
+        Ok(())
+    }
+
     /// Places zeros, for a fault on a page that is known to be zero.
     pub fn place_zero(
         &self,
         landing: Landing<'_>,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
+        failpoint!(
+            "destination::before_zero_placed",
+            return Err(LaneError::NoMemory("a failpoint".into()))
+        );
         self.place(landing, Cargo::Zeros, true, again)?;
         self.tell_if_full();
         Ok(())
@@ -279,5 +303,9 @@ fn broken() -> LaneError {
 }
 
 fn local(error: PlaceError) -> LaneError {
-    LaneError::Local(crate::engine::error_chain(&error))
+    let why = crate::engine::error_chain(&error);
+    match error.source {
+        Errno::ENOMEM | Errno::ENOSPC => LaneError::NoMemory(why),
+        _ => LaneError::Local(why),
+    }
 }

@@ -59,6 +59,8 @@ pub struct DestinationConfig {
     pub ticket_life: Duration,
     /// What guest memory is made of here.
     pub backing: DestinationBacking,
+    /// The memory for the guest need not be there; none is reserved.
+    pub overcommit: bool,
     /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
     /// the proposal's description of the guest.
     pub is_kvm: fn(&Hello) -> bool,

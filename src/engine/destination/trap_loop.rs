@@ -7,7 +7,7 @@ use super::install::Installer;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::frame::PageRequest;
-use crate::proto::ledger::FaultAnswer;
+use crate::proto::ledger::{FaultAnswer, Landing};
 use crate::proto::page::{PageIndex, PageRun};
 use crate::uffd::{BATCH_EVENTS_MAX, Trap, TrapEvent};
 use nix::unistd::Pid;
@@ -16,9 +16,12 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// When memory that there was none of is asked for again.
+const MEMORY_AGAIN: Duration = Duration::from_millis(20);
 
 /// Faults seen.
 #[derive(Debug, Default)]
@@ -50,6 +53,8 @@ pub struct TrapLoop<R> {
     requests: R,
     epoch: std::cell::Cell<u32>,
     events: RefCell<Vec<TrapEvent>>,
+    /// It was said that there is no memory.
+    without_memory: std::cell::Cell<bool>,
 }
 
 impl<R: Requests> TrapLoop<R> {
@@ -71,6 +76,7 @@ impl<R: Requests> TrapLoop<R> {
             requests,
             epoch: std::cell::Cell::new(0),
             events: RefCell::default(),
+            without_memory: std::cell::Cell::new(false),
         }))
     }
 
@@ -130,7 +136,7 @@ impl<R: Requests> TrapLoop<R> {
             TrapEvent::Removed(run) => {
                 let landings = self.installer.ledger.removed(run).map_err(violation)?;
                 for landing in landings {
-                    self.installer.place_zero(landing, &mut || self.again())?;
+                    self.place_zero(landing)?;
                 }
                 self.installer.tell_if_full();
                 Ok(())
@@ -176,9 +182,28 @@ impl<R: Requests> TrapLoop<R> {
                     self.counts.local.fetch_add(1, Ordering::Relaxed);
                     self.installer.book.strike(page);
                 }
-                self.installer.place_zero(landing, &mut || self.again())?;
+                self.place_zero(landing)?;
             }
         }
+        Ok(())
+    }
+
+    /// Places zeros. Where there is no memory for them now, whoever waits looks again later:
+    /// this must not end the loop, for no link brings such a page anew.
+    fn place_zero(&self, landing: Landing<'_>) -> Result<(), LaneError> {
+        let run = landing.run();
+        let placed = self.installer.place_zero(landing, &mut || self.again());
+        let Err(LaneError::NoMemory(why)) = placed else { return placed };
+        if !self.without_memory.replace(true) {
+            tracing::warn!(why, "this host has no memory for a zero page; it is tried again");
+        }
+        let installer = self.installer.clone();
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(MEMORY_AGAIN).await;
+            if let Err(error) = installer.placer.wake_unplaced(run) {
+                tracing::warn!(%error, "who waits for a zero page is not woken");
+            }
+        });
         Ok(())
     }
 
@@ -195,9 +220,7 @@ impl<R: Requests> TrapLoop<R> {
         super::placed_out::ask_again(ledger, |page| self.ask(page, None)).await;
         for page in self.installer.book.waited_for() {
             match ledger.fault(page).map_err(violation)? {
-                FaultAnswer::Zero(landing) => {
-                    self.installer.place_zero(landing, &mut || self.again())?;
-                }
+                FaultAnswer::Zero(landing) => self.place_zero(landing)?,
                 FaultAnswer::Wake => self.installer.wake(PageRun::single(page))?,
                 FaultAnswer::Request => self.ask(page, None),
                 FaultAnswer::Wait => {}

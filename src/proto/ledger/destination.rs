@@ -50,9 +50,9 @@
 //! A poisoned page, whose bytes the source could not read, is landed as any other and then
 //! marked so that touching it is an error. It is settled: nothing better will come.
 
-use super::landing::{Landing, Landings};
+use super::landing::{Cargo, Landing, Landings, Taken};
 use super::page_state::{Kind, OnFault, PageState, Refusal};
-use super::state_table::{StateTable, StateWord, change_each_word, word_end};
+use super::state_table::{StateTable, change_each_word, word_end};
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::page_set::PageSet;
@@ -210,6 +210,16 @@ impl DestinationLedger {
     pub fn land(&self, run: PageRun) -> Result<Landings<'_>, OutOfRange> {
         self.check(run)?;
         Ok(Landings::new(self, run, Cargo::Bytes))
+    }
+
+    /// Takes in hand what of `run` has not come, to hand it back: nobody lands there meanwhile.
+    /// It counts nothing as come.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if some of it is no page of the guest; then nothing is in hand.
+    pub fn hold(&self, run: PageRun) -> Result<Landings<'_>, OutOfRange> {
+        self.check(run)?;
+        Ok(Landings::new(self, run, Cargo::Nothing))
     }
 
     /// Yields the maximal stretches inside `within` that are known to be zero and
@@ -462,39 +472,5 @@ impl fmt::Debug for DestinationLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("DestinationLedger");
         debug.field("pages", &self.pages).field("missing", &self.missing()).finish_non_exhaustive()
-    }
-}
-
-/// What lands on pages.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Cargo {
-    Bytes,
-    /// Zeros, on pages that are known to be zero.
-    Zeros,
-}
-
-/// The stretch that was taken in hand, and how many pages came before it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Taken {
-    pub(super) skipped: u64,
-    pub(super) count: u64,
-}
-
-impl Cargo {
-    fn land(self, state: PageState) -> Result<PageState, Refusal> {
-        match self {
-            Self::Bytes => state.land(),
-            Self::Zeros => state.land_zero().ok_or(Refusal::Duplicate),
-        }
-    }
-
-    /// The word with `count` pages from `first` on in hand.
-    fn landed(self, mut word: StateWord, first: u64, count: u64) -> StateWord {
-        for page in (first..first + count).map(PageIndex::new) {
-            if let Ok(state) = self.land(word.get(page)) {
-                word.set(page, state);
-            }
-        }
-        word
     }
 }

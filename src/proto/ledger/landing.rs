@@ -1,9 +1,9 @@
 //! Pages in somebody's hand, to be placed, and the iterator that takes them out
-//! of the [`DestinationLedger`]. Placing them is the holder's business.
+//! of the [`DestinationLedger`]; and what they are landed for. Placing them is the holder's business.
 
 use super::DestinationLedger;
-use super::destination::Cargo;
-use super::state_table::is_word_border;
+use super::page_state::{PageState, Refusal};
+use super::state_table::{StateWord, is_word_border};
 use crate::proto::page::{PageIndex, PageRun};
 use std::fmt;
 
@@ -138,5 +138,41 @@ impl<'a> Iterator for Landings<'a> {
             return Some(Landing::new(self.ledger, run));
         }
         None
+    }
+}
+
+/// What lands on pages.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Cargo {
+    Bytes,
+    /// Nothing: pages are only held.
+    Nothing,
+    /// Zeros, on pages that are known to be zero.
+    Zeros,
+}
+
+/// The stretch that was taken in hand, and how many pages came before it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Taken {
+    pub(super) skipped: u64,
+    pub(super) count: u64,
+}
+
+impl Cargo {
+    pub(super) fn land(self, state: PageState) -> Result<PageState, Refusal> {
+        match self {
+            Self::Bytes | Self::Nothing => state.land(),
+            Self::Zeros => state.land_zero().ok_or(Refusal::Duplicate),
+        }
+    }
+
+    /// The word with `count` pages from `first` on in hand.
+    pub(super) fn landed(self, mut word: StateWord, first: u64, count: u64) -> StateWord {
+        for page in (first..first + count).map(PageIndex::new) {
+            if let Ok(state) = self.land(word.get(page)) {
+                word.set(page, state);
+            }
+        }
+        word
     }
 }

@@ -207,6 +207,25 @@ fn a_full_ledger_is_not_finished_while_a_page_is_in_hand() {
 }
 
 #[test]
+fn pages_that_are_held_are_nobody_elses_and_were_not_told_to_have_come() {
+    let ledger = DestinationLedger::new(64);
+    ledger.land(run(0, 8)).unwrap().for_each(Landing::placed);
+    let _ = ledger.fault(page(20)).unwrap();
+    let held: Vec<_> = ledger.hold(run(0, 32)).unwrap().collect();
+    assert_eq!(held.iter().map(Landing::run).collect::<Vec<_>>(), [run(8, 24)]);
+    assert_eq!(ledger.land(run(8, 24)).unwrap().count(), 0);
+    assert!(matches!(ledger.fault(page(21)), Ok(FaultAnswer::Wait)));
+    let counts = ledger.counts();
+    assert_eq!((counts.duplicates, counts.in_hand, counts.missing), (24, 24, 56));
+    drop(held);
+    // Who faulted before, or meanwhile, is remembered.
+    let waited_for = ledger.mark_zero(run(8, 24)).unwrap();
+    assert_eq!(waited_for.iter().map(Landing::run).collect::<Vec<_>>(), [run(20, 2)]);
+    waited_for.into_iter().for_each(Landing::placed);
+    assert_eq!(ledger.counts().missing, 32);
+}
+
+#[test]
 fn zeros_are_answered_here() {
     let ledger = DestinationLedger::new(64);
     let _ = ledger.fault(page(30)).unwrap();

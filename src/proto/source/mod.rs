@@ -43,7 +43,9 @@ mod recovery;
 mod terms;
 
 use terms::name_of;
-pub use terms::{Outcome, SessionLimits, SourceAction, SourceEvent, SourceState};
+pub use terms::{
+    Outcome, RESERVING_PER_GIB, SessionLimits, SourceAction, SourceEvent, SourceState,
+};
 
 use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
 use crate::proto::placed::PlacedPages;
@@ -178,7 +180,7 @@ impl SourceSession {
             return;
         }
         match (self.state, event) {
-            (S::Connecting, E::LinkUp) => self.propose(),
+            (S::Connecting, E::LinkUp) => self.propose(now),
             (S::Committed | S::Brownout | S::Releasing | S::Retracting, E::LinkUp)
                 if self.link == Link::Dialing =>
             {
@@ -345,11 +347,12 @@ impl SourceSession {
         }
     }
 
-    fn propose(&mut self) {
+    fn propose(&mut self, now: Duration) {
         self.link = Link::Up;
         let hello = self.hello.take().expect("a new session proposes once");
+        let agree_by = now + self.limits.agreement(hello.layout.bytes());
         self.push(SourceAction::Say(ToDestination::Hello(hello)));
-        self.state = SourceState::Negotiating;
+        self.enter(SourceState::Negotiating, Some(agree_by));
     }
 
     fn committed(&mut self, now: Duration) {

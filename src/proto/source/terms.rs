@@ -4,10 +4,14 @@ use crate::proto::message::{ToDestination, ToSource};
 use crate::proto::placed::PlacedPages;
 use std::time::Duration;
 
+/// What the handshake's limit is longer by for each GiB of guest memory, which the destination
+/// reserves meanwhile: several times what that takes.
+pub const RESERVING_PER_GIB: Duration = Duration::from_millis(500);
+
 /// Time limits of a session.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionLimits {
-    /// From the start until both sides agree; and for how long a source that aborts stays
+    /// From the start until both sides agree, beside [`RESERVING_PER_GIB`]; and for how long a source that aborts stays
     /// to tell a destination that may be in doubt.
     pub handshake: Duration,
     /// From the state's departure until the destination is ready, or, there, from
@@ -20,6 +24,14 @@ pub struct SessionLimits {
     /// The longest time between the beginnings of two attempts to connect again, if the first
     /// fails before.
     pub backoff_max: Duration,
+}
+
+impl SessionLimits {
+    /// From the proposal of a guest with so much memory until both sides agree.
+    pub(crate) fn agreement(&self, memory_bytes: u64) -> Duration {
+        let gib = u32::try_from(memory_bytes >> 30).unwrap_or(u32::MAX);
+        self.handshake.saturating_add(RESERVING_PER_GIB.saturating_mul(gib))
+    }
 }
 
 impl Default for SessionLimits {

@@ -72,7 +72,7 @@ impl Driver {
         if self.outcome.is_some() {
             return;
         }
-        if let LaneError::Local(why) = &error {
+        if let LaneError::Local(why) | LaneError::NoMemory(why) = &error {
             warn!(why, "this side failed");
         }
         info!(%error, "the link ended");
