@@ -316,6 +316,32 @@ fn a_vmm_that_panics_or_hangs_at_the_destination_ends_the_session_in_an_order() 
     }
 }
 
+#[test]
+fn what_was_reserved_in_a_vmms_own_files_is_given_back_if_no_guest_comes_of_it() {
+    let _watchdog = watchdog();
+    if !can_receive() {
+        return;
+    }
+    for fault in ["prepare", "restore"] {
+        let (from, own) = (memory(false), memory(true));
+        fill(&from);
+        let (builder, _) = destination();
+        let receiver = builder.build().unwrap();
+        let (source, _) = source(&from, receiver.ticket());
+        let (_, go_on) = channel();
+        let sound = Reader { own: Some(own.clone()), ..Reader::default() };
+        let vm = Faulty { sound, fault, go_on };
+        let receiving = thread::spawn(move || receiver.run(Box::new(vm)));
+        let end = source.build().unwrap().run(Box::new(Still(Arc::default()))).unwrap();
+        assert!(matches!(end.outcome, Outcome::Aborted(_)), "{fault}: {:?}", end.outcome);
+        let end = receiving.join().unwrap().unwrap();
+        assert!(matches!(end.outcome, Outcome::Aborted(_)), "{fault}: {:?}", end.outcome);
+        let files = own.iter().map(|region| region.file_offset().unwrap().file());
+        let blocks: i64 = files.map(|file| nix::sys::stat::fstat(file).unwrap().st_blocks).sum();
+        assert_eq!(blocks, 0, "{fault}");
+    }
+}
+
 /// The phases and steps that were told, in order, and the rest.
 fn told(events: Events<Event>) -> (Vec<Phase>, Vec<Stamp>, Vec<Event>) {
     let (mut phases, mut steps, mut others) = (Vec::new(), Vec::new(), Vec::new());

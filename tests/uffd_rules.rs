@@ -9,6 +9,7 @@ use nix::sys::mman::{MmapAdvise, madvise};
 use nix::sys::stat::fstat;
 use nix::unistd::{Pid, gettid, pipe};
 use postcopy::memory::ram::{Backing, GuestRam};
+use postcopy::memory::reserve::reserve_files;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use postcopy::uffd::DestinationBacking::{Anonymous, MemfdContinue, MemfdCopy};
@@ -20,6 +21,7 @@ use postcopy::uffd::{
 use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::thread::{self, JoinHandle};
@@ -503,6 +505,34 @@ fn a_page_that_is_lost_is_an_error_and_not_a_wait_also_after_the_end() {
         assert!((1..4).all(is_lost), "{how} {backing}: it reads as zero after the end");
         assert_eq!(guest.first_bytes(7, 1), [0]);
     }
+}
+
+/// Memory that is reserved in a memfd: its pages exist, and are not placed.
+#[test]
+fn a_lost_page_stays_lost_only_if_what_was_reserved_for_it_is_given_back() {
+    let Some(_limit) = begin() else { return };
+    if !open(UffdOptions::for_process(), true, true).unwrap().can_poison() {
+        return println!("SKIPPED: this kernel has no UFFDIO_POISON (Linux 6.6)");
+    }
+    let guest = Guest::new(MemfdContinue, 8);
+    reserve_files(&guest.ram, &AtomicBool::new(false)).unwrap();
+    let (_, waiting) = guest.kernel_read(3);
+    assert!(matches!(guest.event(), TrapEvent::Fault { minor: true, .. }), "it is trapped");
+    assert_eq!(guest.placer.place(run(3, 1), &filled(1, 3)).unwrap(), ALL);
+    assert!(waiting.join().unwrap().is_ok());
+
+    let read = |page| guest.kernel_read(page).1.join().unwrap();
+    assert_eq!(guest.placer.poison(run(1, 1)).unwrap(), ALL);
+    assert_eq!(read(1), Err(Errno::EFAULT));
+    // What the kernel does, and what must not come of it.
+    guest.placer.wake(run(1, 1)).unwrap();
+    assert!(read(1).is_ok(), "a page that exists is mapped in spite of the mark");
+
+    guest.placer.give_back(run(2, 1)).unwrap();
+    assert_eq!(guest.placer.poison(run(2, 1)).unwrap(), ALL);
+    guest.placer.wake(run(2, 1)).unwrap();
+    assert_eq!(read(2), Err(Errno::EFAULT));
+    guest.placer.unregister().unwrap();
 }
 
 #[test]

@@ -5,30 +5,51 @@
 //! before it comes, a [`Counterweight`] of the same size is held instead, and gets lighter
 //! as pages come.
 
+use super::limits::{NotEnoughMemory, check_can_hold};
 use super::ram::GuestRam;
 use crate::proto::page::PAGE_SIZE;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, TryLockError};
 
+/// The most that a counterweight is lowered by in one go, which keeps whoever does it. Nothing
+/// that arrives has more pages.
+const STEP_PAGES: u64 = 2 * AHEAD_PAGES;
 /// Taken in one call: a signal undoes the call that it interrupts.
 const STEP_BYTES: u64 = 64 << 20;
 /// By how much a counterweight is lighter than what is missing, and the steps in which it
 /// gets lighter: pages are placed before they are counted as placed.
 const AHEAD_PAGES: u64 = 512;
 
+/// What is needed beside the pages: for the page tables of this process and of KVM, so much of
+/// the guest's memory;
+const TABLES_SHARE: u64 = 256;
+/// and for what is on its way.
+const BUFFERS_BYTES: u64 = 8 << 20;
+
 /// Memory that cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot reserve {bytes} bytes of memory for the guest")]
-pub struct ReserveError {
-    /// How much was wanted.
-    pub bytes: u64,
-    /// The kernel's answer.
-    #[source]
-    pub source: Errno,
+pub enum ReserveError {
+    /// There is too little, of which it was looked at before it was taken: where there is, the
+    /// kernel may have somebody killed for it.
+    #[error(transparent)]
+    Limit(#[from] NotEnoughMemory),
+    /// The kernel has none.
+    #[error("cannot reserve {bytes} bytes of memory for the guest")]
+    Kernel {
+        /// How much was wanted.
+        bytes: u64,
+        /// The kernel's answer.
+        #[source]
+        source: Errno,
+    },
+    /// Nobody wants it any more.
+    #[error("the migration was stopped while memory was reserved")]
+    Stopped,
 }
 
 /// How a guest's memory is reserved.
@@ -42,19 +63,18 @@ pub enum Reserved {
     Elsewhere(Counterweight),
 }
 
-/// Makes all pages of the guest's files that do not exist. They are zero, and not mapped. It
-/// takes about 0.1 s a GiB.
+/// Makes all pages of the guest's files that do not exist, until `stop` says so. They are zero,
+/// and not mapped. It takes 0.1 to 0.4 s a GiB.
 ///
 /// # Errors
-/// The host or a control group does not have the memory.
-pub fn reserve_files(ram: &GuestRam) -> Result<(), ReserveError> {
-    let bytes = ram.layout().bytes();
+/// The host or a control group does not have the memory; what was taken of it stays.
+pub fn reserve_files(ram: &GuestRam, stop: &AtomicBool) -> Result<(), ReserveError> {
+    let mut left = ram.layout().bytes();
     for segment in ram.segments() {
-        let file = segment.file_at(segment.run().first());
-        let taken = file
-            .ok_or(Errno::EBADF)
-            .and_then(|(file, begin)| take(file.as_fd(), begin..begin + segment.bytes() as u64));
-        taken.map_err(|source| ReserveError { bytes, source })?;
+        let Some((file, begin)) = segment.file_at(segment.run().first()) else {
+            return Err(ReserveError::Kernel { bytes: left, source: Errno::EBADF });
+        };
+        take(file.as_fd(), begin..begin + segment.bytes() as u64, &mut left, stop)?;
     }
     Ok(())
 }
@@ -69,20 +89,21 @@ pub struct Counterweight {
 }
 
 impl Counterweight {
-    /// Holds the memory of `missing` pages, less what is let go ahead.
+    /// Holds the memory of `missing` pages, less what is let go ahead, unless `stop` says so.
     ///
     /// # Errors
     /// The host or a control group does not have the memory.
-    pub fn new(missing: u64) -> Result<Self, ReserveError> {
+    pub fn new(missing: u64, stop: &AtomicBool) -> Result<Self, ReserveError> {
         let pages = missing.saturating_sub(AHEAD_PAGES);
-        let bytes = pages * PAGE_SIZE as u64;
-        let failed = |source| ReserveError { bytes, source };
-        let file = memfd_create(c"reserved", MFdFlags::MFD_CLOEXEC).map_err(failed)?;
-        take(file.as_fd(), 0..bytes).map_err(failed)?;
+        let mut bytes = pages * PAGE_SIZE as u64;
+        let file = memfd_create(c"reserved", MFdFlags::MFD_CLOEXEC);
+        let file = file.map_err(|source| ReserveError::Kernel { bytes, source })?;
+        take(file.as_fd(), 0..bytes, &mut bytes, stop)?;
         Ok(Self { file, pages: AtomicU64::new(pages), lowering: Mutex::new(()) })
     }
 
-    /// So many pages are missing still. What is held for others is let go, in steps of 2 MiB.
+    /// So many pages are missing still. What is held for others is let go, in steps of 2 MiB or
+    /// somewhat more.
     pub fn lower_to(&self, missing: u64) {
         let wanted = missing.saturating_sub(AHEAD_PAGES);
         let due = |held: u64| held >= wanted + AHEAD_PAGES || (wanted == 0 && held > 0);
@@ -99,6 +120,7 @@ impl Counterweight {
         if !due(held) {
             return;
         }
+        let wanted = wanted.max(held.saturating_sub(STEP_PAGES));
         let from = (wanted * PAGE_SIZE as u64) as i64;
         let bytes = ((held - wanted) * PAGE_SIZE as u64) as i64;
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -115,14 +137,28 @@ impl Counterweight {
     }
 }
 
-fn take(file: std::os::fd::BorrowedFd<'_>, bytes: std::ops::Range<u64>) -> Result<(), Errno> {
-    let mut at = bytes.start;
-    while at < bytes.end {
-        let step = STEP_BYTES.min(bytes.end - at);
+/// Makes the pages of a part of a file; `left` bytes are wanted in all from here on.
+fn take(
+    file: BorrowedFd<'_>,
+    part: Range<u64>,
+    left: &mut u64,
+    stop: &AtomicBool,
+) -> Result<(), ReserveError> {
+    let mut at = part.start;
+    while at < part.end {
+        if stop.load(Ordering::Relaxed) {
+            return Err(ReserveError::Stopped);
+        }
+        // Others may be taking memory, too.
+        check_can_hold(*left + *left / TABLES_SHARE + BUFFERS_BYTES)?;
+        let step = STEP_BYTES.min(part.end - at);
         match fallocate(file, FallocateFlags::empty(), at as i64, step as i64) {
-            Ok(()) => at += step,
+            Ok(()) => {
+                at += step;
+                *left -= step;
+            }
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
+            Err(source) => return Err(ReserveError::Kernel { bytes: *left, source }),
         }
     }
     Ok(())
@@ -131,9 +167,12 @@ fn take(file: std::os::fd::BorrowedFd<'_>, bytes: std::ops::Range<u64>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::limits::available;
     use crate::memory::ram::Backing;
     use crate::proto::layout::{GuestAddress, MemoryLayout, Region};
     use nix::sys::stat::fstat;
+
+    static GOES_ON: AtomicBool = AtomicBool::new(false);
 
     fn held(file: impl AsFd) -> u64 {
         fstat(file).unwrap().st_blocks as u64 * 512
@@ -145,7 +184,7 @@ mod tests {
         let layout = MemoryLayout::new(vec![region(0, 700), region(1 << 32, 300)]).unwrap();
         let ram = GuestRam::new(layout, Backing::Memfd).unwrap();
         assert_eq!(held(ram.memfd().unwrap()), 0);
-        reserve_files(&ram).unwrap();
+        reserve_files(&ram, &GOES_ON).unwrap();
         assert_eq!(held(ram.memfd().unwrap()), 1000 * PAGE_SIZE as u64);
     }
 
@@ -154,13 +193,25 @@ mod tests {
         let region = Region { start: GuestAddress(0), pages: 1 };
         let layout = MemoryLayout::new(vec![region]).unwrap();
         let ram = GuestRam::new(layout, Backing::Anonymous).unwrap();
-        assert_eq!(reserve_files(&ram).unwrap_err().source, Errno::EBADF);
+        let refused = reserve_files(&ram, &GOES_ON);
+        let Err(ReserveError::Kernel { source: Errno::EBADF, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+    }
+
+    #[test]
+    fn more_than_there_is_is_not_tried_and_what_nobody_wants_is_not_taken() {
+        let (bytes, _) = available().unwrap();
+        let more = Counterweight::new(bytes / PAGE_SIZE as u64 + AHEAD_PAGES, &GOES_ON);
+        assert!(matches!(more, Err(ReserveError::Limit(_))), "{more:?}");
+        let stopped = Counterweight::new(1 << 20, &AtomicBool::new(true));
+        assert!(matches!(stopped, Err(ReserveError::Stopped)), "{stopped:?}");
     }
 
     #[test]
     fn a_counterweight_is_never_heavier_than_what_is_missing_nor_much_lighter() {
         let total = 10_000;
-        let weight = Counterweight::new(total).unwrap();
+        let weight = Counterweight::new(total, &GOES_ON).unwrap();
         for missing in (0..=total).rev() {
             weight.lower_to(missing);
             let pages = weight.pages();
@@ -172,6 +223,6 @@ mod tests {
         }
         assert_eq!(held(&weight.file), 0);
         // A guest smaller than what is let go ahead.
-        assert_eq!(Counterweight::new(AHEAD_PAGES).unwrap().pages(), 0);
+        assert_eq!(Counterweight::new(AHEAD_PAGES, &GOES_ON).unwrap().pages(), 0);
     }
 }

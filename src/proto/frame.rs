@@ -123,6 +123,21 @@ impl FrameHeader {
         Self { kind, origin, epoch, run, content_len }
     }
 
+    /// The same in two, of which the first has at most so many pages; in one, if it has
+    /// content or no more pages.
+    pub fn split(&self, pages_max: u64) -> (Self, Option<Self>) {
+        let first = self.run.first();
+        let left = self.run.count().saturating_sub(pages_max);
+        let begin = PageRun::new(first, pages_max);
+        let end = first.checked_add(pages_max).and_then(|page| PageRun::new(page, left));
+        match (begin, end) {
+            (Some(begin), Some(end)) if self.content_len == 0 => {
+                (Self { run: begin, ..*self }, Some(Self { run: end, ..*self }))
+            }
+            _ => (*self, None),
+        }
+    }
+
     /// The header's bytes.
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
@@ -260,6 +275,25 @@ mod tests {
             request,
             [2, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]
         );
+    }
+
+    #[test]
+    fn frames_without_content_are_split_and_nothing_of_them_is_lost() {
+        for (kind, count, expected) in [
+            (PageKind::Hole, 2500, vec![(0, 1024), (1024, 1024), (2048, 452)]),
+            (PageKind::Zero, 1024, vec![(0, 1024)]),
+            (PageKind::Raw, 1025, vec![(0, 1025)]),
+        ] {
+            let mut rest = Some(header(kind, 0, count));
+            let mut pieces = vec![];
+            while let Some(frame) = rest {
+                let (piece, left) = frame.split(1024);
+                assert_eq!((piece.kind, piece.epoch), (kind, 7));
+                pieces.push((piece.run.first().get(), piece.run.count()));
+                rest = left;
+            }
+            assert_eq!(pieces, expected);
+        }
     }
 
     #[test]

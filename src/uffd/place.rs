@@ -88,6 +88,11 @@ impl Placer {
         self.registration.backing()
     }
 
+    /// The pages of each region.
+    pub fn segments(&self) -> impl Iterator<Item = PageRun> {
+        self.registration.ram().segments().iter().map(|segment| segment.run())
+    }
+
     /// The memory's layout.
     pub fn layout(&self) -> &MemoryLayout {
         self.registration.ram().layout()
@@ -225,7 +230,8 @@ impl Placer {
     /// stuck in the kernel. (KVM passes it on, or `KVM_RUN` ends with `EFAULT`.) A page that
     /// is placed gives [`Stop::Exists`].
     ///
-    /// It holds for this mapping: in a memfd the page stays the hole that it is.
+    /// It holds for this mapping, and in a memfd only for a hole, which the page stays:
+    /// `UFFDIO_CONTINUE` maps a page that exists in spite of the mark.
     ///
     /// # Panics
     /// If the run is not in the layout.

@@ -98,7 +98,7 @@ impl DemandLanes {
                     return Err(LaneError::Link("the source ended a page stream".into()));
                 };
                 let content = frame.payload.into_bytes();
-                installer.install(&frame.header, &content, &mut || traps.again())?;
+                installer.install(&frame.header, &content, &mut || traps.again()).await?;
             }
         }
     }

@@ -325,15 +325,7 @@ impl Driver {
     }
 
     fn prepared(&mut self, shell: Shell) {
-        let Some(hello) = self.hello.clone() else { return };
-        if shell.machine != hello.machine {
-            let field = "the machine configuration";
-            let mismatch = Mismatch::new(field, &hello.machine, &shell.machine);
-            // No vCPU of it ever ran: its memory can go as it is.
-            let _ = shell.placer.unregister();
-            return self.handle(DestinationEvent::Refused(mismatch));
-        }
-        let Shell { ram, trap, placer, reserved, threads, .. } = shell;
+        let Shell { ram, trap, placer, reserved, threads } = shell;
         let ledger = DestinationLedger::new(ram.layout().pages());
         let book = FaultBook::new(threads.len());
         let recording = self.config.record.then(|| Recording::new(ledger.pages()));
@@ -433,8 +425,8 @@ impl Driver {
         }
         // A guest that may be running must stay trapped: without the trap its missing pages
         // would read as zero, and it would go on with wrong memory. It stands still instead.
-        let may_run = self.started && outcome != Outcome::Completed;
-        if !may_run && outcome != Outcome::Completed {
+        let never_runs = !self.started && outcome != Outcome::Completed;
+        if never_runs {
             // Nobody may wait for a page that will not come.
             self.unregister();
         }
@@ -445,6 +437,9 @@ impl Driver {
             }
         }
         let recorded = self.recorded();
+        if let Some(installer) = self.installer.as_ref().filter(|_| never_runs) {
+            installer.abandon();
+        }
         let name = "guest".to_owned();
         let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;

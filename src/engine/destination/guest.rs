@@ -4,9 +4,8 @@
 use crate::engine::error_chain;
 use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::failpoint::failpoint;
-use crate::memory::limits::check_can_hold;
 use crate::memory::ram::GuestRam;
-use crate::memory::reserve::{Counterweight, Reserved, reserve_files};
+use crate::memory::reserve::{Counterweight, ReserveError, Reserved, reserve_files};
 use crate::memory::users::{self, MemoryUser};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::message::{Hello, Mismatch};
@@ -15,6 +14,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use nix::unistd::Pid;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -63,8 +63,13 @@ pub struct Shell {
     pub reserved: Reserved,
     /// The kernel thread of each vCPU.
     pub threads: Vec<Pid>,
-    /// The machine configuration that came out.
-    pub machine: String,
+}
+
+/// How a shell is made.
+struct How {
+    backing: DestinationBacking,
+    overcommit: bool,
+    kvm: bool,
 }
 
 /// What the guest thread says.
@@ -105,6 +110,7 @@ pub struct RunFigures {
 /// The guest thread.
 pub struct GuestThread {
     commands: Sender<GuestCommand>,
+    over: Arc<AtomicBool>,
     thread: JoinHandle<Box<dyn DestinationVm>>,
 }
 
@@ -119,6 +125,7 @@ impl GuestThread {
     /// because it waits for a page that does not come.
     pub fn end(self) -> Option<Box<dyn DestinationVm>> {
         drop(self.commands);
+        self.over.store(true, Ordering::Relaxed);
         let asked = Instant::now();
         while !self.thread.is_finished() {
             if asked.elapsed() > END_MAX {
@@ -137,12 +144,14 @@ pub fn spawn(
     tell: impl Fn(GuestEvent) -> bool + Send + 'static,
 ) -> std::io::Result<GuestThread> {
     let (commands, receiver) = crossbeam_channel::unbounded();
+    let over = Arc::new(AtomicBool::new(false));
+    let stop = over.clone();
     let run = move || {
         crate::engine::hurry();
-        Worker { vm, tell, steps: None, ended: false }.run(&receiver)
+        Worker { vm, tell, steps: None, ended: false, over: stop }.run(&receiver)
     };
     let thread = std::thread::Builder::new().name("guest".into()).spawn(run)?;
-    Ok(GuestThread { commands, thread })
+    Ok(GuestThread { commands, over, thread })
 }
 
 struct Worker<T> {
@@ -150,6 +159,8 @@ struct Worker<T> {
     tell: T,
     steps: Option<Steps>,
     ended: bool,
+    /// The session is over: nothing that takes long is worth it.
+    over: Arc<AtomicBool>,
 }
 
 /// Calls the VMM. A panic of its fails the call and not the session's threads: whoever waits
@@ -253,17 +264,40 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                 (ram, backing)
             }
         };
-        // After the VMM's own is emptied: it would count twice.
+        let ram = Arc::new(ram);
+        let how = How { backing, overcommit, kvm };
+        let shell = self.shell(hello, &ram, how, users);
+        if shell.is_err() {
+            // A VMM's own memory stays when this is over; what was reserved of it must not.
+            // SAFETY: it is not registered any more, if it ever was; no vCPU of the guest ever
+            // ran, and `DestinationVm::memory` says that what is in it is lost.
+            let _ = unsafe { ram.discard() };
+        }
+        shell
+    }
+
+    /// Makes traps, VM and vCPUs over this memory, which is empty.
+    fn shell(
+        &mut self,
+        hello: &Hello,
+        ram: &Arc<GuestRam>,
+        how: How,
+        users: &[MemoryUser],
+    ) -> Result<Shell, Mismatch> {
+        let How { backing, overcommit, kvm } = how;
+        let bytes = hello.layout.bytes();
+        let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
+        let unfit =
+            |error: &(dyn std::error::Error + 'static)| cannot("memory", error_chain(error));
         failpoint!(
             "destination::before_reserved",
             return Err(cannot("memory", "a failpoint".into()))
         );
         let reserved = match overcommit {
             true => Reserved::Nothing,
-            false => reserve(&ram, backing).map_err(|error| unfit(error.as_ref()))?,
+            false => reserve(ram, backing, &self.over).map_err(|error| unfit(&error))?,
         };
         failpoint!("destination::after_reserved");
-        let ram = Arc::new(ram);
         failpoint!(
             "destination::before_registered",
             return Err(cannot("memory traps", "a failpoint".into()))
@@ -279,16 +313,21 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             let machine = self.vm.prepare(hello, ram.guest_memory())?;
             Ok((machine, self.vm.vcpu_threads()))
         });
-        let prepared = prepared.map_err(panicked).flatten().and_then(|prepared| {
+        let panicked = |why: String| Mismatch::new("the VM", &hello.machine, why);
+        let prepared = prepared.map_err(panicked).flatten().and_then(|(machine, threads)| {
             // Now the VMM has opened its devices.
             users::check_users(users).map_err(|error| unfit(&error))?;
-            Ok(prepared)
+            if machine != hello.machine {
+                let field = "the machine configuration";
+                return Err(Mismatch::new(field, &hello.machine, &machine));
+            }
+            Ok(threads)
         });
-        let (machine, threads) = prepared.inspect_err(|_| {
+        let threads = prepared.inspect_err(|_| {
             // No vCPU of it ever ran: its memory can go as it is.
             let _ = placer.unregister();
         })?;
-        Ok(Shell { ram, trap, placer, reserved, threads, machine })
+        Ok(Shell { ram: ram.clone(), trap, placer, reserved, threads })
     }
 
     /// Looks at the running guest.
@@ -335,16 +374,18 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
 
 /// Takes the memory that the guest's pages will need, so that it is this guest's before it is
 /// committed.
-fn reserve(ram: &GuestRam, backing: DestinationBacking) -> Result<Reserved, VmError> {
-    // Where there is too little, taking it could have the kernel kill a process.
-    check_can_hold(ram.layout().bytes())?;
+fn reserve(
+    ram: &GuestRam,
+    backing: DestinationBacking,
+    stop: &AtomicBool,
+) -> Result<Reserved, ReserveError> {
     Ok(match backing {
         DestinationBacking::MemfdContinue => {
-            reserve_files(ram)?;
+            reserve_files(ram, stop)?;
             Reserved::InPlace
         }
         DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
-            Reserved::Elsewhere(Counterweight::new(ram.layout().pages())?)
+            Reserved::Elsewhere(Counterweight::new(ram.layout().pages(), stop)?)
         }
     })
 }

@@ -23,6 +23,10 @@ use tokio::sync::mpsc::UnboundedSender;
 const AGAIN_PAUSE: Duration = Duration::from_micros(50);
 const AGAIN_MAX: Duration = Duration::from_secs(5);
 
+/// The most pages that are told to be zero in one go: emptying them keeps those who write to
+/// the same file.
+const PIECE_PAGES: u64 = 1024;
+
 /// Pages installed, by origin.
 #[derive(Debug, Default)]
 pub struct Arrivals {
@@ -148,9 +152,26 @@ impl Installer {
         (current.epoch, current.first_placed.get().copied())
     }
 
-    /// Installs a received frame. `again` is called when the kernel takes no page
+    /// Installs a received frame, in pieces that keep nobody else for long.
+    pub async fn install(
+        &self,
+        frame: &FrameHeader,
+        content: &[u8],
+        again: &mut impl FnMut(),
+    ) -> Result<(), LaneError> {
+        let (mut piece, mut rest) = frame.split(PIECE_PAGES);
+        loop {
+            self.install_piece(&piece, content, again)?;
+            let Some(left) = rest else { return Ok(()) };
+            // The link's acknowledgements have their turn.
+            tokio::task::yield_now().await;
+            (piece, rest) = left.split(PIECE_PAGES);
+        }
+    }
+
+    /// Installs a frame. `again` is called when the kernel takes no page
     /// before pending events are read; who reads events reads them there.
-    pub fn install(
+    fn install_piece(
         &self,
         frame: &FrameHeader,
         content: &[u8],
@@ -191,6 +212,10 @@ impl Installer {
             }
             PageKind::Poison => {
                 for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
+                    if let Reserved::InPlace = self.reserved {
+                        // A page that exists could be mapped over the mark (UFFDIO_CONTINUE).
+                        self.placer.give_back(landing.run()).map_err(local)?;
+                    }
                     self.lost.note(landing.run(), self.placer.layout());
                     self.place(landing, Cargo::Poison, demanded, again)?;
                 }
@@ -228,8 +253,10 @@ impl Installer {
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
         for held in self.ledger.hold(run).map_err(out_of_range)? {
             self.placer.give_back(held.run()).map_err(local)?;
-            // Who faults meanwhile is remembered, and told with the others.
-            held.hand_back();
+            // Who faults meanwhile is remembered, and told with the others; but for one whose page
+            // was removed meanwhile, and who was told to wait for this.
+            let run = held.hand_back();
+            self.placer.wake_unplaced(run).map_err(local)?;
         }
         Ok(())
     }
@@ -247,6 +274,16 @@ impl Installer {
         self.place(landing, Cargo::Zeros, true, again)?;
         self.tell_if_full();
         Ok(())
+    }
+
+    /// Nobody ran with this memory, nor will: frees what is in a VMM's own files.
+    pub fn abandon(&self) {
+        let Reserved::InPlace = self.reserved else { return };
+        for segment in self.placer.segments() {
+            if let Err(error) = self.placer.give_back(segment) {
+                tracing::warn!(%error, "memory that was reserved stays reserved");
+            }
+        }
     }
 
     /// Wakes who waits for a page that is placed.

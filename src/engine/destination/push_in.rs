@@ -189,7 +189,7 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> 
         while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
             let content = frame.payload.into_bytes();
             // The thread that reads events clears what is pending meanwhile.
-            installer.install(&frame.header, &content, &mut || {})?;
+            installer.install(&frame.header, &content, &mut || {}).await?;
             gate.pushed_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
         }
         Ok(())

@@ -178,7 +178,7 @@ impl<R: Requests> TrapLoop<R> {
                     // Placed after it was entered: its wait is in the figures.
                     waits(&self.counts.waits);
                 }
-                self.installer.wake(PageRun::single(page))?;
+                self.wake(PageRun::single(page))?;
             }
             FaultAnswer::Zero(landing) => {
                 if new {
@@ -191,20 +191,30 @@ impl<R: Requests> TrapLoop<R> {
         Ok(())
     }
 
-    /// Places zeros. Where there is no memory for them now, whoever waits looks again later:
-    /// this must not end the loop, for no link brings such a page anew.
+    /// Places zeros.
     fn place_zero(&self, landing: Landing<'_>) -> Result<(), LaneError> {
         let run = landing.run();
         let placed = self.installer.place_zero(landing, &mut || self.again());
-        let Err(LaneError::NoMemory(why)) = placed else { return placed };
+        self.or_later(run, placed)
+    }
+
+    /// Wakes who waits for pages that are placed.
+    fn wake(&self, run: PageRun) -> Result<(), LaneError> {
+        self.or_later(run, self.installer.wake(run))
+    }
+
+    /// Where there is no memory now, not even for a mapping, whoever waits looks again later.
+    /// It must not end the loop: no link brings these pages anew.
+    fn or_later(&self, run: PageRun, done: Result<(), LaneError>) -> Result<(), LaneError> {
+        let Err(LaneError::NoMemory(why)) = done else { return done };
         if !self.without_memory.replace(true) {
-            tracing::warn!(why, "this host has no memory for a zero page; it is tried again");
+            tracing::warn!(why, "this host has no memory for a page; it is tried again");
         }
         let installer = self.installer.clone();
         tokio::task::spawn_local(async move {
             tokio::time::sleep(MEMORY_AGAIN).await;
             if let Err(error) = installer.placer.wake_unplaced(run) {
-                tracing::warn!(%error, "who waits for a zero page is not woken");
+                tracing::warn!(%error, "who waits for a page is not woken");
             }
         });
         Ok(())
@@ -224,7 +234,7 @@ impl<R: Requests> TrapLoop<R> {
         for page in self.installer.book.waited_for() {
             match ledger.fault(page).map_err(violation)? {
                 FaultAnswer::Zero(landing) => self.place_zero(landing)?,
-                FaultAnswer::Wake => self.installer.wake(PageRun::single(page))?,
+                FaultAnswer::Wake => self.wake(PageRun::single(page))?,
                 FaultAnswer::Request => self.ask(page, None),
                 FaultAnswer::Wait => {}
             }

@@ -217,7 +217,12 @@ fn pages_that_are_held_are_nobody_elses_and_were_not_told_to_have_come() {
     assert!(matches!(ledger.fault(page(21)), Ok(FaultAnswer::Wait)));
     let counts = ledger.counts();
     assert_eq!((counts.duplicates, counts.in_hand, counts.missing), (24, 24, 56));
+    // Given back by the guest meanwhile: whoever holds it must wake who was told to wait.
+    assert!(ledger.removed(run(25, 1)).unwrap().is_empty());
+    assert!(matches!(ledger.fault(page(25)), Ok(FaultAnswer::Wait)));
     drop(held);
+    let Ok(FaultAnswer::Zero(again)) = ledger.fault(page(25)) else { panic!() };
+    again.placed();
     // Who faulted before, or meanwhile, is remembered.
     let waited_for = ledger.mark_zero(run(8, 24)).unwrap();
     assert_eq!(waited_for.iter().map(Landing::run).collect::<Vec<_>>(), [run(20, 2)]);

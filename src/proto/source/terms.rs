@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// What the handshake's limit is longer by for each GiB of guest memory, which the destination
 /// reserves meanwhile: several times what that takes.
-pub const RESERVING_PER_GIB: Duration = Duration::from_millis(500);
+pub const RESERVING_PER_GIB: Duration = Duration::from_secs(1);
 
 /// Time limits of a session.
 #[derive(Clone, Copy, Debug)]
