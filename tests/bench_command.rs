@@ -146,10 +146,8 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     // 8 MiB are too little for four vCPUs whose memory is zero for the most part.
-    let ended = bench(
-        folder.path(),
-        "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify --no-record",
-    );
+    let arguments = "--memory 8M --vcpus 1,4 --zero 74 --link loopback --no-verify --no-record";
+    let ended = bench(folder.path(), arguments);
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
     assert!(stdout.contains("failed, round 1: process random bubbling 8M 4vcpu"), "{stdout}");
@@ -159,6 +157,12 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 1, "failed": 1}));
     let failed = &found["cells"][1]["runs"][0]["failed"];
     assert!(failed["reason"].as_str().is_some_and(|why| why.contains("too little")), "{found:#}");
+    // It is tried again only if that is wanted.
+    for (more, times) in [("", 0), (" --retry", 1)] {
+        let again = bench(folder.path(), &format!("{arguments}{more}"));
+        assert_eq!(again.status.code(), Some(1), "{again:?}");
+        assert_eq!(text_of(&again.stderr).matches("failed: ").count(), times, "{again:?}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! floors/001.json                 the floors of round 1
 //! runs/001-CELL.json              the run of a cell in round 1, whole or failed
 //! records/CELL.record             when what happened in its run of round 0
+//! lock                            locked while a benchmark runs here
 //! results.json, results.html      made of all of these, again and again
 //! ```
 
@@ -69,6 +70,8 @@ pub struct Failed {
 pub struct Store {
     folder: PathBuf,
     plan: Plan,
+    /// Locked: two benchmarks at a time would measure each other.
+    _lock: fs::File,
 }
 
 impl Store {
@@ -79,7 +82,15 @@ impl Store {
             let path = folder.join(part);
             fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         }
-        let store = Self { folder: folder.to_owned(), plan };
+        let lock = fs::File::create(folder.join("lock"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => bail!("another benchmark runs in {shown}"),
+            Err(fs::TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {shown}"));
+            }
+        }
+        let store = Self { folder: folder.to_owned(), plan, _lock: lock };
         let path = folder.join("plan.json");
         if !path.exists() {
             if store.any_run()? {
@@ -206,6 +217,8 @@ mod tests {
         let store = Store::open(&at, plan()).unwrap();
         let run = failed(2, &plan().cells[1]);
         store.keep_run(&run).unwrap();
+        let meanwhile = Store::open(&at, plan()).unwrap_err().to_string();
+        assert!(meanwhile.contains("another benchmark runs"), "{meanwhile}");
         drop(store);
 
         let again = Store::open(&at, plan()).unwrap();
@@ -216,6 +229,7 @@ mod tests {
         again.forget_run(2, &run.cell).unwrap();
         assert_eq!(again.run(2, &run.cell).unwrap(), None);
 
+        drop(again);
         let other = Plan { rounds: 4, ..plan() };
         let refused = format!("{:#}", Store::open(&at, other).unwrap_err());
         assert!(refused.contains("holds another benchmark"), "{refused}");
@@ -233,6 +247,7 @@ mod tests {
         fs::write(store.run_path(1, &cell), "{").unwrap();
         assert!(format!("{:#}", store.run(1, &cell).unwrap_err()).contains("cannot read"));
         fs::remove_file(folder.path().join("plan.json")).unwrap();
+        drop(store);
         let refused = Store::open(folder.path(), plan()).unwrap_err().to_string();
         assert!(refused.contains("no plan.json"), "{refused}");
     }

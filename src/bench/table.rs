@@ -40,7 +40,7 @@ pub fn render(results: &Results) -> String {
     let _ = writeln!(
         text,
         "medians; stall: the guest's clock; late: hits on a page on its way, among faults; x floor: \
-         stall p50 by the floor tcp-fault"
+         stall p50 by the floor tcp-fault, below 1 where most slow steps waited for no page"
     );
     for cell in &results.cells {
         for (round, failed) in cell.failures() {
