@@ -24,7 +24,7 @@ use std::time::{Duration, SystemTime};
 /// machine needs for the least that a fault consists of. Prints a table of medians; the folder
 /// gets the same as JSON, with every run, and as a page with plots, results.html.
 ///
-/// Without arguments it takes a minute or two; with --full hours. Interrupted, it leaves what it
+/// Without arguments it takes a few minutes; with --full hours. Interrupted, it leaves what it
 /// has, and the same command with --out goes on. A run that fails is shown with its reason, the
 /// others go on, and the exit code is not 0.
 #[derive(Debug, Args)]
