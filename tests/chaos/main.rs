@@ -9,7 +9,8 @@
 //!
 //! A seed decides guest, link, failures and moments; the phase that is aimed at goes round
 //! with it. Each migration prints one line. At its end the guest is verified, page by page, by
-//! the independent checker: at the destination, or, if it stayed, at another one that it is
+//! the independent checker: at the destination, or, if it stayed (or an operator took it back,
+//! for its destination died before it heard of the commit), at another one that it is
 //! moved to afterwards. It never runs twice (`two_guests.rs`), nothing hangs, and nothing is
 //! left running. A hit that is not proven is drawn again. With 300 migrations and more, each
 //! phase must have been hit 20 times.
@@ -34,14 +35,17 @@ mod scene;
 mod strike;
 // What proves it, and what must be true at the end.
 mod evidence;
+mod standstill;
 mod two_guests;
 mod verdict;
 
 mod tally;
 
 use plan::{Failure, Phase, Plan, Who};
+use postcopy::attach::monotonic_ns;
 use postcopy::vmm::kvm::kvm_available;
 use scene::{Scene, kill_all, mark_of};
+use standstill::Watch;
 use std::panic::AssertUnwindSafe;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -106,11 +110,11 @@ fn migration(plan: &Plan, attempt: u64) -> (Vec<HitSeen>, Outcome) {
 }
 
 /// Migrations for one seed, until its first hit is proven.
-fn until_proven(seed: u64, attempt: u64, kvm: bool, tally: &Mutex<Tally>) {
+fn until_proven(seed: u64, attempt: u64, kvm: bool, tally: &Mutex<Tally>, watch: &Watch) {
     let phase = Phase::ALL[(seed % Phase::ALL.len() as u64) as usize];
     for attempt in attempt..attempt + ATTEMPTS {
         let plan = Plan::draw(seed, attempt, phase, kvm);
-        let began = Instant::now();
+        let (began, began_ns) = (Instant::now(), monotonic_ns());
         let run = std::panic::catch_unwind(AssertUnwindSafe(|| migration(&plan, attempt)));
         let mut tally = tally.lock().expect("nobody panics with it");
         let took = began.elapsed().as_secs_f64();
@@ -131,7 +135,11 @@ fn until_proven(seed: u64, attempt: u64, kvm: bool, tally: &Mutex<Tally>) {
                 let short = why.lines().next().unwrap_or_default().to_owned();
                 println!("{}", line(&plan, attempt, &[], &format!("FAILED: {short}"), took));
                 tally.migrations += 1;
-                tally.failed.push(format!("seed {seed} attempt {attempt}: {why}"));
+                let still = watch.since(began_ns);
+                println!("chaos: meanwhile the machine stood still: {still}");
+                tally.failed.push(format!(
+                    "seed {seed} attempt {attempt}: {why}\nmeanwhile the machine stood still: {still}"
+                ));
                 return;
             }
         }
@@ -169,6 +177,7 @@ fn no_failure_loses_a_guest() {
     println!("chaos: {count} migrations from seed {first}");
     let (next, tally, began) =
         (AtomicU64::new(first), Mutex::new(Tally::default()), Instant::now());
+    let watch = Watch::begin();
     std::thread::scope(|scope| {
         for _ in 0..at_a_time {
             scope.spawn(|| {
@@ -177,13 +186,14 @@ fn no_failure_loses_a_guest() {
                     if seed >= first + count {
                         return;
                     }
-                    until_proven(seed, attempt, kvm, &tally);
+                    until_proven(seed, attempt, kvm, &tally, &watch);
                 }
             });
         }
     });
     let tally = tally.into_inner().expect("nobody panicked with it");
     println!("{tally}\nchaos: {:.0} s in all", began.elapsed().as_secs_f64());
+    println!("chaos: the machine stood still: {}", watch.since(0));
     assert!(tally.failed.is_empty(), "\n{}", tally.failed.join("\n\n"));
     for phase in Phase::ALL {
         let proven = tally.proven(phase);

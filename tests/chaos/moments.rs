@@ -78,8 +78,8 @@ const HANDSHAKE: &[&str] = &[
     "destination::after_accept_sent",
 ];
 
-/// Up to the one at which a destination that dies may have said that it is ready: the
-/// source would then commit to nobody, and the guest be lost.
+/// Up to the destination's word that it is ready. (While the source is held after the state has
+/// left it, the destination may say it all the same, and die: then the commit is made to nobody.)
 const BLACKOUT: &[&str] = &[
     "vmm::before_pause",
     "vmm::after_pause",
@@ -93,6 +93,9 @@ const BLACKOUT: &[&str] = &[
     "vmm::after_restore",
     "destination::before_ready_sent",
 ];
+
+/// With the VMM held here, the fault server makes the commit.
+const GOES_ON_WITHOUT_VMM: &str = "vmm::after_paused_sent";
 
 const READY: &[&str] = &["destination::after_ready_sent", "source::before_commit_word"];
 
@@ -143,12 +146,14 @@ pub fn draw(random: &mut StdRng, phase: Phase, failure: Failure) -> Option<Momen
         Phase::Brownout if !needs_vmm(failure) => return Some(Moment::Share(share)),
         _ => {}
     }
+    // It takes the guest with it if that runs there meanwhile: it dies while somebody is held
+    // whom the guest's start waits for.
     let kills_destination = failure == Failure::Kill(Who::Destination);
-    if phase == Phase::Handshake && random.random_bool(0.1) {
+    if phase == Phase::Handshake && !kills_destination && random.random_bool(0.1) {
         return Some(Moment::After(Duration::from_millis(random.random_range(0..60))));
     }
     let slow = slow_steps(phase);
-    if !slow.is_empty() && random.random_bool(0.25) {
+    if !slow.is_empty() && !kills_destination && random.random_bool(0.25) {
         let point = slow.choose(random)?;
         let time = random.random_range(60..=300);
         let into = random.random_range(5..=time - 30);
@@ -167,7 +172,11 @@ pub fn draw(random: &mut StdRng, phase: Phase, failure: Failure) -> Option<Momen
         Phase::Release => RELEASE.to_vec(),
         Phase::Paused => Vec::new(),
     };
-    let usable: Vec<_> = points.into_iter().filter(|point| !is_gone(point, failure)).collect();
+    let usable = points.into_iter().filter(|point| {
+        let goes_on = kills_destination && *point == GOES_ON_WITHOUT_VMM;
+        !goes_on && !is_gone(point, failure)
+    });
+    let usable: Vec<_> = usable.collect();
     usable.choose(random).copied().map(Moment::At)
 }
 

@@ -1,10 +1,10 @@
 //! The processes of one migration, and the link between them. Whatever happens, all of them
 //! are gone at the end: they bear a mark, and a limit is set.
 
-use super::commit_word::CommitWord;
+use super::commit_word::{CommitWord, Decision};
 use super::evidence::{PointLog, stamps};
 use super::harness::{
-    Ended, Guest, MIGRATION, POSTCOPY, Receiver, Running, SOON, poll, processes_with,
+    Ended, Guest, MIGRATION, POSTCOPY, Receiver, Running, SOON, TimeLimit, poll, processes_with,
 };
 use super::plan::{Plan, Who};
 use super::two_guests::SourceGuest;
@@ -23,6 +23,8 @@ use tempfile::TempDir;
 
 /// A migration that is not over by then hangs: all of it is killed.
 const MIGRATION_MAX: Duration = Duration::from_secs(150);
+/// How often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// By this variable a migration's processes are known, whoever their parent is.
 const MARK: &str = "POSTCOPY_CHAOS_MIGRATION";
 /// Nobody wants to wait for ten minutes for a destination whose source is gone for good.
@@ -43,10 +45,13 @@ impl Limit {
         let expired = Arc::new(AtomicBool::new(false));
         let (marked, flag) = (mark.clone(), expired.clone());
         std::thread::spawn(move || {
-            if over.recv_timeout(MIGRATION_MAX) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("chaos: {marked} is not over after {MIGRATION_MAX:?}: it is killed");
-                flag.store(true, Ordering::SeqCst);
-                kill_all(&marked);
+            let mut limit = TimeLimit::new(MIGRATION_MAX);
+            while over.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if limit.is_over() {
+                    eprintln!("chaos: {marked} is not over after {MIGRATION_MAX:?}: it is killed");
+                    flag.store(true, Ordering::SeqCst);
+                    return kill_all(&marked);
+                }
             }
         });
         Self { mark, expired, _until: until }
@@ -172,6 +177,32 @@ impl Scene {
             ended.stderr.insert_str(0, &earlier.stderr());
         }
         ended
+    }
+
+    /// Takes the guest back as an operator does who knows that its destination is dead, as
+    /// soon as a fault server that is at work has noticed that its link is down.
+    pub fn is_taken_back(&self) {
+        let control = self.guest.control();
+        let words = ["session", "take-back", "--control", &control, "--yes-it-runs-nowhere-else"];
+        poll("a guest that is taken back", MIGRATION, || {
+            let mut operator = Running::start_as(self.plain(), &words);
+            poll("an answer to the operator", SOON, || {
+                let ended = operator.code_so_far().is_some();
+                (ended || self.word.decision() == Decision::TakenBack).then_some(())
+            });
+            let taken = self.word.decision() == Decision::TakenBack;
+            // Without a fault server it stays, to tell the destination.
+            while let Some(line) = operator.line_if_any() {
+                if line.contains("looking for the destination") {
+                    operator.signal(Signal::SIGINT);
+                }
+            }
+            operator.wait_code();
+            if !taken {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            taken.then_some(())
+        });
     }
 
     /// Waits until the last fault server has ended.

@@ -99,7 +99,8 @@ fn wait_for_point(scene: &mut Scene, point: &str) -> Option<super::evidence::Pas
         if let Some(passed) = scene.log.of(point) {
             return Some(passed);
         }
-        let over = !scene.receiver.process.runs() && !scene.is_served();
+        let aborted = scene.word.decision() == Decision::Aborted;
+        let over = aborted || (!scene.receiver.process.runs() && !scene.is_served());
         if over || Instant::now() > deadline {
             return None;
         }

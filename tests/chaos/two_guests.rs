@@ -36,20 +36,24 @@ impl SourceGuest {
         let over = Arc::new(AtomicBool::new(false));
         let (of, until) = (memory.clone(), over.clone());
         let watch = std::thread::spawn(move || {
-            while !until.load(Ordering::Relaxed) {
+            loop {
+                // It may have been made in the last moment.
+                let last = until.load(Ordering::Relaxed);
                 if matches!(word.decision(), Decision::Committed | Decision::Running) {
                     return Some(steps(&of));
                 }
+                if last {
+                    return None;
+                }
                 std::thread::sleep(Duration::from_millis(1));
             }
-            None
         });
         Self { memory, over, watch: Some(watch) }
     }
 
     /// Ends the watch, and fails if the guest has made a step since the commit. Says whether
     /// there was a commit.
-    pub fn made_no_step_since_the_commit(mut self) -> bool {
+    pub fn made_no_step_since_the_commit(&mut self) -> bool {
         self.over.store(true, Ordering::Relaxed);
         let watch = self.watch.take().expect("it is asked once");
         let Some(then) = watch.join().expect("nothing in it panics") else { return false };
@@ -91,7 +95,7 @@ fn a_guest_that_runs_on_after_the_commit_is_noticed() {
     let arguments = ["--guest", "process", "--memory", "16M"];
     let guest = Guest::start_unlimited(Command::new(POSTCOPY), &arguments);
     let pid = guest.process.pid();
-    let watched = SourceGuest::of(pid, CommitWord::of(pid));
+    let mut watched = SourceGuest::of(pid, CommitWord::of(pid));
     // A VMM does not take a word for the commit of a guest that it has not paused.
     let attached = guest.attach();
     let _proof = attached.word.commit().expect("an undecided word");

@@ -19,6 +19,9 @@ pub enum Outcome {
     Recovered,
     /// At the source. It was moved to another destination afterwards, to be verified there.
     Stayed,
+    /// At the source, by an operator's word: its destination had died when the commit was made.
+    /// It was moved afterwards, as above.
+    TakenBack,
 }
 
 impl fmt::Display for Outcome {
@@ -27,6 +30,7 @@ impl fmt::Display for Outcome {
             Self::Moved => "moved",
             Self::Recovered => "recovered",
             Self::Stayed => "stayed, then moved",
+            Self::TakenBack => "taken back, then moved",
         })
     }
 }
@@ -48,6 +52,7 @@ pub fn verdict(mut scene: Scene) -> Outcome {
         decision => decision,
     };
     let outcome = match decision {
+        Decision::Committed if died_in_doubt(&mut scene) => is_taken_back(scene),
         Decision::Committed | Decision::Running => is_there(scene),
         Decision::Aborted => is_here(scene),
         Decision::Undecided | Decision::TakenBack => panic!("nobody asked for {decision:?}"),
@@ -118,6 +123,40 @@ fn check_source(report: &Value, server: &Ended, one: bool) -> Outcome {
     Outcome::Recovered
 }
 
+/// Whether the destination was killed before it had a guest to run, but after it had said that
+/// it is ready: the commit was made to nobody.
+fn died_in_doubt(scene: &mut Scene) -> bool {
+    let hits = &scene.plan.hits;
+    if !hits.iter().any(|hit| hit.failure == Failure::Kill(Who::Destination)) {
+        return false;
+    }
+    // A killed one may be on its way out yet.
+    poll("a destination that runs the guest, or has ended", SOON, || {
+        let entered = scene.log.of(ENTERS).is_some();
+        let code = scene.receiver.process.code_so_far();
+        if entered { Some(false) } else { code.map(|code| code.is_none()) }
+    })
+}
+
+/// Committed to a destination that is dead: nothing resumes the guest here but an operator,
+/// who knows that.
+fn is_taken_back(mut scene: Scene) -> Outcome {
+    let committed = scene.source_guest.made_no_step_since_the_commit();
+    assert!(committed, "the commit was not seen while it was watched for");
+    scene.is_taken_back();
+    scene.guest.runs_on();
+    // Somebody may still look for the destination, to tell it.
+    scene.interrupt_one_that_looks_in_vain();
+    let ended = scene.servers_end();
+    let killed_server =
+        scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(Who::FaultServer));
+    let told = ended.stderr.contains("operator took the guest back");
+    assert!(ended.code == Some(3) && told || killed_server, "{ended:#?}");
+    is_whole(&mut scene);
+    assert_eq!(scene.log.of(ENTERS), None, "the guest was started at the destination, too");
+    Outcome::TakenBack
+}
+
 /// Without a commit: the guest is the source's, and only its, and whole.
 fn is_here(mut scene: Scene) -> Outcome {
     let killed = |who| scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(who));
@@ -151,9 +190,10 @@ fn is_here(mut scene: Scene) -> Outcome {
 
 /// Moves a guest that stayed to another destination, where every page of it is verified.
 fn is_whole(scene: &mut Scene) {
-    let receiver = Receiver::start_as(scene.plain(), &[]);
+    let log = ["--log", "postcopy=debug"];
+    let receiver = Receiver::start_as(scene.plain(), &log);
     let report = scene.guest.path("last.json");
-    let arguments = ["--report", &report];
+    let arguments = [&["--report", &report][..], &log].concat();
     let migration = scene.guest.migrate_as(scene.plain(), &receiver.ticket, &arguments);
     let ended = migration.succeed(MIGRATION);
     check_source(&read_report(&report), &ended, true);

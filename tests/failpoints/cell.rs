@@ -2,8 +2,8 @@
 //! upon a failure at one point; then it is looked for, and every page of it compared.
 
 use super::arranged::{self, Arranged};
-use super::harness::{Guest, MIGRATION, POSTCOPY, Receiver, SOON, check_report, poll};
-use super::harness::{processes_with, read_report};
+use super::harness::{Guest, MIGRATION, POSTCOPY, Receiver, SOON, TimeLimit, check_report};
+use super::harness::{poll, processes_with, read_report};
 use super::table::{Expected, KINDS, Place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -118,9 +118,9 @@ impl Cell {
                 let left = ended == Some(0) || (vmm_dies && ended.is_none());
                 assert!(left, "the VMM ended with {ended:?}: {}", story);
                 let keeper = guest.keeper();
-                let until = Instant::now() + SOON;
+                let mut limit = TimeLimit::new(SOON);
                 while !processes_with(&keeper).is_empty() {
-                    assert!(Instant::now() < until, "the keeper is left: {}", story);
+                    assert!(!limit.is_over(), "the keeper is left: {}", story);
                     std::thread::sleep(Duration::from_millis(10));
                 }
             }
@@ -139,7 +139,7 @@ fn without_pings(log: &str) -> String {
 
 /// Where the guest is at last, and how that is known. Once the fault server has ended.
 fn find(guest: &mut Guest, receiver: &mut Receiver, stage: &Stage) -> (Place, String) {
-    let deadline = Instant::now() + CELL_MAX / 2;
+    let mut limit = TimeLimit::new(CELL_MAX / 2);
     let (mut gone_since, mut interrupted) = (None, false);
     loop {
         let vmm = guest.process.code_so_far();
@@ -180,7 +180,7 @@ fn find(guest: &mut Guest, receiver: &mut Receiver, stage: &Stage) -> (Place, St
             }
         }
         let story = || std::fs::read_to_string(&stage.log).unwrap_or_default();
-        assert!(Instant::now() < deadline, "the guest is nowhere: {why}\n{}", story());
+        assert!(!limit.is_over(), "the guest is nowhere: {why}\n{}", story());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -192,8 +192,8 @@ fn runs(guest: &Guest) -> bool {
     if !before.running || before.failure.is_some() {
         return false;
     }
-    let until = Instant::now() + SOON;
-    while Instant::now() < until {
+    let mut limit = TimeLimit::new(SOON);
+    while !limit.is_over() {
         let Ok(now) = vmm.status() else { return false };
         if now.steps > before.steps {
             return true;
@@ -224,7 +224,7 @@ impl Stage {
     fn watch(&self) {
         let (log, over, mark) = (self.log.clone(), self.over.clone(), self.mark.clone());
         std::thread::spawn(move || {
-            let began = Instant::now();
+            let mut limit = TimeLimit::new(CELL_MAX);
             let mut stalled: Vec<(Instant, i32)> = Vec::new();
             let mut seen = HashSet::new();
             while !over.load(Ordering::SeqCst) {
@@ -242,7 +242,7 @@ impl Stage {
                     }
                     waits
                 });
-                if began.elapsed() > CELL_MAX {
+                if limit.is_over() {
                     eprintln!("{mark} is not over after {CELL_MAX:?}: its processes are killed");
                     processes(&mark).into_iter().for_each(kill_process);
                     return;

@@ -52,14 +52,44 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A time limit that is not used up while the whole machine stands still, as a virtual one does
+/// for half a minute when its host takes a snapshot of it: what is waited for stands still, too.
+pub struct TimeLimit {
+    left: Duration,
+    looked_at: Instant,
+}
+
+impl TimeLimit {
+    /// The most that counts between two looks. What is asked in between may take its time.
+    const STEP_MAX: Duration = Duration::from_secs(1);
+
+    /// From now on.
+    pub fn new(left: Duration) -> Self {
+        Self { left, looked_at: Instant::now() }
+    }
+
+    /// What is left of it. To be asked several times a second.
+    pub fn left(&mut self) -> Duration {
+        let now = Instant::now();
+        self.left = self.left.saturating_sub((now - self.looked_at).min(Self::STEP_MAX));
+        self.looked_at = now;
+        self.left
+    }
+
+    /// Whether nothing is left of it.
+    pub fn is_over(&mut self) -> bool {
+        self.left().is_zero()
+    }
+}
+
 /// Asks `question` until it has an answer.
 pub fn poll<T>(what: &str, within: Duration, mut question: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + within;
+    let mut limit = TimeLimit::new(within);
     loop {
         if let Some(answer) = question() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
+        assert!(!limit.is_over(), "{what}: not within {within:?}");
         std::thread::sleep(POLL);
     }
 }
@@ -103,8 +133,8 @@ impl Output {
 
     /// The next line, or `None` at the end or after `within`.
     fn next(&self, within: Duration) -> Option<String> {
-        let waits = |state: &mut OutputState| state.taken == state.lines.len() && !state.ended;
-        let (mut state, _) = self.wait_while(within, waits);
+        let waits = |state: &OutputState| state.taken == state.lines.len() && !state.ended;
+        let mut state = self.wait_while(within, waits);
         let line = state.lines.get(state.taken).cloned();
         state.taken += usize::from(line.is_some());
         line
@@ -112,7 +142,7 @@ impl Output {
 
     /// All of it, once it has ended.
     fn all(&self) -> String {
-        let (state, _) = self.wait_while(Duration::from_secs(2), |state| !state.ended);
+        let state = self.wait_while(Duration::from_secs(2), |state| !state.ended);
         state.lines.join("\n")
     }
 
@@ -123,12 +153,15 @@ impl Output {
     fn wait_while(
         &self,
         within: Duration,
-        waits: impl FnMut(&mut OutputState) -> bool,
-    ) -> (MutexGuard<'_, OutputState>, bool) {
-        let state = lock(&self.0.0);
-        let (state, waited) =
-            self.0.1.wait_timeout_while(state, within, waits).unwrap_or_else(|e| e.into_inner());
-        (state, waited.timed_out())
+        waits: impl Fn(&OutputState) -> bool,
+    ) -> MutexGuard<'_, OutputState> {
+        let mut limit = TimeLimit::new(within);
+        let mut state = lock(&self.0.0);
+        while waits(&state) && !limit.is_over() {
+            let step = limit.left().min(Duration::from_millis(200));
+            (state, _) = self.0.1.wait_timeout(state, step).unwrap_or_else(|e| e.into_inner());
+        }
+        state
     }
 }
 
@@ -222,11 +255,11 @@ impl Running {
     /// Waits for its end.
     pub fn wait(mut self, within: Duration) -> Ended {
         self.child.stdin.take();
-        let deadline = Instant::now() + within;
+        let mut limit = TimeLimit::new(within);
         let status = loop {
             match self.child.try_wait().expect("a child can be waited for") {
                 Some(status) => break status,
-                None if Instant::now() > deadline => self.fail(&format!("ran for {within:?}")),
+                None if limit.is_over() => self.fail(&format!("ran for {within:?}")),
                 None => std::thread::sleep(POLL),
             }
         };

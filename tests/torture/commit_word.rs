@@ -1,10 +1,10 @@
 //! The commit word as an onlooker sees it: read through `/proc`, by what
 //! `docs/attach.md` says of it.
 
-use super::harness::{SOON, poll};
+use super::harness::{SOON, TimeLimit, poll};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What the word says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,9 +56,9 @@ impl CommitWord {
 
     /// Waits for the commit, and returns as soon as it can be seen.
     pub fn committed(&self) {
-        let deadline = Instant::now() + SOON;
+        let mut limit = TimeLimit::new(SOON);
         while !matches!(self.decision(), Decision::Committed | Decision::Running) {
-            assert!(Instant::now() < deadline, "no commit within {SOON:?}");
+            assert!(!limit.is_over(), "no commit within {SOON:?}");
             std::thread::sleep(Duration::from_micros(10));
         }
     }
