@@ -1,4 +1,4 @@
-//! Frames from quinn streams, each with a limit, copied at most once.
+//! Frames from quinn streams, each with a limit, never copied.
 //!
 //! [`FrameReader`] reads back-to-back `[header | payload]` frames, as push lanes
 //! carry them; [`read_message`] and [`write_message`] a length-prefixed message, as
@@ -10,7 +10,7 @@
 //! packet.
 
 use super::error::TransportError;
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use quinn::{RecvStream, SendStream};
 use std::{collections::VecDeque, fmt};
 
@@ -165,37 +165,6 @@ impl Payload {
     /// Its pieces in order; none is empty.
     pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
         self.pieces.iter().map(|piece| piece.as_ref())
-    }
-
-    /// All of it in one piece: copied once if it lies in several, else not at all.
-    pub fn into_bytes(mut self) -> Bytes {
-        if self.pieces.len() == 1 {
-            return self.pieces.pop_front().unwrap_or_default();
-        }
-        let mut joined = BytesMut::with_capacity(self.length);
-        for piece in &self.pieces {
-            joined.extend_from_slice(piece);
-        }
-        joined.freeze()
-    }
-
-    /// Copies the next `into.len()` bytes out and drops them from the payload.
-    ///
-    /// # Panics
-    /// If fewer are left; see [`len`](Self::len).
-    pub fn take_into(&mut self, mut into: &mut [u8]) {
-        assert!(into.len() <= self.length, "the payload has fewer bytes left");
-        self.length -= into.len();
-        while !into.is_empty() {
-            let Some(piece) = self.pieces.front_mut() else { break };
-            let part = piece.len().min(into.len());
-            let (now, later) = into.split_at_mut(part);
-            piece.copy_to_slice(now);
-            into = later;
-            if piece.is_empty() {
-                self.pieces.pop_front();
-            }
-        }
     }
 }
 

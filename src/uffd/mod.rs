@@ -6,12 +6,14 @@
 //! ledgers in [`proto`](crate::proto) do. Nothing here touches the registered
 //! mapping either: a thread that did so would wait for itself.
 
+mod content;
 mod ioctl;
 pub mod open;
 pub mod place;
 pub mod register;
 pub mod trap;
 
+pub use content::Content;
 pub use open::{OpenError, UffdOptions};
 pub use place::{PlaceError, Placed, Placer, Stop};
 pub use register::{DestinationBacking, RegisterError, register};

@@ -9,6 +9,7 @@ use crate::failpoint::failpoint;
 use crate::proto::frame::{FrameLimits, HEADER_LEN, PageRequest};
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
+use crate::uffd::Content;
 use quinn::{Connection, RecvStream, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -97,8 +98,9 @@ impl DemandLanes {
                 let Some(frame) = next.await.map_err(push_in::wire)? else {
                     return Err(LaneError::Link("the source ended a page stream".into()));
                 };
-                let content = frame.payload.into_bytes();
-                installer.install(&frame.header, &content, &mut || traps.again()).await?;
+                let pieces: Vec<&[u8]> = frame.payload.pieces().collect();
+                let content = Content::of_pieces(&pieces);
+                installer.install(&frame.header, content, &mut || traps.again()).await?;
             }
         }
     }

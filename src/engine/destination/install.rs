@@ -11,7 +11,7 @@ use crate::memory::reserve::Reserved;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
-use crate::uffd::{PlaceError, Placer, Stop};
+use crate::uffd::{Content, PlaceError, Placer, Stop};
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, TryLockError};
@@ -62,7 +62,7 @@ impl Arrivals {
 /// What is put into pages in hand.
 #[derive(Clone, Copy)]
 enum Cargo<'a> {
-    Bytes(&'a [u8]),
+    Bytes(Content<'a>),
     Zeros,
     /// A mark on which whoever touches them gets a memory error.
     Poison,
@@ -156,7 +156,7 @@ impl Installer {
     pub async fn install(
         &self,
         frame: &FrameHeader,
-        content: &[u8],
+        content: Content<'_>,
         again: &mut impl FnMut(),
     ) -> Result<(), LaneError> {
         let (mut piece, mut rest) = frame.split(PIECE_PAGES);
@@ -174,7 +174,7 @@ impl Installer {
     fn install_piece(
         &self,
         frame: &FrameHeader,
-        content: &[u8],
+        content: Content<'_>,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         // Held across the placement by lanes that do not exclude each other; only a new link
@@ -204,7 +204,7 @@ impl Installer {
                     let first = landing.run().first().as_usize() - frame.run.first().as_usize();
                     self.place(
                         landing,
-                        Cargo::Bytes(&content[first * PAGE_SIZE..]),
+                        Cargo::Bytes(content.behind(first * PAGE_SIZE)),
                         demanded,
                         again,
                     )?;
@@ -313,8 +313,8 @@ impl Installer {
             let done = whole.count() - run.count();
             let placed = match cargo {
                 Cargo::Bytes(content) => {
-                    let from = done as usize * PAGE_SIZE;
-                    self.placer.place(run, &content[from..from + run.bytes()])
+                    let left = content.behind(done as usize * PAGE_SIZE);
+                    self.placer.place(run, left.up_to(run.bytes()))
                 }
                 Cargo::Zeros => self.placer.place_zero(run),
                 Cargo::Poison => self.placer.poison(run),

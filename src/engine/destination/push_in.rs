@@ -8,6 +8,7 @@ use crate::proto::message::SessionId;
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
 use crate::transport::{Identity, Lane, LaneServer, LaneSocket, Link, LinkOptions, TransportError};
+use crate::uffd::Content;
 use quinn::{Connection, RecvStream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -187,10 +188,10 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> 
         let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
         let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
         while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
-            let content = frame.payload.into_bytes();
+            let pieces: Vec<&[u8]> = frame.payload.pieces().collect();
             // The thread that reads events clears what is pending meanwhile.
-            installer.install(&frame.header, &content, &mut || {}).await?;
-            gate.pushed_bytes.fetch_add(content.len() as u64, Ordering::Relaxed);
+            installer.install(&frame.header, Content::of_pieces(&pieces), &mut || {}).await?;
+            gate.pushed_bytes.fetch_add(frame.payload.len() as u64, Ordering::Relaxed);
         }
         Ok(())
     };
