@@ -56,3 +56,10 @@ fn hurry() {
         tracing::debug!(%error, "no real-time priority for a thread that vCPUs wait for");
     }
 }
+
+/// Keeps the calling thread, which moves bulk, from holding up those that wake up on its core.
+fn defer() {
+    if let Err(error) = crate::transport::thread::take_short_turns() {
+        tracing::debug!(%error, "no short time slices for a thread of a push lane");
+    }
+}

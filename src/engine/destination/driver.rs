@@ -119,6 +119,7 @@ impl Driver {
                 }
             };
             push_lanes.push(LaneThread::spawn(format!("push-{index}"), move || {
+                crate::engine::defer();
                 push_in::receive_lane(socket, identity, index, options, gate, ended)
             })?);
         }

@@ -66,6 +66,7 @@ impl Driver {
                 let _ = input.send(Input::LinkEnded { epoch, error });
             };
             let lane = LaneThread::spawn(format!("push-{index}"), move || {
+                crate::engine::defer();
                 link::push_lane(push, index, receiver, ended)
             });
             match lane {
