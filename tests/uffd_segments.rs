@@ -13,7 +13,7 @@ use postcopy::uffd::{OpenError, Placed, Placer, Trap, TrapEvent, UffdOptions, re
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -209,7 +209,12 @@ fn trapped(addresses: &[usize]) -> usize {
 }
 
 /// Ends the process if a test hangs; the test is over when it is dropped.
-struct Limit(#[expect(dead_code, reason = "dropping it ends the watch")] Sender<()>);
+#[expect(dead_code, reason = "dropping it ends the watch, and lets the next test begin")]
+struct Limit(Sender<()>, MutexGuard<'static, ()>);
+
+/// Addresses that one test has unmapped are those of another one's memory next, and it looks at
+/// what is trapped there.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// `None` where there is no userfaultfd to test with, which it says.
 fn begin() -> Option<Limit> {
@@ -221,6 +226,7 @@ fn begin() -> Option<Limit> {
         }
         Err(error) => panic!("{error}"),
     }
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (limit, ended) = channel::<()>();
     let test = thread::current().name().unwrap_or("a test").to_owned();
     thread::spawn(move || {
@@ -229,5 +235,5 @@ fn begin() -> Option<Limit> {
             std::process::abort();
         }
     });
-    Some(Limit(limit))
+    Some(Limit(limit, alone))
 }
