@@ -48,7 +48,7 @@ pub struct Frame<H> {
 /// Received bytes in one or more pieces.
 #[derive(Debug, Default)]
 pub struct Payload {
-    pieces: VecDeque<Bytes>,
+    pieces: Vec<Bytes>,
     length: usize,
 }
 
@@ -133,7 +133,7 @@ impl FrameReader {
 
     /// Takes the next `length` bytes, which must be buffered, without copying them.
     fn take(&mut self, length: usize) -> Payload {
-        let mut pieces = VecDeque::new();
+        let mut pieces = Vec::new();
         let mut missing = length;
         while missing > 0 {
             let Some(chunk) = self.chunks.front_mut() else { break };
@@ -141,7 +141,7 @@ impl FrameReader {
                 missing -= chunk.len();
                 pieces.extend(self.chunks.pop_front());
             } else {
-                pieces.push_back(chunk.split_to(missing));
+                pieces.push(chunk.split_to(missing));
                 missing = 0;
             }
         }
@@ -163,8 +163,8 @@ impl Payload {
     }
 
     /// Its pieces in order; none is empty.
-    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
-        self.pieces.iter().map(|piece| piece.as_ref())
+    pub fn pieces(&self) -> &[Bytes] {
+        &self.pieces
     }
 }
 

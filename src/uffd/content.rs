@@ -1,13 +1,14 @@
 //! [`Content`]: what is put into pages, as it lies in received datagrams.
 
 use crate::proto::page::PAGE_SIZE;
+use bytes::Bytes;
 use std::io::IoSlice;
 
 /// Bytes in one or more pieces, which need not end where pages do.
 #[derive(Clone, Copy, Debug)]
 pub struct Content<'a> {
     first: &'a [u8],
-    rest: &'a [&'a [u8]],
+    rest: &'a [Bytes],
     length: usize,
 }
 
@@ -20,8 +21,8 @@ impl<'a, T: AsRef<[u8]> + ?Sized> From<&'a T> for Content<'a> {
 
 impl<'a> Content<'a> {
     /// All of `pieces`, one after the other.
-    pub fn of_pieces(pieces: &'a [&'a [u8]]) -> Self {
-        let length = pieces.iter().map(|piece| piece.len()).sum();
+    pub fn of_pieces(pieces: &'a [Bytes]) -> Self {
+        let length = pieces.iter().map(Bytes::len).sum();
         match pieces.split_first() {
             Some((first, rest)) => Self { first, rest, length },
             None => Self { first: &[], rest: &[], length },
@@ -60,7 +61,7 @@ impl<'a> Content<'a> {
     /// Its pieces in order; none is empty.
     pub fn pieces(self) -> impl Iterator<Item = &'a [u8]> {
         let mut left = self.length;
-        let pieces = std::iter::once(self.first).chain(self.rest.iter().copied());
+        let pieces = std::iter::once(self.first).chain(self.rest.iter().map(Bytes::as_ref));
         pieces
             .map_while(move |piece| {
                 let part = &piece[..piece.len().min(left)];
@@ -116,7 +117,7 @@ mod tests {
             (skip, most) in (0usize..60, 0usize..60),
         ) {
             let bytes: Vec<u8> = pieces.concat();
-            let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+            let pieces: Vec<Bytes> = pieces.into_iter().map(Bytes::from).collect();
             let content = Content::of_pieces(&pieces);
             prop_assert_eq!(content.len(), bytes.len());
             let part = content.behind(skip).up_to(most);
@@ -141,6 +142,7 @@ mod tests {
         let bytes: Vec<u8> = (0..4 * PAGE_SIZE).map(|at| (at % 251) as u8).collect();
         let cut = 2 * PAGE_SIZE + 100;
         let pieces = [&bytes[..cut], &bytes[cut..cut + 50], &bytes[cut + 50..]];
+        let pieces = pieces.map(Bytes::copy_from_slice);
         let mut content = Content::of_pieces(&pieces);
         let mut lengths = Vec::new();
         let mut seen = Vec::new();

@@ -122,10 +122,11 @@ impl Placer {
         assert_eq!(content.len(), run.bytes(), "content of {run:?}");
         match self.backing() {
             DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
+                let mut page = [0; PAGE_SIZE];
                 self.fill("UFFDIO_COPY", run, |part| {
                     let done = part.first().as_usize() - run.first().as_usize();
                     let content = content.behind(done * PAGE_SIZE).up_to(part.bytes());
-                    self.copy(part, content.first_pages(&mut [0; PAGE_SIZE]))
+                    self.copy(part, content.first_pages(&mut page))
                 })
             }
             DestinationBacking::MemfdContinue => {
@@ -290,8 +291,8 @@ impl Placer {
     fn copy(&self, run: PageRun, content: &[u8]) -> Result<u64, Errno> {
         let bytes = content.len();
         let (from, to) = (content.as_ptr().cast(), self.address(run));
-        // SAFETY: as many bytes of `content` are read as it has, the run is no shorter, and the kernel only fills pages
-        // of ours that are missing, which `register`'s caller allows.
+        // SAFETY: as many bytes of `content` are read as it has, the run is no shorter, and the
+        // kernel only fills pages of ours that are missing, which `register`'s caller allows.
         match unsafe { self.registration.uffd().copy(from, to, bytes, true) } {
             Ok(copied) => Ok(copied as u64),
             // A count above the request is the kernel's -EAGAIN, read as unsigned.

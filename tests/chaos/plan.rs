@@ -180,6 +180,11 @@ impl Plan {
         }
     }
 
+    /// Whether this process is to be killed.
+    pub fn kills(&self, who: Who) -> bool {
+        self.hits.iter().any(|hit| hit.failure == Failure::Kill(who))
+    }
+
     /// Pages that have a content to be sent.
     pub fn pages_with_content(&self) -> u64 {
         (self.mebibytes << 20 >> 12) * (100 - self.zero_percent) / 100

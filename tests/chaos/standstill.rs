@@ -22,6 +22,12 @@ struct Gap {
     preferred: bool,
 }
 
+impl Gap {
+    fn until_ns(&self) -> u64 {
+        self.from_ns + (SLEEP + self.late).as_nanos() as u64
+    }
+}
+
 /// Two threads that sleep, one of them in the real-time class if that is allowed: it is late
 /// only when no thread runs.
 pub struct Watch {
@@ -55,11 +61,11 @@ impl Watch {
         watch
     }
 
-    /// What was seen since a time.
+    /// What was seen since a time, what lasted until after it included.
     pub fn since(&self, from_ns: u64) -> String {
         let gaps = self.gaps.lock().expect("nobody panics with it");
         let lines: Vec<String> =
-            gaps.iter().filter(|gap| gap.from_ns >= from_ns).map(ToString::to_string).collect();
+            gaps.iter().filter(|gap| gap.until_ns() >= from_ns).map(ToString::to_string).collect();
         if lines.is_empty() { "never".to_owned() } else { lines.join(", ") }
     }
 }

@@ -4,7 +4,7 @@
 use super::commit_word::Decision;
 use super::evidence::{ENTERS, PREPARES};
 use super::harness::{Ended, MIGRATION, Receiver, SOON, check_report, poll, read_report};
-use super::plan::{Failure, Who};
+use super::plan::Who;
 use super::scene::{Scene, left_nothing_behind};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -63,8 +63,8 @@ pub fn verdict(mut scene: Scene) -> Outcome {
 
 /// After the commit: the guest is the destination's, and only its.
 fn is_there(mut scene: Scene) -> Outcome {
-    let killed = |who| scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(who));
-    let (killed_vmm, killed_server) = (killed(Who::Vmm), killed(Who::FaultServer));
+    let plan = &scene.plan;
+    let (killed_vmm, killed_server) = (plan.kills(Who::Vmm), plan.kills(Who::FaultServer));
     let (servers, supervised) = (scene.servers.len(), scene.plan.supervised);
     let report = scene.report();
     let server = scene.servers_end();
@@ -126,8 +126,7 @@ fn check_source(report: &Value, server: &Ended, one: bool) -> Outcome {
 /// Whether the destination was killed before it had a guest to run, but after it had said that
 /// it is ready: the commit was made to nobody.
 fn died_in_doubt(scene: &mut Scene) -> bool {
-    let hits = &scene.plan.hits;
-    if !hits.iter().any(|hit| hit.failure == Failure::Kill(Who::Destination)) {
+    if !scene.plan.kills(Who::Destination) {
         return false;
     }
     // A killed one may be on its way out yet.
@@ -148,8 +147,7 @@ fn is_taken_back(mut scene: Scene) -> Outcome {
     // Somebody may still look for the destination, to tell it.
     scene.interrupt_one_that_looks_in_vain();
     let ended = scene.servers_end();
-    let killed_server =
-        scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(Who::FaultServer));
+    let killed_server = scene.plan.kills(Who::FaultServer);
     let told = ended.stderr.contains("operator took the guest back");
     assert!(ended.code == Some(3) && told || killed_server, "{ended:#?}");
     is_whole(&mut scene);
@@ -159,8 +157,9 @@ fn is_taken_back(mut scene: Scene) -> Outcome {
 
 /// Without a commit: the guest is the source's, and only its, and whole.
 fn is_here(mut scene: Scene) -> Outcome {
-    let killed = |who| scene.plan.hits.iter().any(|hit| hit.failure == Failure::Kill(who));
-    let (killed_server, killed_destination) = (killed(Who::FaultServer), killed(Who::Destination));
+    let plan = &scene.plan;
+    let (killed_server, killed_destination) =
+        (plan.kills(Who::FaultServer), plan.kills(Who::Destination));
     scene.guest.runs_on();
     assert_eq!(scene.log.of(ENTERS), None, "the guest was started at the destination, too");
     if killed_server && !scene.plan.supervised {

@@ -98,8 +98,7 @@ impl DemandLanes {
                 let Some(frame) = next.await.map_err(push_in::wire)? else {
                     return Err(LaneError::Link("the source ended a page stream".into()));
                 };
-                let pieces: Vec<&[u8]> = frame.payload.pieces().collect();
-                let content = Content::of_pieces(&pieces);
+                let content = Content::of_pieces(frame.payload.pieces());
                 installer.install(&frame.header, content, &mut || traps.again()).await?;
             }
         }

@@ -188,9 +188,9 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> 
         let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
         let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
         while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
-            let pieces: Vec<&[u8]> = frame.payload.pieces().collect();
+            let content = Content::of_pieces(frame.payload.pieces());
             // The thread that reads events clears what is pending meanwhile.
-            installer.install(&frame.header, Content::of_pieces(&pieces), &mut || {}).await?;
+            installer.install(&frame.header, content, &mut || {}).await?;
             gate.pushed_bytes.fetch_add(frame.payload.len() as u64, Ordering::Relaxed);
         }
         Ok(())

@@ -151,7 +151,7 @@ async fn receive_frames(link: Link) -> u64 {
         assert_eq!(received.header, count);
         let expected = &frame(count)[HEADER..];
         assert_eq!(received.payload.len(), expected.len());
-        let same = received.payload.pieces().flatten().eq(expected);
+        let same = received.payload.pieces().iter().flatten().eq(expected);
         assert!(same, "frame {count} came changed");
         count += 1;
     }
