@@ -144,7 +144,9 @@ pub async fn push_lane(
                 Some((link, stream)) if pushing => {
                     shared.push(&link.connection, stream, linked_epoch).await
                 }
-                _ => std::future::pending().await,
+                // One that ends before it is needed is told at once: the guest is here still.
+                Some((link, _)) => Err(LaneError::lost(link.connection.closed().await)),
+                None => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -177,7 +179,7 @@ pub async fn push_lane(
                 }
             }
             result = push => {
-                pushing = false;
+                (pushing, link) = (false, None);
                 if let Err(error) = result {
                     ended(linked_epoch, error);
                 }
