@@ -60,9 +60,15 @@ impl Report {
             let listed = blocktime.per_vcpu.len();
             wrong.push(format!("blocktime of {listed} vCPUs; the guest has {}", self.guest.vcpus));
         }
-        for (name, distribution) in
-            [("guest_stall_ns", &self.guest_stall_ns), ("fault_latency_ns", &self.fault_latency_ns)]
-        {
+        let hops = &self.fault_hops_ns;
+        for (name, distribution) in [
+            ("guest_stall_ns", &self.guest_stall_ns),
+            ("fault_latency_ns", &self.fault_latency_ns),
+            ("fault_hops_ns.ask", &hops.ask),
+            ("fault_hops_ns.answer", &hops.answer),
+            ("fault_hops_ns.serve", &hops.serve),
+            ("fault_hops_ns.place", &hops.place),
+        ] {
             if distribution.as_ref().is_some_and(|distribution| !distribution.is_ordered()) {
                 wrong.push(format!("quantiles of {name} are out of order"));
             }
@@ -164,6 +170,11 @@ impl Report {
             let count = latency.count;
             wrong
                 .push(format!("{count} fault latencies for {waited} network faults and late hits"));
+        }
+        let hops = [&self.fault_hops_ns.ask, &self.fault_hops_ns.answer, &self.fault_hops_ns.place];
+        let counts = hops.map(|hop| hop.as_ref().map_or(0, |hop| hop.count));
+        if counts.iter().any(|count| *count != counts[0] || u128::from(*count) > waited) {
+            wrong.push(format!("{counts:?} hops of {waited} network faults and late hits"));
         }
         let all = waited + u128::from(self.local_faults.unwrap_or(u64::MAX));
         if self.unattributed_faults.is_some_and(|count| u128::from(count) > all) {

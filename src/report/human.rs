@@ -158,6 +158,20 @@ fn faults(report: &Report, page: &mut Paper) {
         .filter_map(|(name, count)| Some(format!("{name} {}", HumanCount(count?)))),
     );
     page.row("  latency", distribution(report.fault_latency_ns.as_ref()));
+    let hops = &report.fault_hops_ns;
+    page.row(
+        "  hops, median",
+        [
+            ("asked for after", &hops.ask),
+            ("answered", &hops.answer),
+            ("of that at the source", &hops.serve),
+            ("placed", &hops.place),
+        ]
+        .into_iter()
+        .filter_map(|(name, hop)| {
+            Some(format!("{name} {}", nanos(u128::from(hop.as_ref()?.p50?))))
+        }),
+    );
     if let Some(blocktime) = &report.blocktime_us {
         let per_vcpu = blocktime.per_vcpu.iter().enumerate();
         let vcpus = per_vcpu.map(|(vcpu, &time)| format!("vCPU {vcpu} {}", micros(time)));

@@ -6,8 +6,8 @@
 //! terminal, and its numbers are added without overflow.
 
 use super::schema::{
-    Blocktime, Distribution, DowntimeParts, Guest, GuestSteps, Link, Mode, Outage, Outcome, Pages,
-    PerSide, Phases, Report, SCHEMA, Side, WireBytes,
+    Blocktime, Distribution, DowntimeParts, FaultHops, Guest, GuestSteps, Link, Mode, Outage,
+    Outcome, Pages, PerSide, Phases, Report, SCHEMA, Side, WireBytes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +57,8 @@ pub struct SourcePart {
     pub outages: Vec<Outage>,
     /// Bytes that the source's network end sent and received.
     pub wire_bytes: WireBytes,
+    /// See [`FaultHops::serve`].
+    pub serve_ns: Option<Distribution>,
     /// Processor time.
     pub cpu_us: Option<u64>,
     /// The most memory resident.
@@ -93,6 +95,8 @@ pub struct DestinationPart {
     /// See [`Report::fault_latency_ns`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fault_latency_ns: Option<Distribution>,
+    /// See [`Report::fault_hops_ns`]; without `serve`.
+    pub fault_hops_ns: FaultHops,
     /// See [`Report::blocktime_us`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocktime_us: Option<Blocktime>,
@@ -194,6 +198,8 @@ impl Report {
         let wire = &mut report.wire_bytes;
         wire.to_destination = source.wire_bytes.to_destination.or(wire.to_destination);
         wire.to_source = source.wire_bytes.to_source.or(wire.to_source);
+        // Only the source knows it, whatever the peer says.
+        report.fault_hops_ns.serve = source.serve_ns;
         report.cpu_us.source = source.cpu_us;
         report.peak_rss_bytes.source = source.peak_rss_bytes;
         report
@@ -229,6 +235,7 @@ impl Report {
             unattributed_faults: part.unattributed_faults,
             local_faults: part.local_faults,
             fault_latency_ns: part.fault_latency_ns,
+            fault_hops_ns: part.fault_hops_ns,
             blocktime_us: part.blocktime_us,
             guest_steps: part.guest_steps,
             wire_bytes: part.wire_bytes,

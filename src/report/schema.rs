@@ -118,6 +118,9 @@ pub struct Report {
     /// Of network faults and late hits: from reading the fault until the page is placed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fault_latency_ns: Option<Distribution>,
+    /// Of network faults whose page came in answer: where that time went.
+    #[serde(default)]
+    pub fault_hops_ns: FaultHops,
     /// How long vCPUs stood still for a page, as the destination saw it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocktime_us: Option<Blocktime>,
@@ -317,6 +320,27 @@ pub struct Distribution {
     /// The largest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max: Option<u64>,
+}
+
+/// The hops of a network fault. `ask`, `answer` and `place` follow one another; `serve` is a
+/// part of `answer`, by another host's clock, and what is left of that is the link's. What is in
+/// none of them is the kernel's: from the trap until the fault is read, and from the page's
+/// placement until the vCPU runs again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FaultHops {
+    /// From reading the fault until its request was handed to the link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ask: Option<Distribution>,
+    /// From then until the page was there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answer: Option<Distribution>,
+    /// At the source: from reading the request until its page was handed to the link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serve: Option<Distribution>,
+    /// From the page's arrival until it was placed, and its waiters woken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<Distribution>,
 }
 
 /// How long vCPUs stood still, waiting for a page.

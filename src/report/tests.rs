@@ -55,8 +55,21 @@ fn source() -> SourcePart {
         steady_per_second: Some(812_044),
         wire_bytes: WireBytes { to_destination: Some(846_003_112), to_source: Some(9_120_441) },
         outages: Vec::new(),
+        serve_ns: Some(hop(11_200)),
         cpu_us: Some(1_220_110),
         peak_rss_bytes: Some(1_092_616_192),
+    }
+}
+
+fn hop(nanos: u64) -> Distribution {
+    Distribution {
+        count: 1_080,
+        mean: Some(nanos + 70),
+        p50: Some(nanos),
+        p90: Some(2 * nanos),
+        p99: Some(3 * nanos),
+        p999: Some(4 * nanos),
+        max: Some(5 * nanos),
     }
 }
 
@@ -85,6 +98,12 @@ fn destination() -> DestinationPart {
             p999: Some(2_910_207),
             max: Some(3_001_871),
         }),
+        fault_hops_ns: FaultHops {
+            ask: Some(hop(9_100)),
+            answer: Some(hop(348_000)),
+            serve: None,
+            place: Some(hop(4_115)),
+        },
         blocktime_us: Some(Blocktime { total: 559_340, per_vcpu: vec![281_200, 278_140] }),
         guest_max_gap_us: Some(2_440),
         guest_stall_ns: Some(Distribution {
@@ -216,12 +235,16 @@ fn the_destinations_part_is_bounded_and_parsed() {
 #[test]
 fn each_broken_invariant_is_named() {
     type Break = fn(&mut Report);
-    let broken: [(&str, Break); 17] = [
+    let broken: [(&str, Break); 19] = [
         ("schema is", |r| r.schema = "postcopy-report/2".to_owned()),
         ("no reason given", |r| r.outcome = Outcome::Aborted),
         ("bytes of memory", |r| r.guest.memory_bytes += 4096),
         ("blocktime of 1 vCPUs", |r| r.blocktime_us.as_mut().unwrap().per_vcpu = vec![559_340]),
         ("out of order", |r| r.fault_latency_ns.as_mut().unwrap().p90 = Some(1)),
+        ("fault_hops_ns.serve are out of order", |r| {
+            r.fault_hops_ns.serve.as_mut().unwrap().p99 = Some(1);
+        }),
+        ("hops of", |r| r.fault_hops_ns.place = None),
         ("out of order", |r| r.guest_stall_ns.as_mut().unwrap().mean = Some(u64::MAX)),
         ("not what it should be", |r| r.verified = Some(false)),
         ("link was lost", |r| r.link.epochs = Some(2)),

@@ -632,4 +632,10 @@ pub fn check_report(report: &Value) {
     let memory = report["guest"]["memory_bytes"].as_u64();
     assert_eq!(memory, Some(pages("total") * 4096), "{report:#}");
     assert!(report["downtime_us"].as_u64().is_some_and(|us| us > 0), "{report:#}");
+    let hops = |name: &str| report["fault_hops_ns"][name]["count"].as_u64().unwrap_or(0);
+    let answered = hops("answer");
+    assert_eq!([hops("ask"), hops("place")], [answered; 2], "{report:#}");
+    // Two vCPUs may wait for one page, and one of them has asked.
+    assert!(answered <= pages("demanded") + pages("zero"), "{report:#}");
+    assert!(hops("serve") >= pages("demanded"), "{report:#}");
 }

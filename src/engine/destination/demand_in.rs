@@ -13,6 +13,7 @@ use crate::uffd::Content;
 use quinn::{Connection, RecvStream, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::JoinError;
 
@@ -70,7 +71,7 @@ impl DemandLanes {
                 LaneError::Violation(format!("demand stream {index} opened twice or too many"))
             })?;
             serving.spawn_local(self.receive(pages));
-            serving.spawn_local(send_requests(queue, requests));
+            serving.spawn_local(send_requests(queue, requests, self.installer.clone()));
         }
         while let Some(ended) = serving.join_next().await {
             ended_well(ended)?;
@@ -98,8 +99,10 @@ impl DemandLanes {
                 let Some(frame) = next.await.map_err(push_in::wire)? else {
                     return Err(LaneError::Link("the source ended a page stream".into()));
                 };
+                let arrived = Instant::now();
                 let content = Content::of_pieces(frame.payload.pieces());
-                installer.install(&frame.header, content, &mut || traps.again()).await?;
+                let mut again = || traps.again();
+                installer.install(&frame.header, content, arrived, &mut again).await?;
             }
         }
     }
@@ -113,10 +116,12 @@ fn ended_well(task: Result<Result<(), LaneError>, JoinError>) -> Result<(), Lane
 async fn send_requests(
     mut queue: UnboundedReceiver<PageRequest>,
     mut stream: SendStream,
+    installer: Arc<Installer>,
 ) -> Result<(), LaneError> {
     while let Some(request) = queue.recv().await {
         failpoint!("destination::before_request_sent", return Err(broken()));
         stream.write_all(&request.encode()).await.map_err(LaneError::lost)?;
+        installer.book.sent(request.run.first(), Instant::now());
         failpoint!("destination::after_request_sent", return Err(broken()));
     }
     Ok(())

@@ -23,6 +23,19 @@ struct OpenFault {
     since: Instant,
     /// The source was asked for the page because of it.
     asked: bool,
+    /// When that was handed to the link.
+    sent: Option<Instant>,
+}
+
+/// How a page came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Came {
+    /// In answer to a request; all of it was there at this time.
+    InAnswer(Instant),
+    /// Not at all: it was known here to be zero.
+    Known,
+    /// By itself.
+    Unasked,
 }
 
 /// What waiting for pages came to.
@@ -30,10 +43,23 @@ struct OpenFault {
 pub struct FaultFigures {
     /// From reading a fault until its page was placed, of network faults and late hits.
     pub latency: Latencies,
+    /// Where that time went, of faults whose page came in answer.
+    pub hops: Hops,
     /// Each vCPU's standstill.
     pub blocktime: Vec<Duration>,
     /// Pages that were asked for and had been on their way: they came, but not in answer.
     pub late_answers: u64,
+}
+
+/// See [`FaultHops`](crate::report::schema::FaultHops).
+#[derive(Clone, Debug, Default)]
+pub struct Hops {
+    /// Until the request was handed to the link.
+    pub ask: Latencies,
+    /// From then until the page was there.
+    pub answer: Latencies,
+    /// From then until it was placed.
+    pub place: Latencies,
 }
 
 #[derive(Debug)]
@@ -53,7 +79,8 @@ impl FaultBook {
     /// An empty book for a guest with this many vCPUs.
     pub fn new(vcpus: usize) -> Self {
         let blocktime = vec![Duration::ZERO; vcpus];
-        let figures = FaultFigures { latency: Latencies::new(), blocktime, late_answers: 0 };
+        let (latency, hops) = (Latencies::new(), Hops::default());
+        let figures = FaultFigures { latency, hops, blocktime, late_answers: 0 };
         Self { open: AtomicUsize::new(0), book: Mutex::new(Book { open: Vec::new(), figures }) }
     }
 
@@ -66,7 +93,7 @@ impl FaultBook {
             return false;
         }
         if book.open.len() < OPEN_MAX {
-            book.open.push(OpenFault { page, thread, vcpu, since, asked: false });
+            book.open.push(OpenFault { page, thread, vcpu, since, asked: false, sent: None });
             self.open.store(book.open.len(), Ordering::SeqCst);
         }
         true
@@ -79,6 +106,15 @@ impl FaultBook {
             Some(fault) => fault.asked = true,
             // It has been placed since it was entered, and nobody had asked yet.
             None => book.figures.late_answers += 1,
+        }
+    }
+
+    /// The request for `page` was handed to the link at `now`.
+    pub fn sent(&self, page: PageIndex, now: Instant) {
+        let mut book = self.lock();
+        // Its page may have come by itself meanwhile.
+        if let Some(fault) = book.open.iter_mut().find(|fault| fault.page == page && fault.asked) {
+            fault.sent.get_or_insert(now);
         }
     }
 
@@ -95,9 +131,8 @@ impl FaultBook {
         entered.is_some()
     }
 
-    /// Closes the faults on the pages of `run`, placed at `now`; `demanded` if they came because
-    /// they were asked for.
-    pub fn placed(&self, run: PageRun, demanded: bool, now: Instant) {
+    /// Closes the faults on the pages of `run`, placed at `now`.
+    pub fn placed(&self, run: PageRun, came: Came, now: Instant) {
         if self.open.load(Ordering::SeqCst) == 0 {
             return;
         }
@@ -108,7 +143,13 @@ impl FaultBook {
             if closed {
                 let waited = now.saturating_duration_since(fault.since);
                 figures.latency.record(waited);
-                figures.late_answers += u64::from(fault.asked && !demanded);
+                figures.late_answers += u64::from(fault.asked && came == Came::Unasked);
+                if let (Came::InAnswer(arrived), Some(sent)) = (came, fault.sent) {
+                    let hops = &mut figures.hops;
+                    hops.ask.record(sent.saturating_duration_since(fault.since));
+                    hops.answer.record(arrived.saturating_duration_since(sent));
+                    hops.place.record(now.saturating_duration_since(arrived));
+                }
                 if let Some(total) =
                     fault.vcpu.and_then(|vcpu| figures.blocktime.get_mut(usize::from(vcpu)))
                 {
@@ -156,7 +197,8 @@ mod tests {
 
         // Placed between its entry and the ledger's answer that it was placed.
         book.enter(page, thread(0), Some(0), since);
-        book.placed(PageRun::single(page), true, since + Duration::from_millis(2));
+        let arrived = Came::InAnswer(since + Duration::from_millis(1));
+        book.placed(PageRun::single(page), arrived, since + Duration::from_millis(2));
         assert!(!book.strike(page));
         for _look in 0..2 {
             let figures = book.figures();
@@ -176,15 +218,39 @@ mod tests {
             book.enter(page, thread(1), Some(1), now);
         }
         // Another fault on the page is none more that asked.
-        book.placed(PageRun::single(asked), false, now);
-        book.placed(PageRun::single(answered), true, now);
+        book.placed(PageRun::single(asked), Came::Unasked, now);
+        book.placed(PageRun::single(answered), Came::InAnswer(now), now);
         assert_eq!(book.figures().late_answers, 1);
         // Pushed between the ledger's answer and the asking.
         book.enter(crossed, thread(0), Some(0), now);
-        book.placed(PageRun::single(crossed), false, now);
+        book.placed(PageRun::single(crossed), Came::Unasked, now);
         book.asked(crossed);
         assert_eq!(book.figures().late_answers, 2);
         assert_eq!(book.figures().latency.summary().count, 5);
+    }
+
+    #[test]
+    fn the_hops_of_a_fault_are_its_latency() {
+        let book = FaultBook::new(2);
+        let since = Instant::now();
+        let at = |micros| since + Duration::from_micros(micros);
+        let [answered, pushed] = [3, 4].map(PageIndex::new);
+        for page in [answered, pushed] {
+            book.enter(page, thread(0), Some(0), since);
+            book.asked(page);
+            // Another one waits for it, too; it asked nobody.
+            book.enter(page, thread(1), Some(1), at(5));
+            book.sent(page, at(10));
+        }
+        book.placed(PageRun::single(answered), Came::InAnswer(at(70)), at(100));
+        book.placed(PageRun::single(pushed), Came::Unasked, at(100));
+        // It had come before this was sent.
+        book.sent(pushed, at(110));
+        let figures = book.figures();
+        assert_eq!(figures.latency.count(), 4);
+        let hops = [figures.hops.ask, figures.hops.answer, figures.hops.place];
+        let means = hops.map(|hop| (hop.count(), hop.summary().mean));
+        assert_eq!(means, [(1, Some(10_000)), (1, Some(60_000)), (1, Some(30_000))]);
     }
 
     #[test]
@@ -197,7 +263,8 @@ mod tests {
             assert!(!book.enter(page, thread(0), Some(0), since + Duration::from_micros(again)));
         }
         assert!(book.enter(page, thread(1), Some(1), since + Duration::from_millis(1)));
-        book.placed(PageRun::single(page), true, since + Duration::from_millis(3));
+        let arrived = Came::InAnswer(since + Duration::from_millis(3));
+        book.placed(PageRun::single(page), arrived, since + Duration::from_millis(3));
         let figures = book.figures();
         assert_eq!(figures.latency.summary().count, 2);
         assert_eq!(figures.blocktime, [3, 2].map(Duration::from_millis));

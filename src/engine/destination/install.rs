@@ -2,7 +2,7 @@
 //!
 //! Any thread may install; the ledger's landings keep two of them off one page.
 
-use super::fault_book::FaultBook;
+use super::fault_book::{Came, FaultBook};
 use super::recording::Recording;
 use crate::engine::lane::LaneError;
 use crate::engine::lost_pages::LostPages;
@@ -152,16 +152,18 @@ impl Installer {
         (current.epoch, current.first_placed.get().copied())
     }
 
-    /// Installs a received frame, in pieces that keep nobody else for long.
+    /// Installs a frame that was received whole at `arrived`, in pieces that keep nobody else for
+    /// long.
     pub async fn install(
         &self,
         frame: &FrameHeader,
         content: Content<'_>,
+        arrived: Instant,
         again: &mut impl FnMut(),
     ) -> Result<(), LaneError> {
         let (mut piece, mut rest) = frame.split(PIECE_PAGES);
         loop {
-            self.install_piece(&piece, content, again)?;
+            self.install_piece(&piece, content, arrived, again)?;
             let Some(left) = rest else { return Ok(()) };
             // The link's acknowledgements have their turn.
             tokio::task::yield_now().await;
@@ -175,6 +177,7 @@ impl Installer {
         &self,
         frame: &FrameHeader,
         content: Content<'_>,
+        arrived: Instant,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         // Held across the placement by lanes that do not exclude each other; only a new link
@@ -184,7 +187,10 @@ impl Installer {
             let (of, now) = (frame.epoch, current.epoch);
             return Err(LaneError::Link(format!("a page of link epoch {of}; this is {now}")));
         }
-        let demanded = frame.origin == Origin::Demand;
+        let came = match frame.origin {
+            Origin::Demand => Came::InAnswer(arrived),
+            _ => Came::Unasked,
+        };
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
         failpoint!(
             frame.origin == Origin::Seed => "destination::before_seed_landed",
@@ -205,7 +211,7 @@ impl Installer {
                     self.place(
                         landing,
                         Cargo::Bytes(content.behind(first * PAGE_SIZE)),
-                        demanded,
+                        came,
                         again,
                     )?;
                 }
@@ -217,7 +223,7 @@ impl Installer {
                         self.placer.give_back(landing.run()).map_err(local)?;
                     }
                     self.lost.note(landing.run(), self.placer.layout());
-                    self.place(landing, Cargo::Poison, demanded, again)?;
+                    self.place(landing, Cargo::Poison, came, again)?;
                 }
             }
             PageKind::Zero | PageKind::Hole | PageKind::Compressed => {
@@ -226,7 +232,7 @@ impl Installer {
                 counter.fetch_add(frame.run.count(), Ordering::Relaxed);
                 for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
                     failpoint!("destination::after_zeros_landed", return Err(broken()));
-                    self.place(landing, Cargo::Zeros, demanded, again)?;
+                    self.place(landing, Cargo::Zeros, came, again)?;
                 }
             }
         }
@@ -271,7 +277,7 @@ impl Installer {
             "destination::before_zero_placed",
             return Err(LaneError::NoMemory("a failpoint".into()))
         );
-        self.place(landing, Cargo::Zeros, true, again)?;
+        self.place(landing, Cargo::Zeros, Came::Known, again)?;
         self.tell_if_full();
         Ok(())
     }
@@ -302,7 +308,7 @@ impl Installer {
         &self,
         landing: Landing<'_>,
         cargo: Cargo<'_>,
-        demanded: bool,
+        came: Came,
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         let whole = landing.run();
@@ -347,7 +353,7 @@ impl Installer {
                 Cargo::Poison => part.poisoned_some(pages),
             };
         }
-        self.book.placed(whole, demanded, Instant::now());
+        self.book.placed(whole, came, Instant::now());
         Ok(())
     }
 }

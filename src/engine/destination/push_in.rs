@@ -13,7 +13,7 @@ use quinn::{Connection, RecvStream};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -190,7 +190,7 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> 
         while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
             let content = Content::of_pieces(frame.payload.pieces());
             // The thread that reads events clears what is pending meanwhile.
-            installer.install(&frame.header, content, &mut || {}).await?;
+            installer.install(&frame.header, content, Instant::now(), &mut || {}).await?;
             gate.pushed_bytes.fetch_add(frame.payload.len() as u64, Ordering::Relaxed);
         }
         Ok(())

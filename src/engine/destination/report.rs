@@ -9,7 +9,7 @@ use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::proto::ledger::DestinationCounts;
 use crate::proto::timeline::{Stamp, Timeline};
 use crate::report::merge::DestinationPart;
-use crate::report::schema::{Blocktime, GuestSteps, Pages, WireBytes};
+use crate::report::schema::{Blocktime, FaultHops, GuestSteps, Pages, WireBytes};
 use quinn::Connection;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -79,6 +79,12 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
         unattributed_faults: Some(get(&faults.unattributed)),
         local_faults: Some(get(&faults.local)),
         fault_latency_ns: book.as_ref().map(|book| book.latency.summary()),
+        fault_hops_ns: book.as_ref().map_or_else(FaultHops::default, |book| FaultHops {
+            ask: Some(book.hops.ask.summary()),
+            answer: Some(book.hops.answer.summary()),
+            serve: None,
+            place: Some(book.hops.place.summary()),
+        }),
         blocktime_us: book.as_ref().map(|book| Blocktime {
             total: book.blocktime.iter().sum::<Duration>().as_micros() as u64,
             per_vcpu: book.blocktime.iter().map(|time| time.as_micros() as u64).collect(),

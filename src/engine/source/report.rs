@@ -12,6 +12,7 @@ use crate::proto::timeline::Stamp;
 use crate::report::merge::{DestinationPart, Heading, SourcePart};
 use crate::report::schema::{self, Guest, Link, Mode, Pages, Report};
 use quinn::Connection;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing::warn;
 
@@ -126,6 +127,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
     let get = |counter: &AtomicU64| Some(counter.load(Ordering::Relaxed));
     let counts = facts.shared.ledger.counts();
     let figures = &facts.shared.figures;
+    let served = figures.served.lock().unwrap_or_else(PoisonError::into_inner);
     SourcePart {
         handshake_us: micros(Stamp::Begin, Stamp::Agreed),
         source_brownout_us: micros(Stamp::Agreed, Stamp::PauseAsked),
@@ -149,6 +151,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
             placed_twice: None,
         },
         outages: facts.observed.outages.of_source(),
+        serve_ns: Some(served.summary()),
         cpu_us: cpu_us(),
         peak_rss_bytes: peak_rss_bytes(),
         ..SourcePart::default()

@@ -10,10 +10,11 @@ use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN, Origin, PageKind
 use crate::proto::ledger::{Claim, SourceLedger};
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::prepaging::Fault;
+use crate::report::latency::Latencies;
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A fault as the pre-paging policy is told of it.
@@ -42,6 +43,8 @@ pub struct SourceFigures {
     pub hole: AtomicU64,
     /// Announced as lost.
     pub poisoned: AtomicU64,
+    /// From reading a request until its page was handed to the link.
+    pub served: Mutex<Latencies>,
 }
 
 /// What all threads of the source share.
@@ -193,9 +196,14 @@ pub async fn answer_requests(
     let mut bytes = [0; HEADER_LEN];
     loop {
         requests.read_exact(&mut bytes).await.map_err(LaneError::lost)?;
+        let read = Instant::now();
         let request = PageRequest::parse(&bytes, limits)?;
         for page in request.run.pages() {
             let sent = send_page(shared, epoch, pages, page, Origin::Demand).await?;
+            if sent {
+                let served = &shared.figures.served;
+                served.lock().unwrap_or_else(PoisonError::into_inner).record(read.elapsed());
+            }
             note(shared, &request, page, sent);
         }
     }
