@@ -50,20 +50,29 @@ pub struct ScanError {
     source: io::Error,
 }
 
-/// A walk over guest memory, in rising page order, that finds all zero pages.
-pub struct ZeroScan {
+/// Where guest memory has holes, by the kernel's word: no page is read.
+#[derive(Debug)]
+pub struct Holes {
     ram: Arc<GuestRam>,
-    guarded: Guarded,
     /// Only if some memory has no file.
     pagemap: Option<File>,
+}
+
+/// A walk over guest memory, in rising page order, that finds all zero pages.
+pub struct ZeroScan {
+    holes: Holes,
+    guarded: Guarded,
     /// The next page to look at.
     next: u64,
     /// The end of the extent of data that `next` is in; nothing is known behind it.
     data_end: u64,
 }
 
-impl ZeroScan {
-    /// A scan of all of `ram`.
+impl Holes {
+    /// Those of `ram`.
+    ///
+    /// # Errors
+    /// The kernel does not tell of memory that has no file.
     pub fn new(ram: Arc<GuestRam>) -> Result<Self, ScanError> {
         let pagemap = if ram.segments().iter().all(|segment| segment.file().is_some()) {
             None
@@ -72,9 +81,51 @@ impl ZeroScan {
             let opened = File::open("/proc/self/pagemap");
             Some(opened.map_err(|source| ScanError { at, source })?)
         };
+        Ok(Self { ram, pagemap })
+    }
+
+    /// The first pages of `run` that are alike, and whether they are a hole, which may go on
+    /// behind `run`. It takes a run that lies in one segment.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn first_part(&self, run: PageRun) -> Result<(PageRun, bool), ScanError> {
+        let first = run.first().get();
+        let data = self.look(first, run.count())?;
+        let is_hole = data.start > first;
+        let end = if is_hole { data.start } else { data.end };
+        Ok((PageRun::new(run.first(), end - first).unwrap_or(run), is_hole))
+    }
+
+    /// The data at or behind `page`, up to where it is sure to be data, `most` pages of it at
+    /// most; up to it there is a hole. It is empty where nothing is known yet but the hole before
+    /// it. It does not go beyond a segment.
+    fn look(&self, page: u64, most: u64) -> Result<Range<u64>, ScanError> {
+        let segment = self.ram.segment_of(PageIndex::new(page));
+        let end = segment.run().end();
+        let most = most.min(STEP_PAGES);
+        if segment.file().is_some() {
+            let start = data_in_file(segment, page)?.unwrap_or(end);
+            let data_end = if start < end { resident_until(segment, start, most)? } else { end };
+            return Ok(start..data_end);
+        }
+        let Some(pagemap) = &self.pagemap else { return Ok(page..end) };
+        let start = touched(pagemap, segment, page, most, true)?;
+        let data_end =
+            if start < end { touched(pagemap, segment, start, most, false)? } else { end };
+        Ok(start..data_end)
+    }
+}
+
+impl ZeroScan {
+    /// A scan of all of `ram`.
+    ///
+    /// # Errors
+    /// As of [`Holes::new`], or memory cannot be read so that a lost page ends nothing.
+    pub fn new(ram: Arc<GuestRam>) -> Result<Self, ScanError> {
         let guarded =
             Guarded::new().map_err(|source| ScanError { at: PageIndex::new(0), source })?;
-        Ok(Self { ram, guarded, pagemap, next: 0, data_end: 0 })
+        Ok(Self { holes: Holes::new(ram)?, guarded, next: 0, data_end: 0 })
     }
 
     /// The next zero pages, in rising order, neighbours of a kind as one run.
@@ -83,7 +134,7 @@ impl ZeroScan {
     /// counting as a page however long a hole it is; the list may therefore be
     /// empty, and has `budget_pages` entries at most. `None` after the last page.
     pub fn next(&mut self, budget_pages: u64) -> Result<Option<Vec<(PageRun, Kind)>>, ScanError> {
-        let pages = self.ram.layout().pages();
+        let pages = self.holes.ram.layout().pages();
         if self.next == pages {
             return Ok(None);
         }
@@ -92,7 +143,7 @@ impl ZeroScan {
         while self.next < pages && budget > 0 {
             if self.next == self.data_end {
                 budget -= 1;
-                let data = self.look(self.next)?;
+                let data = self.holes.look(self.next, STEP_PAGES)?;
                 push(&mut found, self.next, data.start, Kind::Hole);
                 (self.next, self.data_end) = (data.start, data.end);
                 continue;
@@ -115,24 +166,7 @@ impl ZeroScan {
     }
 
     fn page_is_zero(&self, page: u64) -> bool {
-        self.guarded.look(&self.ram, PageIndex::new(page)) == Look::Zero
-    }
-
-    /// The data at or behind `page`, up to where it is sure to be data; up to it there is a
-    /// hole. It is empty where nothing is known yet but the hole before it. It does not go
-    /// beyond a segment.
-    fn look(&self, page: u64) -> Result<Range<u64>, ScanError> {
-        let segment = self.ram.segment_of(PageIndex::new(page));
-        let end = segment.run().end();
-        if segment.file().is_some() {
-            let start = data_in_file(segment, page)?.unwrap_or(end);
-            let data_end = if start < end { resident_until(segment, start)? } else { end };
-            return Ok(start..data_end);
-        }
-        let Some(pagemap) = &self.pagemap else { return Ok(page..end) };
-        let start = touched(pagemap, segment, page, true)?;
-        let data_end = if start < end { touched(pagemap, segment, start, false)? } else { end };
-        Ok(start..data_end)
+        self.guarded.look(&self.holes.ram, PageIndex::new(page)) == Look::Zero
     }
 }
 
@@ -154,10 +188,10 @@ fn data_in_file(segment: &Segment, page: u64) -> Result<Option<u64>, ScanError> 
     }
 }
 
-/// How far data surely goes from the data page `page` on, a step at most. A page that
+/// How far data surely goes from the data page `page` on, `most` pages at most. A page that
 /// is not resident may be a hole or swapped out; `SEEK_DATA` tells, and is asked next.
-fn resident_until(segment: &Segment, page: u64) -> Result<u64, ScanError> {
-    let count = (segment.run().end() - page).min(STEP_PAGES) as usize;
+fn resident_until(segment: &Segment, page: u64, most: u64) -> Result<u64, ScanError> {
+    let count = (segment.run().end() - page).min(most) as usize;
     let mut resident = [0u8; STEP_PAGES as usize];
     let start = segment.address_of(PageIndex::new(page));
     // SAFETY: the range is mapped, and there is a byte for each of its pages.
@@ -173,14 +207,20 @@ fn resident_until(segment: &Segment, page: u64) -> Result<u64, ScanError> {
 }
 
 /// The first page at or behind `page` that was ever touched, or was not; or an earlier
-/// page if it is far away, so that a step stays short: the next step then goes on from
-/// there.
-fn touched(pagemap: &File, segment: &Segment, page: u64, wanted: bool) -> Result<u64, ScanError> {
+/// page if that is `most` pages away, so that a step stays short: the next step then goes on
+/// from there.
+fn touched(
+    pagemap: &File,
+    segment: &Segment,
+    page: u64,
+    most: u64,
+    wanted: bool,
+) -> Result<u64, ScanError> {
     const ENTRY: usize = 8;
     const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
     let at = PageIndex::new(page);
     let number = (segment.address_of(at) / PAGE_SIZE) as u64;
-    let count = (segment.run().end() - page).min(STEP_PAGES);
+    let count = (segment.run().end() - page).min(most);
     let mut entries = [0; STEP_PAGES as usize * ENTRY];
     let entries = &mut entries[..count as usize * ENTRY];
     pagemap
@@ -262,6 +302,29 @@ mod tests {
                 assert_eq!(found, expected, "{backing:?}, budget {budget}");
             }
             assert_eq!(blocks(&ram), before, "the scan allocated memory");
+        }
+    }
+
+    #[test]
+    fn a_runs_first_pages_are_told_to_be_a_hole_or_not_and_none_is_filled() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let ram = Arc::new(GuestRam::new(MemoryLayout::flat(2000).unwrap(), backing).unwrap());
+            (100..110).for_each(|page| write(&ram, page, 0, 1));
+            let holes = Holes::new(Arc::clone(&ram)).unwrap();
+            let part = |first, count| {
+                let (part, is_hole) = holes.first_part(run(first, count)).unwrap();
+                (part.first().get()..part.end(), is_hole)
+            };
+            assert_eq!(part(100, 10), (100..110, false));
+            assert_eq!(part(104, 60), (104..110, false));
+            assert_eq!(part(104, 2), (104..106, false));
+            // Anonymous memory is asked no further than the run goes.
+            let (hole, is_hole) = part(90, 4);
+            assert!(is_hole && hole.start == 90 && (94..=100).contains(&hole.end), "{hole:?}");
+            let (hole, is_hole) = part(110, 64);
+            assert!(is_hole && hole.start == 110 && (174..=2000).contains(&hole.end), "{hole:?}");
+            let blocks = ram.memfd().map(|fd| fstat(fd).unwrap().st_blocks);
+            assert!(blocks.is_none_or(|blocks| blocks == 10 * (PAGE_SIZE / 512) as i64));
         }
     }
 

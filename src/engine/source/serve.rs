@@ -58,7 +58,7 @@ pub struct SourceShared {
     pub guarded: Guarded,
     /// Those that did.
     pub lost: LostPages,
-    /// Pages that are zero, as far as the scan has come.
+    /// Pages that are zero, as far as is known.
     pub known: KnownZeros,
     /// Counters.
     pub figures: SourceFigures,
@@ -82,10 +82,10 @@ impl SourceShared {
         let pages = ram.layout().pages();
         Ok(Self {
             ledger: SourceLedger::new(pages),
+            known: KnownZeros::new(ram.clone()).map_err(std::io::Error::other)?,
             ram,
             guarded: Guarded::new()?,
             lost: LostPages::default(),
-            known: KnownZeros::new(pages),
             figures: SourceFigures::default(),
             notes,
             push_wake: tokio::sync::Notify::new(),
@@ -228,9 +228,16 @@ pub async fn send_page(
         "source::after_demand_claimed",
         return Err(broken())
     );
-    match shared.guarded.look(&shared.ram, page) {
-        Look::Zero => shared.send_as(stream, claim, PageKind::Zero, origin, epoch).await?,
-        Look::Data | Look::Unreadable => shared.send(stream, claim, origin, epoch).await?,
+    let kind = match shared.known.first_part(claim.run()) {
+        (_, PageKind::Raw) => match shared.guarded.look(&shared.ram, page) {
+            Look::Zero => PageKind::Zero,
+            Look::Data | Look::Unreadable => PageKind::Raw,
+        },
+        (_, kind) => kind,
+    };
+    match kind {
+        PageKind::Raw => shared.send(stream, claim, origin, epoch).await?,
+        kind => shared.send_as(stream, claim, kind, origin, epoch).await?,
     }
     Ok(true)
 }

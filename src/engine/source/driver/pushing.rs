@@ -28,8 +28,7 @@ impl Driver {
         let Some(zeros) = self.zeros.take() else { return };
         let (ram, shared) = (self.shared.ram.clone(), self.shared.clone());
         let scan = move || {
-            let scanned = scan_zeros(ram, |run, kind| {
-                shared.known.add(run, kind);
+            let scanned = scan_zeros(ram, &shared.known, |run, kind| {
                 let sent = zeros.send((run, kind)).is_ok();
                 shared.push_wake.notify_one();
                 sent
