@@ -9,11 +9,13 @@
 //! | `tcp-fault` | the same, with the page from a peer | as above, but before it answers, the other thread asks a third for the page by 8 bytes over a loopback TCP connection, without delay, and waits for its 4096 |
 //! | `tcp` | bits a second over loopback TCP | one thread writes 128 KiB at a time, another reads; a value each 20 ms |
 //! | `udp` | bits a second over loopback UDP | one thread sends datagrams of 65,400 bytes, as large as the lanes' become there, another receives; what is lost does not count; a value each 20 ms |
+//! | `lane`, `lane-9000`, `lane-1500` | bits a second over a push lane alone | this program's transport, a thread on each side, over loopback: 64 pages are written at a time, and dropped where they arrive; with datagrams as loopback takes them, and such as fit into an MTU of 9,000 or 1,500 bytes; a value each 20 ms |
 //!
-//! All threads are in one process and pinned to nothing. Nothing is encrypted, nothing is
-//! kept count of: that is what makes them floors.
+//! All threads are in one process and pinned to nothing. Nothing but what crosses a lane is
+//! encrypted, nothing is kept count of: that is what makes them floors.
 
 mod fault;
+mod lane;
 mod memory;
 mod throughput;
 mod trapped;
@@ -43,12 +45,29 @@ pub enum Floor {
     Tcp,
     /// UDP's throughput.
     Udp,
+    /// A push lane's throughput.
+    Lane,
+    /// The same, with an MTU of 9,000 bytes.
+    #[serde(rename = "lane-9000")]
+    Lane9000,
+    /// The same, with an MTU of 1,500 bytes.
+    #[serde(rename = "lane-1500")]
+    Lane1500,
 }
 
 impl Floor {
     /// All of them.
-    pub const ALL: [Floor; 6] =
-        [Self::Memcpy, Self::Place, Self::LocalFault, Self::TcpFault, Self::Tcp, Self::Udp];
+    pub const ALL: [Floor; 9] = [
+        Self::Memcpy,
+        Self::Place,
+        Self::LocalFault,
+        Self::TcpFault,
+        Self::Tcp,
+        Self::Udp,
+        Self::Lane,
+        Self::Lane9000,
+        Self::Lane1500,
+    ];
 
     /// Its name.
     pub const fn name(self) -> &'static str {
@@ -59,12 +78,15 @@ impl Floor {
             Self::TcpFault => "tcp-fault",
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Lane => "lane",
+            Self::Lane9000 => "lane-9000",
+            Self::Lane1500 => "lane-1500",
         }
     }
 
     /// What its values count: nanoseconds, or bits a second.
     pub const fn is_rate(self) -> bool {
-        matches!(self, Self::Tcp | Self::Udp)
+        matches!(self, Self::Tcp | Self::Udp | Self::Lane | Self::Lane9000 | Self::Lane1500)
     }
 
     /// What it is, in few words.
@@ -76,6 +98,9 @@ impl Floor {
             Self::TcpFault => "a fault whose page comes over loopback TCP",
             Self::Tcp => "loopback TCP",
             Self::Udp => "loopback UDP, 65,400 bytes a datagram",
+            Self::Lane => "a push lane alone, encrypted, over loopback",
+            Self::Lane9000 => "the same with an MTU of 9,000 bytes",
+            Self::Lane1500 => "the same with an MTU of 1,500 bytes",
         }
     }
 
@@ -87,6 +112,9 @@ impl Floor {
             Self::TcpFault => fault::over_tcp(time),
             Self::Tcp => throughput::tcp(time),
             Self::Udp => throughput::udp(time),
+            Self::Lane => lane::push(time, None),
+            Self::Lane9000 => lane::push(time, Some(9000)),
+            Self::Lane1500 => lane::push(time, Some(1500)),
         }
     }
 }

@@ -80,20 +80,36 @@ fn is_timeout(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
-/// Calls `receive` until it has received nothing, and returns the rate of each whole slice, in
-/// bits a second.
+/// Calls `receive` until it has received nothing, and returns the rate of each whole slice.
 fn slices(mut receive: impl FnMut() -> std::io::Result<usize>) -> std::io::Result<Vec<f64>> {
-    let mut rates = Vec::new();
-    let (mut began, mut bytes) = (Instant::now(), 0usize);
+    let mut slices = Slices::begin();
     loop {
         match receive()? {
-            0 => return Ok(rates),
-            received => bytes += received,
+            0 => return Ok(slices.rates),
+            received => slices.received(received),
         }
-        let took = began.elapsed();
+    }
+}
+
+/// How fast bytes come in, slice by slice.
+pub(super) struct Slices {
+    /// Of each whole slice so far, in bits a second.
+    pub(super) rates: Vec<f64>,
+    began: Instant,
+    bytes: usize,
+}
+
+impl Slices {
+    pub(super) fn begin() -> Self {
+        Self { rates: Vec::new(), began: Instant::now(), bytes: 0 }
+    }
+
+    pub(super) fn received(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        let took = self.began.elapsed();
         if took >= SLICE {
-            rates.push((8.0 * bytes as f64 / took.as_secs_f64()).round());
-            (began, bytes) = (Instant::now(), 0);
+            self.rates.push((8.0 * self.bytes as f64 / took.as_secs_f64()).round());
+            (self.began, self.bytes) = (Instant::now(), 0);
         }
     }
 }
