@@ -12,6 +12,7 @@
 //! * [`lanes`]: which lanes there are and how their connections are tuned.
 //! * [`endpoint`]: binding, connecting, admitting, closing.
 //! * [`socket`]: the UDP socket below quinn, with batches that fit one send.
+//! * `udp`: that socket, awake for datagrams only.
 //! * [`thread`]: a lane's thread.
 //! * [`wire_io`]: frames from streams, bounded.
 //! * [`relay`]: a userspace link of a given bandwidth, delay and loss, for tests and measurements.
@@ -29,6 +30,7 @@ pub mod socket;
 pub mod thread;
 pub mod ticket;
 pub mod tls;
+mod udp;
 pub mod wire_io;
 
 #[cfg(test)]

@@ -10,10 +10,11 @@
 //! quinn-udp then drops it, and the loss is noticed a retransmission timer later. Here its
 //! datagrams are sent one by one instead.
 
+use super::udp::ReadyToRead;
 #[cfg(feature = "failpoints")]
 use crate::failpoint;
 use quinn::{
-    AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
+    AsyncUdpSocket, UdpPoller,
     udp::{RecvMeta, Transmit},
 };
 use std::{
@@ -56,7 +57,7 @@ impl CappedSocket {
         send_payload_max: u16,
         receive_payload_max: u16,
     ) -> io::Result<Arc<Self>> {
-        let inner = TokioRuntime.wrap_udp_socket(socket)?;
+        let inner = Arc::new(ReadyToRead::new(socket)?);
         // quinn reserves this many payloads for each of 32 receive buffers, where
         // one coalesced receive is never above 64 KiB: 4 MiB in all at most, instead of 128.
         let receive_segments = RECEIVE_BYTES_MAX

@@ -4,20 +4,22 @@
 //! lanes'; a multi-threaded one costs a third of the throughput in hand-overs.
 
 use super::error::TransportError;
-use std::{future::Future, io, thread, time::Duration};
-use tokio::runtime::{Builder, Runtime};
+use std::{future::Future, io, sync::mpsc, thread, time::Duration};
+use tokio::runtime::{Builder, LocalOptions};
 
 /// A running lane thread whose body ends with a `T`.
 #[derive(Debug)]
 #[must_use = "a lane thread whose result nobody looks at can fail unnoticed"]
 pub struct LaneThread<T> {
     name: String,
-    handle: thread::JoinHandle<T>,
+    /// An error says that there was no runtime.
+    handle: thread::JoinHandle<io::Result<T>>,
 }
 
 impl<T: Send + 'static> LaneThread<T> {
     /// Starts a thread called `name` (the kernel shows 15 bytes of it) that runs the
-    /// future which `body` makes, to its end. The future need not be `Send`.
+    /// future which `body` makes, to its end. The future need not be `Send`, nor need what it
+    /// spawns with [`tokio::task::spawn_local`].
     ///
     /// When it has ended, tasks that it spawned and did not wait for are dropped.
     ///
@@ -29,14 +31,21 @@ impl<T: Send + 'static> LaneThread<T> {
         Fut: Future<Output = T>,
     {
         let name = name.into();
-        let io_error = |what| move |source| TransportError::Io { what, source };
-        let runtime = Builder::new_current_thread().enable_io().enable_time().build();
-        let runtime = LaneRuntime(Some(runtime.map_err(io_error("start a lane's runtime"))?));
-        let handle = thread::Builder::new()
-            .name(name.clone())
-            .spawn(move || runtime.block_on(async move { body().await }))
-            .map_err(io_error("start a lane's thread"))?;
-        Ok(Self { name, handle })
+        let (tell, told) = mpsc::channel();
+        let live = move || {
+            let mut builder = Builder::new_current_thread();
+            let runtime = builder.enable_io().enable_time().build_local(LocalOptions::default())?;
+            let _ = tell.send(());
+            Ok(runtime.block_on(async move { body().await }))
+        };
+        let handle = thread::Builder::new().name(name.clone()).spawn(live);
+        let handle = handle
+            .map_err(|source| TransportError::Io { what: "start a lane's thread", source })?;
+        let lane = Self { name, handle };
+        match told.recv() {
+            Ok(()) => Ok(lane),
+            Err(_) => lane.join().map(|_| unreachable!("it had no runtime")),
+        }
     }
 
     /// Whether its body has ended, so that [`join`](Self::join) will not block.
@@ -54,32 +63,15 @@ impl<T: Send + 'static> LaneThread<T> {
     /// # Errors
     /// [`TransportError::ThreadPanicked`] if it panicked.
     pub fn join(self) -> Result<T, TransportError> {
-        self.handle.join().map_err(|panic| {
+        let ended = self.handle.join().map_err(|panic| {
             let message = panic
                 .downcast_ref::<&str>()
                 .map(|text| (*text).to_owned())
                 .or_else(|| panic.downcast_ref::<String>().cloned())
                 .unwrap_or_else(|| "no message".to_owned());
             TransportError::ThreadPanicked { name: self.name, message }
-        })
-    }
-}
-
-/// A runtime that may be dropped anywhere: where there is no thread for it, that is on another
-/// lane's, and tokio panics if it is to wait there.
-struct LaneRuntime(Option<Runtime>);
-
-impl LaneRuntime {
-    fn block_on<T>(&self, body: impl Future<Output = T>) -> T {
-        self.0.as_ref().expect("it is there until it is dropped").block_on(body)
-    }
-}
-
-impl Drop for LaneRuntime {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
+        })?;
+        ended.map_err(|source| TransportError::Io { what: "start a lane's runtime", source })
     }
 }
 

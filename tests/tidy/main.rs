@@ -124,6 +124,7 @@ const UNSAFE: &[&str] = &[
     "src/memory/segment.rs",
     "src/transport/socket.rs",
     "src/transport/thread.rs",
+    "src/transport/udp.rs",
     "src/uffd/open.rs",
     "src/uffd/place.rs",
     "src/uffd/register.rs",

@@ -172,9 +172,8 @@ impl Receiver {
     /// [`Outcome`].
     pub fn run(self, vm: Box<dyn DestinationVm>) -> Result<DestinationEnd, TransportError> {
         LaneThread::spawn("urgent", move || {
-            let local = tokio::task::LocalSet::new();
             super::hurry();
-            async move { local.run_until(async { Driver::start(self, vm)?.run().await }).await }
+            async move { Driver::start(self, vm)?.run().await }
         })?
         .join()?
     }

@@ -161,11 +161,8 @@ impl Migration {
         let Self { config, ram, beginning, journal, inputs, watch, room: _ } = self;
         let begin = (beginning, journal);
         LaneThread::spawn("urgent", move || {
-            let local = tokio::task::LocalSet::new();
-            let drive =
-                async move { Ok(Driver::new(config, ram, vm, begin, inputs, watch)?.run().await) };
             super::hurry();
-            async move { local.run_until(drive).await }
+            async move { Ok(Driver::new(config, ram, vm, begin, inputs, watch)?.run().await) }
         })?
         .join()?
     }

@@ -252,6 +252,6 @@ fn note(shared: &SourceShared, request: &PageRequest, page: PageIndex, sent: boo
     let fault = Fault { page, vcpu, at: shared.began.elapsed() };
     // The channel is bounded: a policy that does not keep up misses hints, not pages.
     let note = if sent { FaultNote::Network(fault) } else { FaultNote::Late(fault) };
+    // Nor is an idle one woken: it has nothing left to push, whatever faults.
     let _ = shared.notes.try_send(note);
-    shared.push_wake.notify_one();
 }
