@@ -55,6 +55,7 @@ impl Payload {
             step_limit: 0,
             zero_pages: 0,
             form: MachineForm::default(),
+            trace: None,
         };
         // Under TCG the time-stamp counter is the host's.
         image::write(&ram, &workload, tsc_hz())?;

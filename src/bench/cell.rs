@@ -4,8 +4,8 @@ use super::plan::Conditions;
 use crate::proto::prepaging::PolicyKind;
 use crate::trial::{LinkShape, Trial, Voice};
 use crate::uffd::DestinationBacking;
+use crate::vmm::choice::WorkloadChoice;
 use crate::vmm::guest::GuestKind;
-use crate::vmm::workload::Pattern;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -20,7 +20,7 @@ pub struct Cell {
     /// A virtual machine, or threads of a process.
     pub guest: GuestKind,
     /// What the guest does.
-    pub workload: Pattern,
+    pub workload: WorkloadChoice,
     /// The pre-paging policy.
     pub policy: PolicyKind,
     /// Its memory, in bytes.
@@ -35,12 +35,6 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// The workload's name on the command line.
-    pub fn workload_name(&self) -> String {
-        let value = self.workload.to_possible_value();
-        value.map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-
     /// The guest's memory as people write it.
     pub fn memory_name(&self) -> String {
         memory_name(self.memory)
@@ -65,7 +59,7 @@ impl Cell {
             ("--guest", self.guest.name().to_owned()),
             ("--memory", text(&self.memory)),
             ("--vcpus", text(&self.vcpus)),
-            ("--workload", self.workload_name()),
+            ("--workload", text(&self.workload)),
             ("--think-ns", text(&conditions.think_ns)),
             ("--seed", text(&conditions.guest_seed)),
             ("--zero", text(&conditions.zero_percent)),
@@ -73,7 +67,7 @@ impl Cell {
         Trial {
             guest: guest.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
             policy,
-            destination: Vec::new(),
+            destination: self.workload.destination_arguments(),
             backing: self.backing,
             push_lanes: conditions.push_lanes,
             link: self.link,
@@ -90,7 +84,7 @@ impl Cell {
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (workload, memory) = (self.workload_name(), self.memory_name());
+        let (workload, memory) = (self.workload.short(), self.memory_name());
         let Self { guest, policy, vcpus, backing, link, .. } = self;
         let guest = guest.name();
         f.pad(&format!("{guest} {workload} {policy} {memory} {vcpus}vcpu {backing} {link}"))

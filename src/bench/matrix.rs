@@ -5,11 +5,12 @@ use super::cell::Cell;
 use crate::proto::prepaging::PolicyKind;
 use crate::trial::LinkShape;
 use crate::uffd::DestinationBacking;
+use crate::vmm::choice::WorkloadChoice;
 use crate::vmm::guest::GuestKind;
-use crate::vmm::workload::Pattern;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
+use std::collections::BTreeSet;
 
 /// The most cells of a matrix.
 pub const CELLS_MAX: usize = 10_000;
@@ -20,7 +21,7 @@ pub struct Matrix {
     /// Kinds of guest.
     pub guests: Vec<GuestKind>,
     /// What the guests do.
-    pub workloads: Vec<Pattern>,
+    pub workloads: Vec<WorkloadChoice>,
     /// Pre-paging policies.
     pub policies: Vec<PolicyKind>,
     /// Bytes of memory.
@@ -42,6 +43,9 @@ pub enum MatrixError {
     /// More than anybody would wait for.
     #[error("the matrix has {0} cells; the most is {CELLS_MAX}")]
     TooLarge(usize),
+    /// Two traces that could not be told apart in tables and in the names of files.
+    #[error("two workloads would be called {0} in the results; rename one's file")]
+    SameName(String),
 }
 
 impl Matrix {
@@ -71,14 +75,14 @@ impl Matrix {
         let links = unique(&self.links);
         let mut cells = Vec::with_capacity(count);
         for &guest in &guests {
-            for &workload in &workloads {
+            for workload in &workloads {
                 for &policy in &policies {
                     for &memory in &memories {
                         for &vcpus in &vcpus {
                             for &backing in &backings {
                                 cells.extend(links.iter().map(|&link| Cell {
                                     guest,
-                                    workload,
+                                    workload: workload.clone(),
                                     policy,
                                     memory,
                                     vcpus,
@@ -91,7 +95,11 @@ impl Matrix {
                 }
             }
         }
-        Ok(cells)
+        let mut slugs = BTreeSet::new();
+        match cells.iter().find(|cell| !slugs.insert(cell.slug())) {
+            Some(cell) => Err(MatrixError::SameName(cell.workload.short())),
+            None => Ok(cells),
+        }
     }
 }
 
@@ -118,12 +126,12 @@ pub fn order(cells: usize, round: u32, seed: u64) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use crate::vmm::workload::Pattern;
 
     fn matrix() -> Matrix {
         Matrix {
             guests: vec![GuestKind::Process],
-            workloads: vec![Pattern::Random, Pattern::Zipf],
+            workloads: [Pattern::Random, Pattern::Zipf].map(WorkloadChoice::Pattern).to_vec(),
             policies: PolicyKind::ALL.to_vec(),
             memories: vec![8 << 20, 16 << 20],
             vcpus: vec![1],
@@ -151,6 +159,9 @@ mod tests {
 
     #[test]
     fn a_matrix_without_a_cell_or_with_too_many_is_refused() {
+        let files = ["/a/x.trace.gz", "/b/x.trace"].map(|file| WorkloadChoice::Trace(file.into()));
+        let traces = Matrix { workloads: files.to_vec(), ..matrix() };
+        assert_eq!(traces.cells(), Err(MatrixError::SameName("trace:x".into())));
         let none = Matrix { backings: vec![], ..matrix() };
         assert_eq!(none.cells(), Err(MatrixError::Empty("backing")));
         let large = Matrix { memories: (1..=10_001).collect(), ..matrix() };

@@ -3,9 +3,12 @@
 
 use super::cell::Cell;
 use super::machine::{Machine, Program};
+use crate::vmm::trace::TraceId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What is equal for all cells.
@@ -53,6 +56,9 @@ pub struct Plan {
     pub conditions: Conditions,
     /// The cells, in the order in which they are shown.
     pub cells: Vec<Cell>,
+    /// What the traces among their workloads are, by file.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub traces: BTreeMap<PathBuf, TraceId>,
     /// What is measured.
     pub program: Program,
     /// On what.
@@ -127,6 +133,7 @@ pub(super) mod tests {
     use crate::proto::prepaging::PolicyKind;
     use crate::trial::LinkShape;
     use crate::uffd::DestinationBacking;
+    use crate::vmm::choice::WorkloadChoice;
     use crate::vmm::guest::GuestKind;
     use crate::vmm::workload::Pattern;
 
@@ -134,7 +141,7 @@ pub(super) mod tests {
     pub fn plan() -> Plan {
         let matrix = Matrix {
             guests: vec![GuestKind::Process],
-            workloads: vec![Pattern::Random],
+            workloads: vec![WorkloadChoice::Pattern(Pattern::Random)],
             policies: vec![PolicyKind::Bubbling],
             memories: vec![8 << 20],
             vcpus: vec![1],
@@ -158,6 +165,7 @@ pub(super) mod tests {
                 record: true,
             },
             cells: matrix.cells().unwrap(),
+            traces: BTreeMap::new(),
             program: Program {
                 version: "0.1.0".into(),
                 debug_assertions: false,

@@ -47,6 +47,8 @@ pub enum CheckPattern {
     PointerChase,
     /// Pattern 6.
     ReadModifyWrite,
+    /// Pattern 7: the pages of [`CheckParams::touches`].
+    Trace,
 }
 
 impl std::str::FromStr for CheckPattern {
@@ -61,6 +63,7 @@ impl std::str::FromStr for CheckPattern {
             "hot-set-with-scan" => Self::HotSetWithScan,
             "pointer-chase" => Self::PointerChase,
             "read-modify-write" => Self::ReadModifyWrite,
+            "trace" => Self::Trace,
             _ => return Err(format!("there is no access pattern {name:?}")),
         })
     }
@@ -77,6 +80,8 @@ pub struct CheckParams {
     pub seed: u64,
     /// The workload's pattern.
     pub pattern: CheckPattern,
+    /// The pages that each vCPU touches, in order, if the pattern is a trace.
+    pub touches: Vec<Vec<u64>>,
     /// Pages of the zero tail.
     pub zero_pages: u64,
     /// The machine, if it was the KVM guest: it has its own tables, stacks, clocks and
@@ -114,7 +119,7 @@ pub fn check(params: &CheckParams, memory: impl Read) -> Result<CheckSummary, Ch
     let mut stream = stream::Pages::new(memory, params.pages);
     let system = System::read(&mut stream, model.arena)?;
     let told = system.told(&model)?;
-    let replay = replay::replay(&model, told.steps);
+    let replay = replay::replay(&model, told.steps, &told.trace_starts);
     let mut findings = diagnosis::Findings::default();
     system.compare(&model, &replay, &mut findings);
     stream::compare_arena_and_tail(&model, &replay, &mut stream, &mut findings)?;

@@ -97,6 +97,14 @@ impl Model {
         if let Some(steps) = params.expect_steps.as_ref().filter(|v| v.len() != vcpus as usize) {
             return wrong(format!("steps of {} vCPUs are given, not of {vcpus}", steps.len()));
         }
+        let traced = params.pattern == CheckPattern::Trace;
+        if params.touches.len() != if traced { vcpus as usize } else { 0 } {
+            return wrong(format!("a trace of {} vCPUs is given", params.touches.len()));
+        }
+        let inside = |page: &u64| (arena..pages - zero_pages).contains(page);
+        if !params.touches.iter().all(|of| !of.is_empty() && of.iter().all(inside)) {
+            return wrong("the trace has pages outside the arena, or a vCPU without any".into());
+        }
         let slice = (pages - zero_pages - arena) / u64::from(vcpus);
         let tables = params.kvm.as_ref().map(|machine| machine::tables(machine, pages));
         let tables = tables.transpose().map_err(CheckFailure::Params)?.unwrap_or_default();
@@ -254,6 +262,7 @@ mod tests {
             vcpus: 1,
             seed: 77,
             pattern: CheckPattern::Random,
+            touches: vec![],
             zero_pages: 0,
             kvm: None,
             expect_steps: None,

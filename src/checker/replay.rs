@@ -16,18 +16,20 @@ const STRIDE: u64 = 16;
 pub(super) struct Replay {
     /// Steps of each vCPU.
     pub(super) steps: Vec<u64>,
-    /// Visits that wrote to each arena page that is in a slice.
+    /// Visits that wrote to each arena page, those after the last slice included.
     pub(super) visits: Vec<u64>,
     /// Cursor and lane of each vCPU.
     pub(super) cursors: Vec<(u64, u64)>,
 }
 
 /// Replays `steps[v]` steps of each vCPU `v`, on a thread each if there are as many.
-pub(super) fn replay(model: &Model, steps: Vec<u64>) -> Replay {
-    let mut visits = vec![0; model.slice as usize * steps.len()];
+/// `trace_starts` are the steps with which a trace was begun anew.
+pub(super) fn replay(model: &Model, steps: Vec<u64>, trace_starts: &[u64]) -> Replay {
+    let mut visits = vec![0; (model.tail() - model.arena) as usize];
     let slices = visits.chunks_exact_mut(model.slice as usize);
     let work = slices.zip(model.vcpus().zip(&steps)).collect();
     let cursors = on_threads(work, |(visits, (vcpu, &steps))| one(model, vcpu, steps, visits));
+    trace(model, &steps, trace_starts, &mut visits);
     Replay { steps, visits, cursors }
 }
 
@@ -63,6 +65,19 @@ fn one(model: &Model, vcpu: u32, steps: u64, visits: &mut [u64]) -> (u64, u64) {
                 visits[mulhi(Model::draw(vseed, s), hot) as usize] += 1;
             }
             (steps / 8 % n, 0)
+        }
+        // It may leave its slice.
+        CheckPattern::Trace => (0, 0),
+    }
+}
+
+/// Replays the touches of a trace, if there are any, wherever in the arena they are.
+fn trace(model: &Model, steps: &[u64], starts: &[u64], visits: &mut [u64]) {
+    for ((&steps, &start), touches) in steps.iter().zip(starts).zip(&model.params.touches) {
+        for s in (0..steps).step_by(model.write_every() as usize) {
+            let since = if s < start { s } else { s - start };
+            let page = touches[(since % touches.len() as u64) as usize];
+            visits[(page - model.arena) as usize] += 1;
         }
     }
 }

@@ -84,9 +84,7 @@ fn compare(model: &Model, replay: &Replay, first: u64, bytes: &[u8]) -> Findings
         match model.place(page) {
             Place::Tail => findings.compare_zero(model, page, &found),
             _ => {
-                // What is left over after the last slice is never visited.
-                let index = (page - model.arena) as usize;
-                let visits = replay.visits.get(index).copied().unwrap_or(0);
+                let visits = replay.visits[(page - model.arena) as usize];
                 findings.compare(model, page, visits, &found);
             }
         }

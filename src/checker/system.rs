@@ -1,5 +1,6 @@
 //! The system pages: control pages, histograms, filler, and the KVM guest's own.
 
+use super::CheckPattern;
 use super::diagnosis::Findings;
 use super::failure::{CheckFailure, VcpuProblem};
 use super::machine;
@@ -22,6 +23,7 @@ const INSTRUMENT_STEP_WORD: usize = 22;
 const STALLS_WORD: usize = 25;
 const STALL_SUM_WORD: usize = 26;
 const TICKS_WORD: usize = 27;
+const TRACE_START_WORD: usize = 28;
 /// Think time, step limit, stop request; stall threshold, instrument request and seen;
 /// largest gap, last end: whatever the VMM and the clock made of them.
 const FREE_WORDS: [usize; 8] = [10, 11, 12, 19, 20, 21, 23, 24];
@@ -46,6 +48,8 @@ pub(super) struct System {
 pub(super) struct Told {
     /// Steps of each, as known from elsewhere or else as told.
     pub(super) steps: Vec<u64>,
+    /// With which step each began its trace anew.
+    pub(super) trace_starts: Vec<u64>,
     /// The first one that did not end well.
     pub(super) problem: Option<(u32, VcpuProblem)>,
 }
@@ -68,13 +72,14 @@ impl System {
 
     /// How many steps each vCPU made, and whether it ended well.
     pub(super) fn told(&self, model: &Model) -> Result<Told, CheckFailure> {
-        let mut told = Told { steps: Vec::new(), problem: None };
+        let mut told = Told { steps: Vec::new(), trace_starts: Vec::new(), problem: None };
         for vcpu in model.vcpus() {
             let control = self.control(vcpu);
             let found = control[STEPS_WORD];
             let known = model.params.expect_steps.as_ref().map(|steps| steps[vcpu as usize]);
             let steps = known.unwrap_or(found);
             told.steps.push(steps);
+            told.trace_starts.push(control[TRACE_START_WORD]);
             if steps > STEPS_MAX {
                 let problem = VcpuProblem::TooManySteps { steps };
                 return Err(CheckFailure::Vcpu { vcpu, problem, content: None });
@@ -151,6 +156,8 @@ impl System {
         let stalls = Stalls::of(self.histogram(vcpu));
         words[STALLS_WORD] = stalls.count;
         words[STALL_SUM_WORD] = found[STALL_SUM_WORD].clamp(stalls.sum_min, stalls.sum_max);
+        let traced = model.params.pattern == CheckPattern::Trace;
+        words[TRACE_START_WORD] = if traced { found[TRACE_START_WORD].min(steps) } else { 0 };
         words[TICKS_WORD] = if model.params.kvm.is_some() { found[TICKS_WORD] } else { 0 };
         words
     }

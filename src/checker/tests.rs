@@ -5,7 +5,7 @@ use super::*;
 use proptest::prelude::*;
 use std::sync::OnceLock;
 
-const PATTERNS: [CheckPattern; 7] = [
+const PATTERNS: [CheckPattern; 8] = [
     CheckPattern::Sequential,
     CheckPattern::Strided,
     CheckPattern::Random,
@@ -13,6 +13,7 @@ const PATTERNS: [CheckPattern; 7] = [
     CheckPattern::HotSetWithScan,
     CheckPattern::PointerChase,
     CheckPattern::ReadModifyWrite,
+    CheckPattern::Trace,
 ];
 
 /// Memory in the making.
@@ -60,6 +61,12 @@ impl Simulated {
             let mulhi = |a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64;
             let slice = self.model.arena + u64::from(vcpu) * n;
             let k = match self.params.pattern {
+                CheckPattern::Trace => {
+                    let start = self.pages[control][28];
+                    let touches = &self.params.touches[vcpu as usize];
+                    let since = if s < start { s } else { s - start };
+                    touches[since as usize % touches.len()].wrapping_sub(slice)
+                }
                 CheckPattern::Random | CheckPattern::ReadModifyWrite => mulhi(h, n),
                 CheckPattern::Zipf => {
                     let mut u = h >> 32;
@@ -86,7 +93,7 @@ impl Simulated {
                     std::mem::replace(&mut cursor, next)
                 }
             };
-            let page = &mut self.pages[(slice + k) as usize];
+            let page = &mut self.pages[slice.wrapping_add(k) as usize];
             if self.params.pattern == CheckPattern::ReadModifyWrite || s % 4 == 0 {
                 let word = 256 + (page[1] % 256) as usize;
                 page[word] = page[word].wrapping_add(page[0]);
@@ -119,12 +126,22 @@ impl Simulated {
     }
 }
 
+/// Pages all over the arena, none twice, the last of it among them.
+fn touches(pattern: CheckPattern, vcpus: u32) -> Vec<Vec<u64>> {
+    if pattern != CheckPattern::Trace {
+        return vec![];
+    }
+    let of = |vcpu| (0..60).map(|i| 803 - 4 * i - vcpu).collect();
+    (0..u64::from(vcpus)).map(of).collect()
+}
+
 fn params(pattern: CheckPattern, vcpus: u32) -> CheckParams {
     CheckParams {
         pages: 512 + 301,
         vcpus,
         seed: 0xFEED_0000_0001,
         pattern,
+        touches: touches(pattern, vcpus),
         zero_pages: 9,
         kvm: None,
         expect_steps: None,
@@ -231,6 +248,19 @@ proptest! {
             prop_assert_eq!(content.first.wrong_words, 1);
         }
     }
+}
+
+#[test]
+fn a_trace_that_was_begun_anew_is_followed() {
+    let mut guest = Simulated::new(params(CheckPattern::Trace, 2));
+    guest.run(0, 137);
+    guest.pages[16][28] = 137;
+    guest.run(0, 500);
+    guest.run(1, 77);
+    guest.finish();
+    assert_eq!(check(&guest.params, guest.bytes().as_slice()).unwrap().steps, [637, 77]);
+    guest.pages[16][28] = 138;
+    check(&guest.params, guest.bytes().as_slice()).unwrap_err();
 }
 
 #[test]
@@ -427,6 +457,7 @@ fn a_failing_read_keeps_its_cause() {
 #[test]
 fn parameters_of_no_guest_are_refused() {
     let good = params(CheckPattern::Random, 1);
+    let traced = params(CheckPattern::Trace, 1);
     for bad in [
         CheckParams { vcpus: 0, ..good.clone() },
         CheckParams { vcpus: 5, ..good.clone() },
@@ -434,6 +465,11 @@ fn parameters_of_no_guest_are_refused() {
         CheckParams { pages: u64::MAX, ..good.clone() },
         CheckParams { zero_pages: u64::MAX, ..good.clone() },
         CheckParams { expect_steps: Some(vec![1, 2]), ..good.clone() },
+        CheckParams { touches: vec![vec![600]], ..good.clone() },
+        CheckParams { touches: vec![], ..traced.clone() },
+        CheckParams { touches: vec![vec![]], ..traced.clone() },
+        CheckParams { touches: vec![vec![511]], ..traced.clone() },
+        CheckParams { touches: vec![vec![600, 804]], ..traced.clone() },
     ] {
         let failure = check(&bad, std::io::empty()).unwrap_err();
         assert!(matches!(failure, CheckFailure::Params(_)), "{failure}");

@@ -1,6 +1,6 @@
 //! `postcopy bench`: many migrations, measured alike.
 
-use super::guest_args::default_kind;
+use super::guest_args::kind_for;
 use clap::Args;
 use postcopy::bench::machine::{Machine, Program};
 use postcopy::bench::matrix::Matrix;
@@ -12,8 +12,11 @@ use postcopy::program::units::{parse_memory, parse_time};
 use postcopy::proto::prepaging::PolicyKind;
 use postcopy::trial::LinkShape;
 use postcopy::uffd::DestinationBacking;
+use postcopy::vmm::choice::WorkloadChoice;
 use postcopy::vmm::guest::GuestKind;
+use postcopy::vmm::trace::{Trace, TraceError, TraceId};
 use postcopy::vmm::workload::Pattern;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,12 +36,13 @@ pub struct Bench {
     /// what a list below does not say otherwise.
     #[arg(long)]
     full: bool,
-    /// Kinds of guest [default: kvm where it works].
+    /// Kinds of guest [default: kvm where it works, and process if a workload is a trace].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "GUEST,..")]
     guest: Vec<GuestKind>,
-    /// What the guests do [default: random,sequential].
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "PATTERN,..")]
-    workload: Vec<Pattern>,
+    /// What the guests do: patterns, and trace:FILE, as for `postcopy run`
+    /// [default: random,sequential].
+    #[arg(long, value_delimiter = ',', value_name = "PATTERN,..")]
+    workload: Vec<WorkloadChoice>,
     /// Pre-paging policies [default: demand-only,bubbling].
     #[arg(long, value_delimiter = ',', value_name = "POLICY,..")]
     policy: Vec<PolicyKind>,
@@ -145,9 +149,16 @@ impl Bench {
                 record: !self.no_record,
             },
             cells: self.matrix().cells()?,
+            traces: self.traces()?,
             program: Program::here(),
             machine: Machine::here(),
         })
+    }
+
+    /// The traces that were listed: a file that is another one later makes another plan.
+    fn traces(&self) -> Result<BTreeMap<PathBuf, TraceId>, TraceError> {
+        let files = self.workload.iter().filter_map(|of| of.trace());
+        files.map(|file| Ok((file.to_owned(), Trace::load(file)?.id().clone()))).collect()
     }
 
     /// What was listed, and the defaults for what was not.
@@ -155,7 +166,7 @@ impl Bench {
         let link = |text: &str| text.parse::<LinkShape>().expect("a constant that is a link");
         let quick = Matrix {
             guests: vec![],
-            workloads: vec![Pattern::Random, Pattern::Sequential],
+            workloads: [Pattern::Random, Pattern::Sequential].map(WorkloadChoice::Pattern).into(),
             policies: vec![PolicyKind::DemandOnly, PolicyKind::Bubbling],
             memories: vec![128 << 20],
             vcpus: vec![1],
@@ -166,7 +177,7 @@ impl Bench {
             false => quick,
             true => Matrix {
                 guests: vec![],
-                workloads: Pattern::ALL.to_vec(),
+                workloads: Pattern::ALL.map(WorkloadChoice::Pattern).to_vec(),
                 policies: PolicyKind::ALL.to_vec(),
                 memories: vec![128 << 20, 512 << 20, 2 << 30],
                 vcpus: vec![1, 2, 4],
@@ -182,7 +193,7 @@ impl Bench {
         };
         let mut guests = self.guest.clone();
         if guests.is_empty() {
-            guests.push(default_kind());
+            guests.push(kind_for(&self.workload));
         }
         Matrix {
             guests,

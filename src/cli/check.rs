@@ -2,9 +2,11 @@
 
 use anyhow::Context;
 use clap::Args;
-use postcopy::checker::{CheckMachine, CheckParams, CheckPattern, check};
+use postcopy::checker::{CheckMachine, CheckParams, check};
 use postcopy::program::exit::Failure;
 use postcopy::program::output;
+use postcopy::vmm::choice::WorkloadChoice;
+use postcopy::vmm::trace::Trace;
 use postcopy::vmm::workload::PageTables;
 use std::fs::File;
 use std::io::Read;
@@ -24,9 +26,9 @@ pub struct Check {
     /// Its seed.
     #[arg(long)]
     seed: u64,
-    /// Its workload.
+    /// Its workload: a pattern, or trace:FILE.
     #[arg(long, value_name = "PATTERN")]
-    workload: CheckPattern,
+    workload: WorkloadChoice,
     /// Pages of its zero tail.
     #[arg(long, default_value_t = 0)]
     zero_pages: u64,
@@ -58,11 +60,21 @@ impl Check {
                 false => CheckMachine { regions: self.regions.clone(), small_pages },
             }
         };
+        // The file is data, as the seed is: what is read of it is replayed without the guest's code.
+        let (pattern, touches) = match &self.workload {
+            WorkloadChoice::Pattern(_) => (self.workload.to_string(), vec![]),
+            WorkloadChoice::Trace(file) => {
+                let trace = Trace::load(file)?;
+                let pages = |vcpu| trace.touches(vcpu).iter().map(|touch| touch.page).collect();
+                ("trace".to_owned(), (0..trace.vcpus()).map(pages).collect())
+            }
+        };
         let params = CheckParams {
             pages: self.pages,
             vcpus: self.vcpus,
             seed: self.seed,
-            pattern: self.workload,
+            pattern: pattern.parse().map_err(anyhow::Error::msg)?,
+            touches,
             zero_pages: self.zero_pages,
             kvm: self.kvm.then(machine),
             expect_steps: self.expect_steps,

@@ -87,7 +87,7 @@ impl Demo {
         Trial {
             guest: self.guest.to_arguments(self.guest.kind()),
             policy: self.policy.to_arguments(),
-            destination: Vec::new(),
+            destination: self.guest.workload.destination_arguments(),
             backing: self.backing,
             push_lanes: self.push_lanes,
             link: LinkShape { bandwidth_bps: self.bandwidth, rtt: self.rtt, loss: self.loss },

@@ -9,15 +9,18 @@ use postcopy::program::signals::complain;
 use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
+use postcopy::vmm::choice::WorkloadChoice;
 use postcopy::vmm::guest::{Guest, GuestKind};
 use postcopy::vmm::kvm::kvm_available;
+use postcopy::vmm::trace::{Trace, TraceError};
 use postcopy::vmm::workload::{Cpl, MachineForm, PageTables, Pattern, Workload};
 use std::sync::Arc;
 
 /// What guest to start.
 #[derive(Clone, Debug, Args)]
 pub struct GuestArgs {
-    /// A virtual machine under KVM, or threads of a process [default: kvm where it works].
+    /// A virtual machine under KVM, or threads of a process [default: kvm where it works, and
+    /// process for a trace].
     #[arg(long, value_enum)]
     pub guest: Option<GuestKind>,
     /// Guest memory, for instance 512M or 4G.
@@ -26,10 +29,14 @@ pub struct GuestArgs {
     /// Virtual CPUs, 1 to 4.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     pub vcpus: u32,
-    /// The order in which the guest visits its pages.
-    #[arg(long, value_enum, default_value = "random")]
-    pub workload: Pattern,
-    /// Least time from one step of a vCPU to its next, in nanoseconds.
+    /// The order in which the guest visits its pages: sequential, strided, random, zipf,
+    /// hot-set-with-scan, pointer-chase or read-modify-write; or trace:FILE, a trace of a real
+    /// guest's first touches, which the process guest replays, anew when it has moved and
+    /// whenever it ends.
+    #[arg(long, default_value = "random", value_name = "PATTERN")]
+    pub workload: WorkloadChoice,
+    /// Least time from one step of a vCPU to its next, in nanoseconds. A trace has its own
+    /// times beside it.
     #[arg(long, default_value_t = 0, value_name = "NS")]
     pub think_ns: u64,
     /// Steps that each vCPU makes before it rests; 0: no end.
@@ -56,21 +63,29 @@ impl GuestArgs {
     /// The guest asked for; where KVM does not work and was not asked for, the process
     /// guest, with a line that says so.
     pub fn kind(&self) -> GuestKind {
-        self.guest.unwrap_or_else(default_kind)
+        self.guest.unwrap_or_else(|| kind_for([&self.workload]))
     }
 
     /// What the guest does.
-    pub fn workload(&self) -> Workload {
+    ///
+    /// # Errors
+    /// A trace that cannot be read.
+    pub fn workload(&self) -> Result<Workload, TraceError> {
         let pages = self.memory / PAGE_SIZE as u64;
-        Workload {
-            pattern: self.workload,
+        let (pattern, trace) = match &self.workload {
+            WorkloadChoice::Pattern(pattern) => (*pattern, None),
+            WorkloadChoice::Trace(file) => (Pattern::Trace, Some(Arc::new(Trace::load(file)?))),
+        };
+        Ok(Workload {
+            pattern,
             seed: self.seed,
             vcpus: self.vcpus,
             think_ns: self.think_ns,
             step_limit: self.steps,
             zero_pages: pages * self.zero / 100,
             form: MachineForm { page_tables: self.page_tables, cpl: self.cpl },
-        }
+            trace,
+        })
     }
 
     /// Makes the guest; it does not run yet.
@@ -80,9 +95,9 @@ impl GuestArgs {
             kvm_available().map_err(anyhow::Error::msg).context("KVM does not work here")?;
         }
         let layout = MemoryLayout::pc(self.memory / PAGE_SIZE as u64)?;
-        let workload = self.workload();
+        let workload = self.workload()?;
         match kind {
-            GuestKind::Kvm => workload.check(&layout)?,
+            GuestKind::Kvm => workload.check_under_kvm(&layout)?,
             GuestKind::Process => workload.check_without_machine(&layout)?,
         }
         check_can_hold(self.memory).context("the guest does not fit")?;
@@ -92,13 +107,11 @@ impl GuestArgs {
 
     /// The same arguments for a child process.
     pub fn to_arguments(&self, kind: GuestKind) -> Vec<String> {
-        let pattern = clap::ValueEnum::to_possible_value(&self.workload);
-        let pattern = pattern.map(|value| value.get_name().to_owned()).unwrap_or_default();
         [
             ("--guest", kind.name().to_owned()),
             ("--memory", self.memory.to_string()),
             ("--vcpus", self.vcpus.to_string()),
-            ("--workload", pattern),
+            ("--workload", self.workload.to_string()),
             ("--think-ns", self.think_ns.to_string()),
             ("--steps", self.steps.to_string()),
             ("--seed", self.seed.to_string()),
@@ -112,9 +125,11 @@ impl GuestArgs {
     }
 }
 
-/// KVM, or where that does not work the process guest, with a line that says so.
-pub fn default_kind() -> GuestKind {
+/// The guest that does any of `workloads`: KVM, but the process guest for a trace, and where KVM
+/// does not work, with a line that says so.
+pub fn kind_for<'a>(workloads: impl IntoIterator<Item = &'a WorkloadChoice>) -> GuestKind {
     match kvm_available() {
+        _ if workloads.into_iter().any(|of| of.trace().is_some()) => GuestKind::Process,
         Ok(()) => GuestKind::Kvm,
         Err(why) => {
             let why = format!("KVM does not work here ({why}); using the process guest");

@@ -17,7 +17,10 @@ use postcopy::report::merge::Heading;
 use postcopy::report::schema::{self, Guest as GuestSection, Link, Mode, Report};
 use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
+use postcopy::vmm::choice::WorkloadChoice;
 use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::vmm::trace::Trace;
+use postcopy::vmm::workload::Pattern;
 use postcopy::{DestinationBuilder, Event};
 use std::io::Write;
 use std::net::IpAddr;
@@ -61,6 +64,10 @@ pub struct Receive {
     /// what it must hold; without it the guest runs until it is interrupted.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     verify_after: Option<Duration>,
+    /// The trace that the guest replays, if its workload is one: the file that the source has,
+    /// since a trace does not travel with the guest.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Where to make a socket (mode 0600) for `postcopy session --operator`.
     #[arg(long, value_name = "PATH")]
     operator: Option<PathBuf>,
@@ -78,6 +85,7 @@ pub struct Receive {
 impl Receive {
     /// Receives a guest.
     pub fn run(self) -> anyhow::Result<()> {
+        let trace = self.trace.as_deref().map(Trace::load).transpose()?;
         let mut destination = DestinationBuilder::new()
             .listen(self.listen)
             .port(self.port)
@@ -120,7 +128,7 @@ impl Receive {
         };
         // What it has of a guest goes with it.
         on_interrupt("postcopy", stop, || {});
-        let arrival = Arrival::default();
+        let arrival = Arrival::with_trace(trace.map(Arc::new));
         let end = receiver.run(Box::new(arrival.clone()))?;
         drop(desk);
         if let (Some(path), Some(recorded)) = (&self.record, &end.recorded) {
@@ -176,7 +184,10 @@ impl Receive {
         let steps = arrival::finish(guest)
             .map_err(|error| Failure::Wrong(format!("the guest's own checks: {error}")))?;
         let workload = guest.workload().clone();
-        let pattern = serde_json::to_value(workload.pattern)?;
+        let choice = match (workload.pattern, &self.trace) {
+            (Pattern::Trace, Some(file)) => WorkloadChoice::Trace(file.clone()),
+            (pattern, _) => WorkloadChoice::Pattern(pattern),
+        };
         let steps: Vec<String> = steps.iter().map(u64::to_string).collect();
         let mut checker = Command::new(std::env::current_exe()?);
         checker
@@ -184,7 +195,7 @@ impl Receive {
             .args(["--pages", &guest.ram().layout().pages().to_string()])
             .args(["--vcpus", &workload.vcpus.to_string()])
             .args(["--seed", &workload.seed.to_string()])
-            .args(["--workload", pattern.as_str().unwrap_or_default()])
+            .args(["--workload", &choice.to_string()])
             .args(["--zero-pages", &workload.zero_pages.to_string()])
             .args(["--expect-steps", &steps.join(",")]);
         if guest.kind() == GuestKind::Kvm {

@@ -60,7 +60,9 @@ pub(super) fn config(
 /// The name of the guest's workload, for the report, if its VMM gives it one.
 fn workload_name(description: &str) -> Option<String> {
     let description: serde_json::Value = serde_json::from_str(description).ok()?;
-    Some(description.pointer("/workload/pattern")?.as_str()?.to_owned())
+    let pattern = description.pointer("/workload/pattern")?.as_str()?;
+    let trace = description.pointer("/trace/name").and_then(|name| name.as_str());
+    Some(trace.map_or_else(|| pattern.to_owned(), |name| format!("{pattern}:{name}")))
 }
 
 #[cfg(test)]
@@ -99,6 +101,8 @@ mod tests {
     fn a_guest_of_any_vmm_may_have_a_workload_without_a_name() {
         let named = r#"{"kind":"kvm","workload":{"pattern":"random","seed":1}}"#;
         assert_eq!(workload_name(named).as_deref(), Some("random"));
+        let traced = r#"{"workload":{"pattern":"trace"},"trace":{"name":"redis-a"}}"#;
+        assert_eq!(workload_name(traced).as_deref(), Some("trace:redis-a"));
         for other in ["", "not JSON", "{}", "[1]", r#"{"workload":{"pattern":7}}"#] {
             assert_eq!(workload_name(other), None, "{other}");
         }

@@ -12,6 +12,7 @@ use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestKind};
 use crate::vmm::kvm::{self, KvmError};
 use crate::vmm::stalls;
+use crate::vmm::trace::Trace;
 use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
 use nix::unistd::Pid;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ const STOP_MAX: Duration = Duration::from_secs(20);
 #[derive(Clone, Default)]
 pub struct Arrival {
     guest: Arc<Mutex<Option<Box<dyn Guest>>>>,
+    trace: Option<Arc<Trace>>,
 }
 
 /// What the proposal says that the guest is.
@@ -38,6 +40,24 @@ pub fn description(hello: &Hello) -> Result<GuestDescription, Mismatch> {
 }
 
 impl Arrival {
+    /// For a guest that replays this trace, too.
+    pub fn with_trace(trace: Option<Arc<Trace>>) -> Self {
+        Self { trace, ..Self::default() }
+    }
+
+    /// Gives the guest described the trace that it replays.
+    fn add_trace(&self, description: &mut GuestDescription) -> Result<(), Mismatch> {
+        let Some(theirs) = &description.trace else { return Ok(()) };
+        let ours = self.trace.as_ref().filter(|ours| ours.id().digest() == theirs.digest());
+        let here = || match &self.trace {
+            Some(other) => other.id().to_string(),
+            None => "none, see --trace of postcopy receive".to_owned(),
+        };
+        let ours = ours.ok_or_else(|| Mismatch::new("the trace", theirs, here()))?;
+        description.workload.trace = Some(Arc::clone(ours));
+        Ok(())
+    }
+
     /// Takes the guest out, if it came.
     pub fn take(&self) -> Option<Box<dyn Guest>> {
         self.lock().take()
@@ -50,7 +70,8 @@ impl Arrival {
 
 impl DestinationVm for Arrival {
     fn prepare(&mut self, hello: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
-        let description = description(hello)?;
+        let mut description = description(hello)?;
+        self.add_trace(&mut description)?;
         let GuestDescription { kind, ref workload, .. } = description;
         let refuse = |why: String| Mismatch::new("the guest", kind.name(), why);
         let ram = GuestRam::from_guest_memory(memory);

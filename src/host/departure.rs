@@ -87,7 +87,8 @@ impl AttachedVm for Departure {
         let workload = self.guest.workload();
         let kind = self.guest.kind();
         let processor = self.guest.processor().cloned();
-        let description = GuestDescription { kind, workload: workload.clone(), processor };
+        let trace = workload.trace.as_ref().map(|trace| trace.id().clone());
+        let description = GuestDescription { kind, workload: workload.clone(), trace, processor };
         Description {
             layout: self.guest.ram().layout().clone(),
             machine: self.guest.machine(),

@@ -10,6 +10,7 @@ use crate::vmm::guest::{Guest, GuestError, GuestKind};
 use crate::vmm::kvm::KvmGuest;
 use crate::vmm::kvm::processor::Processor;
 use crate::vmm::process::ProcessGuest;
+use crate::vmm::trace::TraceId;
 use crate::vmm::workload::Workload;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -22,6 +23,9 @@ pub struct GuestDescription {
     pub kind: GuestKind,
     /// What it does, and on what machine.
     pub workload: Workload,
+    /// The trace that it replays, if it replays one: what is in it the destination must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceId>,
     /// The processor that it sees, if it is a virtual one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processor: Option<Processor>,
@@ -51,7 +55,7 @@ pub fn prepare_guest(
     description: GuestDescription,
     ram: Arc<GuestRam>,
 ) -> Result<Box<dyn Guest>, GuestError> {
-    let GuestDescription { kind, workload, processor } = description;
+    let GuestDescription { kind, workload, processor, .. } = description;
     Ok(match (kind, processor) {
         (GuestKind::Kvm, Some(processor)) => {
             Box::new(KvmGuest::prepare_with(ram, workload, &processor)?)

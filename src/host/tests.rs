@@ -9,11 +9,26 @@ use crate::memory::ram::Backing;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::message::{GUEST_INFO_MAX, Hello, Mismatch, SessionId};
 use crate::vmm::kvm::kvm_available;
+use crate::vmm::trace::Trace;
 use crate::vmm::workload::{Cpl, MachineForm, PageTables, Pattern};
 use serde_json::Value;
+use std::io::Write;
 
 fn memory() -> Arc<GuestRam> {
     Arc::new(GuestRam::new(MemoryLayout::flat(1024).unwrap(), Backing::Memfd).unwrap())
+}
+
+fn workload(form: MachineForm) -> Workload {
+    Workload {
+        pattern: Pattern::Random,
+        seed: 1,
+        vcpus: 1,
+        think_ns: 0,
+        step_limit: 0,
+        zero_pages: 0,
+        form,
+        trace: None,
+    }
 }
 
 /// The proposal for a KVM guest of `form`, if there is a KVM; if not, says so.
@@ -22,16 +37,7 @@ fn proposal(form: MachineForm) -> Option<Hello> {
         println!("skipped: {reason}");
         return None;
     }
-    let workload = Workload {
-        pattern: Pattern::Random,
-        seed: 1,
-        vcpus: 1,
-        think_ns: 0,
-        step_limit: 0,
-        zero_pages: 0,
-        form,
-    };
-    let guest = new_guest(GuestKind::Kvm, memory(), workload).unwrap();
+    let guest = new_guest(GuestKind::Kvm, memory(), workload(form)).unwrap();
     let told = Departure::new(guest).unwrap().describe();
     let mut hello = Hello::new(SessionId([7; 16]), told.layout, told.machine);
     hello.guest = told.guest.workload_json.into_bytes();
@@ -96,4 +102,39 @@ fn a_processor_that_cannot_be_shown_is_refused_by_what_is_missing() {
     let nonsense = changed(&hello, |description| description["processor"]["cpuid"] = "7 0".into());
     let mismatch = prepare(&nonsense).unwrap_err();
     assert_eq!(mismatch.field, "the guest's description");
+}
+
+#[test]
+fn a_trace_is_taken_from_the_destinations_own_file() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/samples/small.trace");
+    let trace = Arc::new(Trace::load(file.as_ref()).unwrap());
+    let memory = || {
+        let layout = MemoryLayout::flat(trace.highest() + 1).unwrap();
+        Arc::new(GuestRam::new(layout, Backing::Memfd).unwrap())
+    };
+    let workload = Workload {
+        pattern: Pattern::Trace,
+        vcpus: trace.vcpus(),
+        trace: Some(Arc::clone(&trace)),
+        ..workload(MachineForm::default())
+    };
+    let guest = new_guest(GuestKind::Process, memory(), workload).unwrap();
+    let told = Departure::new(guest).unwrap().describe();
+    let hello = Hello {
+        guest: told.guest.workload_json.into_bytes(),
+        vcpus: 2,
+        ..Hello::new(SessionId([7; 16]), told.layout, told.machine.clone())
+    };
+    let prepare = |trace| Arrival::with_trace(trace).prepare(&hello, memory().guest_memory());
+    assert_eq!(prepare(Some(Arc::clone(&trace))), Ok(told.machine));
+
+    let mut other = tempfile::NamedTempFile::new().unwrap();
+    other.write_all(b"# postcopy-trace v1\npages 513\npage_size 4096\ntouch 0 512 0\n").unwrap();
+    let other = Trace::load(other.path()).unwrap();
+    for (here, named) in [(None, "--trace"), (Some(Arc::new(other)), " of 1 touches, CRC-32 ")] {
+        let mismatch = prepare(here).unwrap_err();
+        assert_eq!(mismatch.field, "the trace");
+        assert!(mismatch.source_value.starts_with("small of 444 touches"), "{mismatch}");
+        assert!(mismatch.destination_value.contains(named), "{mismatch}");
+    }
 }

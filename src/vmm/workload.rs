@@ -47,6 +47,14 @@
 //! read-modify-write k = mulhi(h, n)
 //! ```
 //!
+//! The pattern `trace` has the guest touch the pages of a [`Trace`] instead, wherever in the
+//! arena they are: with `m` touches of vCPU `v` in it, step `s` visits page `p` of touch
+//! `(s - b) % m` (of touch `s % m` before step `b`) and leaves the tail alone. `b` is
+//! `TRACE_START`: 0, until the guest has moved for the first time; then the steps it had made,
+//! since a trace tells what follows a switchover. At its end it begins anew. A step comes no
+//! earlier than its touch's `wait_us` after the end of the step before: what the guest stood
+//! still in between it does not catch up on.
+//!
 //! and visits page `p = slice + k`: word 0 must be `tag(p)`; word `4 + s % 128` must
 //! be `fill(p, 4 + s % 128)`; if `s & write_mask == 0` (mask 3, read-modify-write 0):
 //! `word[256 + c % 256] += tag(p)`, then word 1 becomes `c + 1`. If there is a tail and
@@ -100,9 +108,11 @@
 //! pages `512 t .. 512 (t + 1)`, for all there are: `A = 512 + ceil(P / 512)`. The kernel of
 //! the host writes to the clock pages whenever a vCPU runs or is about to.
 
+use super::trace::Trace;
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PageIndex;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Pages below the arena, leaf tables apart: see [`Workload::arena`].
 pub const SYSTEM_PAGES: u64 = 512;
@@ -171,6 +181,8 @@ pub mod control {
     pub const STALL_SUM: usize = 26;
     /// Timer interrupts handled (KVM guest only).
     pub const TICKS: usize = 27;
+    /// The step with which a trace was begun anew (process guest only).
+    pub const TRACE_START: usize = 28;
 }
 
 /// First word of a control page.
@@ -224,10 +236,13 @@ pub enum Pattern {
     PointerChase = 5,
     /// Any page, evenly, and each step writes.
     ReadModifyWrite = 6,
+    /// The pages of [`Workload::trace`].
+    #[value(skip)]
+    Trace = 7,
 }
 
 impl Pattern {
-    /// All of them.
+    /// All that need nothing else to be known.
     pub const ALL: [Pattern; 7] = [
         Pattern::Sequential,
         Pattern::Strided,
@@ -326,6 +341,10 @@ pub struct Workload {
     /// The machine that it runs on.
     #[serde(default)]
     pub form: MachineForm,
+    /// What is touched, if the pattern is [`Pattern::Trace`]. It does not travel: see
+    /// [`trace`](super::trace).
+    #[serde(skip)]
+    pub trace: Option<Arc<Trace>>,
 }
 
 /// A vCPU's part of the arena.
@@ -361,6 +380,36 @@ pub enum WorkloadError {
         .0.cpl.name()
     )]
     Form(MachineForm),
+    /// A trace that is not there, or not to be replayed.
+    #[error("the pattern is {0:?}: Trace goes with a trace, and no other pattern does")]
+    NoTrace(Pattern),
+    /// A trace for the KVM guest.
+    #[error("the KVM guest cannot replay a trace; the process guest can (--guest process)")]
+    TraceUnderKvm,
+    /// A trace of another number of vCPUs.
+    #[error("trace {name} is of {recorded} vCPUs; the guest has {vcpus} (--vcpus {recorded})")]
+    TraceVcpus {
+        /// Its name.
+        name: String,
+        /// vCPUs that it was recorded of.
+        recorded: u32,
+        /// vCPUs of the guest.
+        vcpus: u32,
+    },
+    /// A trace that touches pages beyond the memory, or zero ones.
+    #[error(
+        "trace {name} needs at least {needed} pages of memory ({}M); the guest has {pages}, its \
+         zero pages apart",
+        .needed.div_ceil(256)
+    )]
+    TraceTooLarge {
+        /// Its name.
+        name: String,
+        /// Pages up to the highest one that it touches.
+        needed: u64,
+        /// Pages before the zero tail.
+        pages: u64,
+    },
 }
 
 impl Workload {
@@ -378,7 +427,32 @@ impl Workload {
                 vcpus: self.vcpus,
             });
         }
+        match (self.pattern, &self.trace) {
+            (Pattern::Trace, Some(trace)) => self.check_trace(trace, layout),
+            (Pattern::Trace, None) | (_, Some(_)) => Err(WorkloadError::NoTrace(self.pattern)),
+            (_, None) => Ok(()),
+        }
+    }
+
+    fn check_trace(&self, trace: &Trace, layout: &MemoryLayout) -> Result<(), WorkloadError> {
+        let name = || trace.id().name.clone();
+        let (recorded, vcpus) = (trace.vcpus(), self.vcpus);
+        if recorded != vcpus {
+            return Err(WorkloadError::TraceVcpus { name: name(), recorded, vcpus });
+        }
+        let (needed, pages) = (trace.highest() + 1, self.tail(layout).get());
+        if needed > pages {
+            return Err(WorkloadError::TraceTooLarge { name: name(), needed, pages });
+        }
         Ok(())
+    }
+
+    /// The same for a guest under KVM.
+    pub fn check_under_kvm(&self, layout: &MemoryLayout) -> Result<(), WorkloadError> {
+        if self.pattern == Pattern::Trace {
+            return Err(WorkloadError::TraceUnderKvm);
+        }
+        self.check(layout)
     }
 
     /// The same for a guest without a machine.

@@ -48,6 +48,8 @@ fn wrong_arguments_are_named_and_end_with_code_2() {
         ("run --control c --vcpus 5", "'5' for '--vcpus"),
         ("run --control c --zero 91", "'91' for '--zero"),
         ("run --control c --workload golf", "'golf' for '--workload"),
+        ("run --control c --workload trace:", "followed by the name of a file"),
+        ("bench --workload random,golf", "possible values: sequential, strided"),
         ("run --control c --guest xen", "'xen' for '--guest"),
         ("run --control c --page-tables 1g", "'1g' for '--page-tables"),
         ("run --control c --cpl 1", "'1' for '--cpl"),
@@ -82,6 +84,29 @@ fn wrong_arguments_are_named_and_end_with_code_2() {
         assert_eq!(ended.code, Some(2), "{arguments}: {ended:?}");
         assert!(ended.stderr.contains(what), "{arguments}: nothing of {what}: {}", ended.stderr);
         assert_eq!(ended.stdout, "", "{arguments}");
+    }
+}
+
+#[test]
+fn a_trace_that_cannot_be_replayed_is_refused_with_what_is_wrong_with_it() {
+    let folder = folder();
+    let small = "trace:tests/samples/small.trace";
+    let control = folder.path().join("control");
+    let control = control.to_str().expect("a temporary folder's name");
+    let other = format!("trace:{}", folder.path().join("other.trace").display());
+    std::fs::write(folder.path().join("other.trace"), "# postcopy-trace v2\n").expect("room");
+    let cases = [
+        (&["--workload", small][..], "small is of 2 vCPUs; the guest has 1 (--vcpus 2)"),
+        (&["--workload", small, "--vcpus", "2", "--memory", "32M"], "needs at least 16016 pages"),
+        (&["--workload", small, "--vcpus", "2", "--guest", "kvm"], "cannot replay a trace"),
+        (&["--workload", "trace:/nowhere"], "trace /nowhere: cannot read it"),
+        (&["--workload", &other], "line 1: expected \"# postcopy-trace v1\""),
+    ];
+    for (arguments, what) in cases {
+        let ended = ends(&[&["run", "--control", control][..], arguments].concat());
+        assert_eq!(ended.code, Some(1), "{arguments:?}: {ended:?}");
+        assert!(ended.stderr.contains(what), "{arguments:?}: {}", ended.stderr);
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
     }
 }
 

@@ -43,7 +43,7 @@ fn a_proposal_that_does_not_fit_is_refused_by_its_field() {
     refused(|hello| hello.vcpus = u16::MAX, &["vCPUs: source 65535"]);
     refused(
         |hello| hello.machine = "a toaster".into(),
-        &["the machine configuration: source a toaster", "process guest 1"],
+        &["the machine configuration: source a toaster", "process guest 2"],
     );
     refused(|hello| hello.guest = b"{}".into(), &["the guest's description: source {}"]);
     refused(|hello| hello.layout = MemoryLayout::flat(1).expect("a layout"), &["too little"]);

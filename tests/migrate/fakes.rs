@@ -82,12 +82,14 @@ pub fn proposal(pages: u64) -> Hello {
         step_limit: 0,
         zero_pages: 0,
         form: MachineForm::default(),
+        trace: None,
     };
-    let guest = GuestDescription { kind: GuestKind::Process, workload, processor: None };
+    let guest =
+        GuestDescription { kind: GuestKind::Process, workload, trace: None, processor: None };
     let layout = MemoryLayout::pc(pages).expect("a layout");
     let arch = std::env::consts::ARCH;
     let machine = format!(
-        "process guest 1, {arch}, 1 vCPUs, {pages} pages, 0 zero pages, pattern Random, seed 0x1"
+        "process guest 2, {arch}, 1 vCPUs, {pages} pages, 0 zero pages, pattern Random, seed 0x1"
     );
     Hello { guest: guest.to_json().into_bytes(), ..Hello::new(SESSION, layout, machine) }
 }

@@ -106,6 +106,11 @@ migrations! {
     kvm_kernel_small_pages: "--guest kvm --workload random --memory 64M --vcpus 4 --cpl 0 \
         --page-tables 4k --backing anonymous --policy linear",
 
+    // The recorded touches of a real guest, which the destination knows from the same file.
+    process_trace: "--workload trace:tests/samples/small.trace --memory 64M --vcpus 2",
+    process_trace_on_demand: "--workload trace:tests/samples/small.trace --memory 64M --vcpus 2 \
+        --policy demand-only --drain-after 1s --backing anonymous --run-before 0ms",
+
     // Four vCPUs on two cores, eight lanes, one pivot.
     process_crowded: "--guest process --workload random --memory 64M --vcpus 4 --push-lanes 8 \
         --pivots 1",

@@ -36,7 +36,7 @@ impl Entry {
 /// Writes all of the guest's memory. `tick_hz` is the rate of the time-stamp counter that the
 /// program is going to see.
 pub fn write(ram: &GuestRam, workload: &Workload, tick_hz: u64) -> Result<(), KvmError> {
-    workload.check(ram.layout())?;
+    workload.check_under_kvm(ram.layout())?;
     let tables = tables::page_tables(ram.layout(), workload.form.page_tables)?;
     fill_memory(ram, workload, tick_hz);
     for (page, table) in tables {

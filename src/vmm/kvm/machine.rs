@@ -96,7 +96,7 @@ impl Machine {
         workload: &Workload,
         processor: Option<&Processor>,
     ) -> Result<(Self, Vec<VcpuFd>), KvmError> {
-        workload.check(ram.layout())?;
+        workload.check_under_kvm(ram.layout())?;
         let form = workload.form;
         let tables = tables::page_tables(ram.layout(), form.page_tables)?;
         let seeds = tables::seed_pages(&tables, workload.vcpus, payload::code_pages());

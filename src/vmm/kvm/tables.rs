@@ -416,6 +416,7 @@ mod tests {
             step_limit: 0,
             zero_pages: 0,
             form: MachineForm { page_tables: PageTables::Small, ..MachineForm::default() },
+            trace: None,
         };
         for pages in [1000, (4 << 30) / 4096, (8 << 30) / 4096 + 1] {
             let layout = MemoryLayout::pc(pages).unwrap();

@@ -100,6 +100,7 @@ fn model(workload: &Workload, pages: u64, steps: &[u64]) -> Memory {
                 }
                 Pattern::HotSetWithScan if s % 8 == 7 => scan(&mut cursor),
                 Pattern::HotSetWithScan => mulhi(h, (n / 16).max(1)),
+                Pattern::Trace => unreachable!("the KVM guest refuses it"),
                 Pattern::PointerChase => {
                     let k = cursor;
                     cursor = memory[(slice + k) as usize][2];
@@ -161,7 +162,16 @@ fn watchdog(seconds: u64) -> Watchdog {
 
 fn workload(pattern: Pattern, vcpus: u32, step_limit: u64) -> Workload {
     let form = MachineForm::default();
-    Workload { pattern, seed: 0xC0FFEE, vcpus, think_ns: 0, step_limit, zero_pages: ZERO, form }
+    Workload {
+        pattern,
+        seed: 0xC0FFEE,
+        vcpus,
+        think_ns: 0,
+        step_limit,
+        zero_pages: ZERO,
+        form,
+        trace: None,
+    }
 }
 
 fn memory(layout: MemoryLayout) -> Arc<GuestRam> {

@@ -16,7 +16,7 @@ pub use state::StateError;
 use super::clock::{GuestClock, tsc_hz};
 use super::content::fill_memory;
 use super::guest::{Guest, GuestError, GuestKind};
-use super::workload::{Workload, WorkloadError, control_page, histogram_page};
+use super::workload::{Pattern, Workload, WorkloadError, control_page, histogram_page};
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
 use board::{Board, Job};
@@ -25,7 +25,7 @@ use state::State;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use walker::Walker;
+use walker::{Registers, Walker};
 
 /// Why a process guest cannot do what it was told to; the cause in a [`GuestError`].
 #[derive(Debug, thiserror::Error)]
@@ -188,11 +188,14 @@ impl ProcessGuest {
             return Err(ProcessError::HasRun);
         }
         let layout = self.ram.layout();
-        let state = State::open(bytes, &self.workload, layout.pages())?;
+        let mut state = State::open(bytes, &self.workload, layout.pages())?;
         for (vcpu, registers) in state.vcpus.iter().enumerate() {
             if !registers.plausible(self.workload.slice(layout, vcpu as u32).pages) {
                 return Err(StateError::Registers(vcpu).into());
             }
+        }
+        if self.workload.pattern == Pattern::Trace {
+            state.vcpus.iter_mut().for_each(Registers::begin_trace_anew);
         }
         self.board.load(GuestClock::resume(&state.clock), state.vcpus);
         self.phase = Phase::Fresh;
@@ -237,10 +240,12 @@ impl Guest for ProcessGuest {
     fn machine(&self) -> String {
         let Workload { pattern, seed, vcpus, zero_pages, .. } = &self.workload;
         let pages = self.ram.layout().pages();
+        let trace = self.workload.trace.as_ref().map(|trace| trace.id().digest());
         format!(
-            "process guest 1, {}, {vcpus} vCPUs, {pages} pages, {zero_pages} zero pages, \
-             pattern {pattern:?}, seed {seed:#x}",
-            std::env::consts::ARCH
+            "process guest 2, {}, {vcpus} vCPUs, {pages} pages, {zero_pages} zero pages, \
+             pattern {pattern:?}{}, seed {seed:#x}",
+            std::env::consts::ARCH,
+            trace.unwrap_or_default(),
         )
     }
 

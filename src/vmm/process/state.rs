@@ -16,7 +16,7 @@ use crate::vmm::workload::{Pattern, VCPUS_MAX, Workload};
 use serde::{Deserialize, Serialize};
 
 const MAGIC: &[u8; 8] = b"PCPROC\0\0";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// ELF's `EM_X86_64`.
 const MACHINE: u16 = 62;
 const HEADER_BYTES: usize = 20;

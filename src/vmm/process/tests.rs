@@ -1,6 +1,8 @@
 //! The process guest: run, stopped, carried over and checked by the independent
 //! checker.
 
+mod trace;
+
 use super::*;
 use crate::checker::{CheckFailure, CheckParams, CheckSummary, Guess, VcpuProblem, check};
 use crate::memory::ram::Backing;
@@ -45,7 +47,7 @@ impl Drop for Watchdog {
 fn workload(pattern: Pattern, vcpus: u32) -> Workload {
     let (seed, zero_pages) = (0xC0FFEE + u64::from(vcpus), ZERO_PAGES);
     let form = MachineForm::default();
-    Workload { pattern, seed, vcpus, think_ns: 0, step_limit: 0, zero_pages, form }
+    Workload { pattern, seed, vcpus, think_ns: 0, step_limit: 0, zero_pages, form, trace: None }
 }
 
 fn memory(backing: Backing) -> Arc<GuestRam> {
@@ -99,6 +101,7 @@ fn finish_and_check(guest: &mut ProcessGuest) -> Result<CheckSummary, CheckFailu
         seed: guest.workload.seed,
         pattern: serde_json::from_value(serde_json::to_value(guest.workload.pattern).unwrap())
             .unwrap(),
+        touches: trace::pages(&guest.workload),
         zero_pages: guest.workload.zero_pages,
         kvm: None,
         expect_steps: Some(registers.iter().map(|registers| registers.step).collect()),

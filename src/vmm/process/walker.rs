@@ -6,8 +6,9 @@
 use super::words::GuestWords;
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
-use crate::vmm::clock::{GuestClock, tsc_hz};
+use crate::vmm::clock::{GuestClock, ns_to_ticks, ticks_to_ns, tsc_hz};
 use crate::vmm::content::{G, fill, mix, tag, vseed};
+use crate::vmm::trace::Touch;
 use crate::vmm::workload::*;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -26,8 +27,10 @@ pub(super) struct Registers {
     pub(super) step: u64,
     pub(super) cursor: u64,
     pub(super) lane: u64,
+    /// The step with which a trace was begun anew.
+    pub(super) trace_start: u64,
     pub(super) status: Status,
-    /// The next step begins no earlier than this, on the guest's clock.
+    /// The next step begins no earlier than this, on the guest's clock; 0: not known yet.
     pub(super) not_before: u64,
     pub(super) instruments: Counters,
 }
@@ -74,6 +77,7 @@ impl Registers {
             step: 0,
             cursor: 0,
             lane: 0,
+            trace_start: 0,
             status: Status::Running,
             not_before: 0,
             instruments: Counters::default(),
@@ -82,7 +86,14 @@ impl Registers {
 
     /// Whether they are possible in a slice of `pages` pages.
     pub(super) fn plausible(&self, pages: u64) -> bool {
-        self.cursor < pages && self.lane < STRIDE
+        self.cursor < pages && self.lane < STRIDE && self.trace_start <= self.step
+    }
+
+    /// Begins the trace anew, if this is the first time that the guest has moved.
+    pub(super) fn begin_trace_anew(&mut self) {
+        if self.trace_start == 0 {
+            (self.trace_start, self.not_before) = (self.step, 0);
+        }
     }
 }
 
@@ -98,6 +109,8 @@ pub(super) struct Walker {
     tail_pages: u64,
     control: PageIndex,
     histogram: PageIndex,
+    /// Of the trace; none in another pattern.
+    touches: Arc<[Touch]>,
 }
 
 impl Walker {
@@ -114,6 +127,7 @@ impl Walker {
             tail_pages: workload.zero_pages,
             control: control_page(vcpu),
             histogram: histogram_page(vcpu),
+            touches: workload.trace.as_ref().map_or_else(Arc::default, |of| of.touches(vcpu)),
         }
     }
 
@@ -140,6 +154,15 @@ impl Walker {
         self.check_control_page(registers)?;
         let think = self.get(control::THINK);
         let threshold = self.get(control::STALL_THRESHOLD);
+        let paced = think != 0 || !self.touches.is_empty();
+        self.set(control::TRACE_START, registers.trace_start);
+        let now = clock.now();
+        let first = now.saturating_add(self.wait(registers));
+        if registers.not_before == 0 {
+            registers.not_before = first;
+        }
+        // A clock that was set back must not hold the guest up.
+        registers.not_before = registers.not_before.min(first.max(now.saturating_add(think)));
         while !stop.load(Ordering::Relaxed) {
             if self.get(control::INSTRUMENT_REQUEST) != registers.instruments.seen {
                 self.clear_instruments(registers);
@@ -151,8 +174,8 @@ impl Walker {
                 self.set(control::STATUS, STATUS_FINISHED);
                 return Ok(());
             }
-            if think != 0 && !wait_until(registers.not_before, think, clock, stop) {
-                return Ok(());
+            if paced && !is_time(registers.not_before, clock) {
+                continue;
             }
             let start = clock.now();
             let visited = self.visit(registers)?;
@@ -160,7 +183,8 @@ impl Walker {
             self.count(&mut registers.instruments, start, end, threshold);
             (registers.cursor, registers.lane) = visited;
             registers.step += 1;
-            registers.not_before = start.wrapping_add(think);
+            registers.not_before =
+                start.wrapping_add(think).max(end.wrapping_add(self.wait(registers)));
             self.set(control::CURSOR, registers.cursor);
             self.set(control::LANE, registers.lane);
             self.set(control::STEPS, registers.step);
@@ -197,13 +221,13 @@ impl Walker {
     fn visit(&self, registers: &Registers) -> Result<(u64, u64), WrongWord> {
         let s = registers.step;
         let h = mix(self.vseed.wrapping_add(s.wrapping_mul(G)));
-        let (k, cursor, lane) = self.pick(registers, h)?;
-        let page = PageIndex::new(self.slice.first.get() + k);
+        let (page, cursor, lane) = self.pick(registers, h)?;
+        let page = PageIndex::new(page);
         let tag = tag(self.seed, page.get());
         self.expect(page, 0, tag)?;
         let probe = 4 + s % 128;
         self.expect(page, probe as usize, fill(tag, probe))?;
-        if self.tail_pages != 0 && s.is_multiple_of(64) {
+        if self.tail_pages != 0 && self.touches.is_empty() && s.is_multiple_of(64) {
             let page = PageIndex::new(self.tail + mulhi(mix(h), self.tail_pages));
             self.expect(page, (s / 64 % 512) as usize, 0)?;
         }
@@ -218,13 +242,23 @@ impl Walker {
         Ok((cursor, lane))
     }
 
-    /// The slice-relative index that a step visits, and the cursor and lane after it.
+    /// Ticks that the next step must leave between the end of the one before and itself.
+    #[inline]
+    fn wait(&self, registers: &Registers) -> u64 {
+        if self.touches.is_empty() {
+            return 0;
+        }
+        ns_to_ticks(self.touch(registers).wait_us.saturating_mul(1000), tsc_hz())
+    }
+
+    /// The page that a step visits, and the cursor and lane after it.
     #[inline]
     fn pick(&self, registers: &Registers, h: u64) -> Result<(u64, u64, u64), WrongWord> {
         let n = self.slice.pages;
         let &Registers { step, cursor, lane, .. } = registers;
         let next = if cursor + 1 == n { 0 } else { cursor + 1 };
-        Ok(match self.pattern {
+        let (k, cursor, lane) = match self.pattern {
+            Pattern::Trace => return Ok((self.touch(registers).page, cursor, lane)),
             Pattern::Sequential => (cursor, next, lane),
             Pattern::Strided if cursor + STRIDE < n => (cursor, cursor + STRIDE, lane),
             Pattern::Strided => {
@@ -244,7 +278,15 @@ impl Walker {
                 }
                 (cursor, successor, lane)
             }
-        })
+        };
+        Ok((self.slice.first.get() + k, cursor, lane))
+    }
+
+    /// The touch of a trace that the next step is.
+    #[inline]
+    fn touch(&self, registers: &Registers) -> Touch {
+        let since = registers.step - registers.trace_start;
+        self.touches[(since % self.touches.len() as u64) as usize]
     }
 
     fn zipf(&self, h: u64) -> u64 {
@@ -325,29 +367,23 @@ fn mulhi(a: u64, b: u64) -> u64 {
     ((u128::from(a) * u128::from(b)) >> 64) as u64
 }
 
-/// Waits for a time on the guest's clock, no longer than `most` ticks; `false` if it was
-/// stopped first. Most of a long wait is slept, so that an idle guest does not burn a
-/// processor.
-fn wait_until(time: u64, most: u64, clock: GuestClock, stop: &AtomicBool) -> bool {
-    /// Slept at most at a time, so that a stop is noticed.
-    const NAP: Duration = Duration::from_millis(5);
+/// Whether it is that time on the guest's clock. If not, it comes nearer: most of a long
+/// wait is slept, so that an idle guest does not burn a processor, a nap at a time, so that
+/// the caller sees what it is asked for meanwhile.
+fn is_time(time: u64, clock: GuestClock) -> bool {
+    /// As long as a pause may have to wait.
+    const NAP: Duration = Duration::from_millis(1);
     /// Spun at the end of a wait: more than a timer is late by.
     const SPIN: Duration = Duration::from_micros(100);
-    // A clock that was set back must not hold the guest up.
-    let time = time.min(clock.now().saturating_add(most));
-    loop {
-        let left = time.saturating_sub(clock.now());
-        if left == 0 {
-            return true;
-        }
-        if stop.load(Ordering::Relaxed) {
-            return false;
-        }
-        let left = Duration::from_nanos(crate::vmm::clock::ticks_to_ns(left, tsc_hz()));
-        if left > SPIN {
-            std::thread::sleep((left - SPIN).min(NAP));
-        } else {
-            std::hint::spin_loop();
-        }
+    let left = time.saturating_sub(clock.now());
+    if left == 0 {
+        return true;
     }
+    let left = Duration::from_nanos(ticks_to_ns(left, tsc_hz()));
+    if left > SPIN {
+        std::thread::sleep((left - SPIN).min(NAP));
+    } else {
+        std::hint::spin_loop();
+    }
+    false
 }

@@ -24,6 +24,7 @@ fn verdict(guest: &KvmGuest, steps: &[u64]) -> Result<CheckSummary, CheckFailure
         vcpus: workload.vcpus,
         seed: workload.seed,
         pattern: serde_json::from_value(serde_json::to_value(workload.pattern).unwrap()).unwrap(),
+        touches: vec![],
         zero_pages: workload.zero_pages,
         kvm: Some(CheckMachine {
             regions: regions.map(|region| (region.start.0, region.pages)).collect(),

@@ -16,6 +16,7 @@ fn workload() -> Workload {
         step_limit: 0,
         zero_pages: 64,
         form: MachineForm::default(),
+        trace: None,
     }
 }
 
@@ -73,7 +74,7 @@ fn other_versions_architectures_lengths_and_files_are_refused_by_name() {
         open(&bytes).unwrap_err()
     };
     assert_eq!(with(0, b"ELF"), StateError::Magic);
-    assert_eq!(with(8, &[2, 0]), StateError::Version(2));
+    assert_eq!(with(8, &[1, 0]), StateError::Version(1));
     assert_eq!(with(10, &[183, 0]), StateError::Architecture(183));
     assert_eq!(with(12, &[0xFF; 4]), StateError::TooLarge(u32::MAX as usize));
     assert!(matches!(with(16, &[0; 4]), StateError::Checksum { expected: 0, .. }));
