@@ -2,6 +2,7 @@
 //! guest with each workload at least once, and every other choice several times.
 
 use super::harness::{MIGRATION, Running, check_report, folder, permit, read_report};
+use postcopy::vmm::choice::WorkloadChoice;
 use serde_json::Value;
 
 /// Runs `postcopy demo`, checks its report and hands it out.
@@ -34,7 +35,8 @@ fn migrates(arguments: &str) {
     let report = demo(&arguments);
     assert_eq!(report["guest"]["kind"], option("--guest", ""));
     assert_eq!(report["guest"]["backing"], option("--backing", "memfd-continue"));
-    assert_eq!(report["guest"]["workload"], option("--workload", "random"));
+    let workload: WorkloadChoice = option("--workload", "random").parse().expect("a workload");
+    assert_eq!(report["guest"]["workload"], workload.short());
     assert_eq!(report["guest"]["vcpus"].to_string(), option("--vcpus", "1"));
     assert_eq!(report["policy"], option("--policy", "bubbling"));
     assert_eq!(report["link"]["push_lanes"].to_string(), option("--push-lanes", "1"));
@@ -107,9 +109,10 @@ migrations! {
         --page-tables 4k --backing anonymous --policy linear",
 
     // The recorded touches of a real guest, which the destination knows from the same file.
-    process_trace: "--workload trace:tests/samples/small.trace --memory 64M --vcpus 2",
-    process_trace_on_demand: "--workload trace:tests/samples/small.trace --memory 64M --vcpus 2 \
-        --policy demand-only --drain-after 1s --backing anonymous --run-before 0ms",
+    process_trace: "--guest process --workload trace:tests/samples/small.trace --memory 64M \
+        --vcpus 2",
+    process_trace_on_demand: "--guest process --workload trace:tests/samples/small.trace \
+        --memory 64M --vcpus 2 --policy demand-only --drain-after 1s --backing anonymous",
 
     // Four vCPUs on two cores, eight lanes, one pivot.
     process_crowded: "--guest process --workload random --memory 64M --vcpus 4 --push-lanes 8 \
