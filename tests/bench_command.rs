@@ -140,6 +140,41 @@ fn a_minimal_benchmark_leaves_its_results_and_goes_on_where_it_ended() {
 }
 
 #[test]
+fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (out, trace) = (folder.path().join("bench"), folder.path().join("real_one.trace"));
+    let text = std::fs::read("tests/samples/small.trace").expect("the sample");
+    std::fs::write(&trace, &text).expect("room for a copy");
+    let workload = format!("trace:{}", trace.display());
+    let arguments =
+        format!("--memory 64M --vcpus 2 --link loopback --no-record --workload random,{workload}");
+    let ended = bench(&out, &arguments);
+    assert!(ended.status.success(), "{ended:?}");
+    let name = "process trace:real_one bubbling 64M 2vcpu memfd-continue loopback";
+    assert!(text_of(&ended.stderr).contains(name), "{ended:?}");
+    let found = results(&out);
+    assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 2, "failed": 0}));
+    assert!(found.to_string().contains(&workload), "{found:#}");
+    let page = std::fs::read_to_string(out.join("results.html")).expect("results.html");
+    assert!(page.contains("trace:real_one"), "{page}");
+    let before = run_files(&out);
+    assert!(
+        before[1].0.ends_with("trace-real-one-bubbling-64M-2vcpu-memfd-continue-loopback.json")
+    );
+
+    // It goes on with the same trace, and with no other one by its name.
+    let again = bench(&out, &arguments);
+    assert!(again.status.success() && run_files(&out) == before, "{again:?}");
+    std::fs::write(&trace, [&text[..], b"touch 99999 513 1\n"].concat()).expect("room");
+    let refused = text_of(&bench(&out, &arguments).stderr);
+    assert!(refused.contains("real_one.trace.touches: 444 there, 445 now"), "{refused}");
+    assert_eq!(run_files(&out), before);
+}
+
+#[test]
 fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     if !userfaultfd_works() {
         return;

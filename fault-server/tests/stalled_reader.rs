@@ -52,6 +52,7 @@ fn workload() -> Workload {
         step_limit: 0,
         zero_pages: 0,
         form: MachineForm::default(),
+        trace: None,
     }
 }
 
@@ -63,6 +64,7 @@ fn verify(guest: &mut dyn Guest) {
         vcpus: 1,
         seed: workload().seed,
         pattern: CheckPattern::Random,
+        touches: vec![],
         zero_pages: 0,
         kvm: None,
         expect_steps: Some(steps),
