@@ -157,7 +157,7 @@ pub mod vmm;
 pub use engine::{
     ConfigError,
     destination::{
-        Canceller as DestinationCanceller, DestinationBuilder, DestinationEnd, Receiver,
+        Canceller as DestinationCanceller, Collapsing, DestinationBuilder, DestinationEnd, Receiver,
     },
     event::{Event, Phase, Progress},
     operator::{Operator, SessionStatus},

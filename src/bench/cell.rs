@@ -69,6 +69,7 @@ impl Cell {
             policy,
             destination: self.workload.destination_arguments(),
             backing: self.backing,
+            huge_pages: conditions.huge_pages,
             push_lanes: conditions.push_lanes,
             link: self.link,
             relayed: false,

@@ -22,6 +22,9 @@ pub struct Conditions {
     pub guest_seed: u64,
     /// Push connections.
     pub push_lanes: u8,
+    /// Whether huge pages are made of the guests' memory in the end.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// How long a guest runs before it is migrated.
     pub run_before_ms: u64,
     /// How long it runs on after all its memory came.
@@ -156,6 +159,7 @@ pub(super) mod tests {
                 zero_percent: 0,
                 guest_seed: 1,
                 push_lanes: 1,
+                huge_pages: false,
                 run_before_ms: 100,
                 run_after_ms: 50,
                 drain_after_ms: 1000,

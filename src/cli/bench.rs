@@ -89,6 +89,9 @@ pub struct Bench {
     /// Push connections.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     push_lanes: u8,
+    /// Make huge pages of each guest's memory in the end; it runs on until that is done.
+    #[arg(long, conflicts_with = "no_verify")]
+    huge_pages: bool,
     /// How long a guest runs before it is migrated.
     #[arg(long, default_value = "200ms", value_parser = parse_time, value_name = "TIME")]
     run_before: Duration,
@@ -140,6 +143,7 @@ impl Bench {
                 zero_percent: self.zero,
                 guest_seed: 1,
                 push_lanes: self.push_lanes,
+                huge_pages: self.huge_pages,
                 run_before_ms: millis(self.run_before),
                 run_after_ms: millis(self.run_after),
                 drain_after_ms: millis(self.drain_after),

@@ -28,6 +28,9 @@ pub struct Demo {
     /// What the guest's memory is made of at the destination.
     #[arg(long, value_enum, default_value = "memfd-continue")]
     backing: DestinationBacking,
+    /// Make huge pages of it there in the end; the guest runs on until that is done.
+    #[arg(long)]
+    huge_pages: bool,
     /// Push connections.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     push_lanes: u8,
@@ -89,6 +92,7 @@ impl Demo {
             policy: self.policy.to_arguments(),
             destination: self.guest.workload.destination_arguments(),
             backing: self.backing,
+            huge_pages: self.huge_pages,
             push_lanes: self.push_lanes,
             link: LinkShape { bandwidth_bps: self.bandwidth, rtt: self.rtt, loss: self.loss },
             relayed: !self.cut.is_empty(),

@@ -6,12 +6,11 @@ use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
-use crate::report::schema::Distribution;
 use crate::vmm::clock::tsc_hz;
 use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestKind};
 use crate::vmm::kvm::{self, KvmError};
-use crate::vmm::stalls;
+use crate::vmm::stalls::{self, StallCounts};
 use crate::vmm::trace::Trace;
 use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
 use nix::unistd::Pid;
@@ -150,17 +149,9 @@ impl DestinationVm for Arrival {
         let Some(guest) = guest.as_ref() else { return GuestFigures::default() };
         let vcpus = guest.workload().vcpus;
         let figures = stalls::GuestFigures::read(guest.ram(), vcpus, tsc_hz());
-        let of = &figures.stalls;
         GuestFigures {
             max_gap: Some(Duration::from_micros(figures.max_gap_us)),
-            stalls: Some(Distribution {
-                count: of.count,
-                mean: Some(of.mean),
-                p50: Some(of.p50),
-                p99: Some(of.p99),
-                max: Some(of.max),
-                ..Distribution::default()
-            }),
+            stalls: Some(figures.stalls.into()),
         }
     }
 }
@@ -169,6 +160,11 @@ impl DestinationVm for Arrival {
 fn instruments(guest: &dyn Guest) -> impl Iterator<Item = Instruments<'_>> {
     let ram = guest.ram();
     (0..guest.workload().vcpus).map(|vcpu| Instruments::new(ram, vcpu))
+}
+
+/// The stalls that a guest whose control pages are placed has counted so far.
+pub fn stalls(guest: &dyn Guest) -> StallCounts {
+    StallCounts::read(guest.ram(), guest.workload().vcpus)
 }
 
 /// Asks each vCPU to stop between two steps, waits for it, and stops the guest.

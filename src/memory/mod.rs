@@ -2,6 +2,7 @@
 
 pub mod dirty_bitmap;
 pub mod guarded;
+pub mod huge;
 pub mod limits;
 pub mod ram;
 pub mod reserve;

@@ -3,6 +3,7 @@
 //! It knows addresses and file descriptors; it does not know which pages are
 //! valid (the ledgers do) nor how a missing page is trapped (`uffd` does).
 
+use super::huge;
 use super::segment::{Access, Segment, SegmentError};
 use crate::proto::layout::{GuestAddress, LayoutError, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -14,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::{
-    FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 /// What a guest's memory is made of.
@@ -161,7 +162,7 @@ impl GuestRam {
         let mut regions = Vec::new();
         for ((region, run), file) in layout.region_runs().zip(files) {
             let flags = flags | libc::MAP_NORESERVE;
-            let mapping = MmapRegion::build(file, run.bytes(), protection, flags)
+            let mapping = huge::map(file, run.bytes(), protection, flags)
                 .map_err(|source| RamError::Map { bytes: run.bytes() as u64, source })?;
             let region = GuestRegionMmap::new(mapping, vm_memory::GuestAddress(region.start.0));
             // A layout's regions do not overflow.
@@ -400,6 +401,7 @@ fn memfd(bytes: u64) -> Result<File, RamError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::MmapRegion;
 
     #[test]
     fn a_page_written_through_an_alias_is_read_through_the_first_mapping() {

@@ -1,6 +1,6 @@
 //! [`Report::check`]: what must be true of a report, whoever wrote it.
 
-use super::schema::{Distribution, Mode, Outcome, Report, SCHEMA, Side};
+use super::schema::{Distribution, HugePages, Mode, Outcome, Report, SCHEMA, Side};
 
 impl Report {
     /// What is wrong with this report, one sentence each; empty if nothing is.
@@ -60,14 +60,23 @@ impl Report {
             let listed = blocktime.per_vcpu.len();
             wrong.push(format!("blocktime of {listed} vCPUs; the guest has {}", self.guest.vcpus));
         }
+        let huge = self.huge_pages.as_ref();
+        if let Some(HugePages { blocks, collapsed, refused, failed, .. }) = huge
+            && [collapsed, refused, failed].map(|&count| u128::from(count)).iter().sum::<u128>()
+                > u128::from(*blocks)
+        {
+            wrong.push(format!("of {blocks} blocks more became huge pages or did not"));
+        }
         let hops = &self.fault_hops_ns;
         for (name, distribution) in [
-            ("guest_stall_ns", &self.guest_stall_ns),
-            ("fault_latency_ns", &self.fault_latency_ns),
-            ("fault_hops_ns.ask", &hops.ask),
-            ("fault_hops_ns.answer", &hops.answer),
-            ("fault_hops_ns.serve", &hops.serve),
-            ("fault_hops_ns.place", &hops.place),
+            ("guest_stall_ns", self.guest_stall_ns.as_ref()),
+            ("fault_latency_ns", self.fault_latency_ns.as_ref()),
+            ("fault_hops_ns.ask", hops.ask.as_ref()),
+            ("fault_hops_ns.answer", hops.answer.as_ref()),
+            ("fault_hops_ns.serve", hops.serve.as_ref()),
+            ("fault_hops_ns.place", hops.place.as_ref()),
+            ("huge_pages.call_ns", huge.map(|huge| &huge.call_ns)),
+            ("huge_pages.guest_stall_ns", huge.and_then(|huge| huge.guest_stall_ns.as_ref())),
         ] {
             if distribution.as_ref().is_some_and(|distribution| !distribution.is_ordered()) {
                 wrong.push(format!("quantiles of {name} are out of order"));

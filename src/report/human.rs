@@ -23,6 +23,8 @@ pub fn render(report: &Report) -> String {
     page.gap();
     faults(report, &mut page);
     page.gap();
+    huge_pages(report, &mut page);
+    page.gap();
     cost(report, &mut page);
     page.gap();
     verdict(report, &mut page);
@@ -192,6 +194,26 @@ fn faults(report: &Report, page: &mut Paper) {
         .into_iter()
         .flatten(),
     );
+}
+
+fn huge_pages(report: &Report, page: &mut Paper) {
+    let Some(huge) = &report.huge_pages else { return };
+    let blocks = |count: u64, what: &str| format!("{what} {}", HumanCount(count));
+    page.row(
+        "Huge pages",
+        [
+            Some(format!("{} of {} blocks", HumanCount(huge.collapsed), HumanCount(huge.blocks))),
+            (huge.refused > 0).then(|| blocks(huge.refused, "refused")),
+            (huge.failed > 0).then(|| blocks(huge.failed, "failed")),
+            huge.us_to_90_percent.map(|time| format!("90 % after {}", micros(time))),
+            Some(format!("all tried after {}", micros(huge.total_us))),
+            huge.cpu_us.map(|time| format!("processor time {}", micros(time))),
+        ]
+        .into_iter()
+        .flatten(),
+    );
+    page.row("  a block", distribution(Some(&huge.call_ns)));
+    page.row("  guest's stalls", distribution(huge.guest_stall_ns.as_ref()));
 }
 
 fn cost(report: &Report, page: &mut Paper) {

@@ -242,6 +242,7 @@ impl Report {
             cpu_us: PerSide { source: None, destination: part.cpu_us },
             peak_rss_bytes: PerSide { source: None, destination: part.peak_rss_bytes },
             outages: part.outages,
+            huge_pages: None,
             verified: part.verified,
         }
     }

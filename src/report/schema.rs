@@ -135,10 +135,43 @@ pub struct Report {
     /// The losses of the link after the commit, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub outages: Vec<Outage>,
+    /// Huge pages made of the guest's memory after the end of the session, so that only the
+    /// destination's own report has it; absent if nobody asked for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
     /// Whether every page was the same as in an independent model; absent if that was
     /// not looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified: Option<bool>,
+}
+
+/// Blocks of 2 MiB that were to become a huge page each, after the session's end. What is in no
+/// count had not been tried when the guest ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugePages {
+    /// Those with content, aligned, and without a page that is lost or was given back.
+    pub blocks: u64,
+    /// Those that became one, or were one already.
+    pub collapsed: u64,
+    /// Those of which the kernel says that they cannot become one.
+    pub refused: u64,
+    /// Those for which there was no memory, or of which pages were in use, however often tried.
+    pub failed: u64,
+    /// From the session's end until nine tenths of the blocks had become one; absent if that
+    /// was never so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub us_to_90_percent: Option<u64>,
+    /// From the session's end until the last block was tried.
+    pub total_us: u64,
+    /// Each call into the kernel, for one block: for so long at most whoever touches the block
+    /// waits.
+    pub call_ns: Distribution,
+    /// Stalls that the guest's own clock saw meanwhile, of whatever cause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_stall_ns: Option<Distribution>,
+    /// Processor time that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_us: Option<u64>,
 }
 
 /// From a link's loss until the next one stood.

@@ -37,6 +37,8 @@ pub struct Trial {
     pub destination: Vec<OsString>,
     /// What the guest's memory is made of at the destination.
     pub backing: DestinationBacking,
+    /// Whether the destination makes huge pages of it in the end; the guest runs until then.
+    pub huge_pages: bool,
     /// Push connections.
     pub push_lanes: u8,
     /// The link between the two sides.
@@ -147,6 +149,9 @@ impl Trial {
                 command.args(["--push-lanes", &self.push_lanes.to_string()]);
                 command.args(["--backing", &self.backing.to_string()]);
                 command.args(["--patience", &written(self.patience)]);
+                if self.huge_pages {
+                    command.arg("--huge-pages");
+                }
                 if self.verify {
                     command.args(["--verify-after", &written(self.run_after)]);
                 }
@@ -242,8 +247,10 @@ impl Migrating {
             });
         }
         let mut report = read_report(&folder.path().join("source.json"))?;
-        if trial.verify {
-            report.verified = read_report(&folder.path().join("destination.json"))?.verified;
+        if trial.verify || trial.huge_pages {
+            // What was found out when the session was over.
+            let later = read_report(&folder.path().join("destination.json"))?;
+            (report.verified, report.huge_pages) = (later.verified, later.huge_pages);
         }
         report.guest.backing = trial.backing.to_string();
         report.link.bandwidth_limit_bps = trial.link.bandwidth_bps;

@@ -7,6 +7,7 @@ use super::clock::ticks_to_ns;
 use super::content::Instruments;
 use super::workload::{STALL_BUCKETS, control, stall_bucket_floor};
 use crate::memory::ram::GuestRam;
+use crate::report::schema::Distribution;
 use serde::{Deserialize, Serialize};
 
 /// Stalls: visits that took longer than a native page fault, all vCPUs together, in
@@ -25,6 +26,43 @@ pub struct StallFigures {
     pub p99: u64,
     /// None was longer.
     pub max: u64,
+}
+
+/// How many stalls there were of which length, in ticks, all vCPUs together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StallCounts {
+    buckets: [u64; STALL_BUCKETS],
+    sum: u64,
+}
+
+impl StallCounts {
+    /// Those since the instruments were last cleared. While the guest runs, the last ones may be
+    /// missing. Waits for the control and histogram pages if they are missing.
+    pub fn read(ram: &GuestRam, vcpus: u32) -> Self {
+        let (mut buckets, mut sum) = ([0u64; STALL_BUCKETS], 0u64);
+        for vcpu in 0..vcpus {
+            let instruments = Instruments::new(ram, vcpu);
+            for (total, count) in buckets.iter_mut().zip(instruments.stalls()) {
+                *total = total.saturating_add(count);
+            }
+            sum = sum.saturating_add(instruments.get(control::STALL_SUM));
+        }
+        Self { buckets, sum }
+    }
+
+    /// Those that are not in `earlier`, which was read before.
+    pub fn since(mut self, earlier: &Self) -> Self {
+        for (count, before) in self.buckets.iter_mut().zip(earlier.buckets) {
+            *count = count.saturating_sub(before);
+        }
+        self.sum = self.sum.saturating_sub(earlier.sum);
+        self
+    }
+
+    /// Their figures, for a clock of `tsc_hz` ticks a second.
+    pub fn figures(&self, tsc_hz: u64) -> StallFigures {
+        StallFigures::of(&self.buckets, self.sum, 0, tsc_hz)
+    }
 }
 
 /// The instruments of all vCPUs since they were last cleared.
@@ -46,15 +84,11 @@ impl GuestFigures {
     /// While the guest runs the figures may be a step apart from each other. Waits for
     /// the control and histogram pages if they are missing.
     pub fn read(ram: &GuestRam, vcpus: u32, tsc_hz: u64) -> Self {
-        let mut buckets = [0u64; STALL_BUCKETS];
-        let (mut sum, mut max_gap) = (0u64, 0);
+        let StallCounts { buckets, sum } = StallCounts::read(ram, vcpus);
+        let mut max_gap = 0;
         let mut figures = Self::default();
         for vcpu in 0..vcpus {
             let instruments = Instruments::new(ram, vcpu);
-            for (total, count) in buckets.iter_mut().zip(instruments.stalls()) {
-                *total = total.saturating_add(count);
-            }
-            sum = sum.saturating_add(instruments.get(control::STALL_SUM));
             max_gap = max_gap.max(instruments.get(control::MAX_GAP));
             figures.steps.push(instruments.get(control::STEPS));
             figures.steps_when_cleared.push(instruments.get(control::INSTRUMENT_STEP));
@@ -62,6 +96,19 @@ impl GuestFigures {
         figures.stalls = StallFigures::of(&buckets, sum, max_gap, tsc_hz);
         figures.max_gap_us = ticks_to_ns(max_gap, tsc_hz).div_ceil(1000);
         figures
+    }
+}
+
+impl From<StallFigures> for Distribution {
+    fn from(of: StallFigures) -> Self {
+        Self {
+            count: of.count,
+            mean: Some(of.mean),
+            p50: Some(of.p50),
+            p99: Some(of.p99),
+            max: Some(of.max),
+            ..Self::default()
+        }
     }
 }
 
@@ -144,6 +191,11 @@ mod tests {
         assert_eq!(max, 500_050, "the longest gap is a bound");
         assert_eq!(figures.max_gap_us, 501);
         assert_eq!(figures.steps, [500, 501]);
+        let counts = StallCounts::read(&ram, 2);
+        let unbounded = counts.figures(2_000_000_000);
+        assert_eq!((unbounded.count, unbounded.mean, unbounded.p99), (count, mean, p99));
+        assert!((500_000..=562_500).contains(&unbounded.max), "{unbounded:?}");
+        assert_eq!(counts.clone().since(&counts).figures(1), StallFigures::default());
         assert_eq!(figures.steps_when_cleared, [0, 0]);
     }
 

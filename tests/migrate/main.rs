@@ -49,6 +49,8 @@ mod scarce;
 mod missing_devices;
 // Destinations with too little memory.
 mod little_memory;
+// Guests that get huge pages in the end.
+mod huge_pages;
 // Outputs that are full, and that nobody reads.
 mod stalled_reader;
 // What an operator sees and decides.

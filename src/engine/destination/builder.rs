@@ -44,6 +44,7 @@ impl DestinationBuilder {
             ticket_life: Duration::from_secs(600),
             backing: DestinationBacking::MemfdContinue,
             overcommit: false,
+            huge_pages: false,
             is_kvm: |_| true,
             users: Vec::new(),
             record: false,
@@ -95,6 +96,18 @@ impl DestinationBuilder {
     /// stands still until there is some, if the kernel does not kill this process.
     pub fn overcommit(mut self, overcommit: bool) -> Self {
         self.config.overcommit = overcommit;
+        self
+    }
+
+    /// Makes transparent huge pages of the guest's memory when all of it is here: in the
+    /// background, block by block (2 MiB, some milliseconds each, in which whoever touches the
+    /// block waits), with `MADV_COLLAPSE`, whatever the system's settings for huge pages are.
+    /// Blocks without content are left out, and so are those with pages that are lost or that a
+    /// balloon gave back; one that is partly zero has all its memory afterwards. It needs Linux
+    /// 6.1; without it, and where the kernel will not, the guest keeps small pages.
+    /// See [`DestinationEnd::collapsing`](super::DestinationEnd::collapsing).
+    pub fn huge_pages(mut self, huge_pages: bool) -> Self {
+        self.config.huge_pages = huge_pages;
         self
     }
 

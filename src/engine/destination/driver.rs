@@ -5,6 +5,7 @@ mod linking;
 mod operating;
 mod telling;
 
+use super::collapse::Collapsing;
 use super::demand_in::DemandQueues;
 use super::fault_book::FaultBook;
 use super::guest::{self, GuestCommand, GuestEvent, GuestThread, Shell};
@@ -412,6 +413,15 @@ impl Driver {
         })
     }
 
+    /// Begins to make huge pages of a guest's memory that is complete, if somebody wants it.
+    fn collapsing(&self, outcome: &Outcome) -> Option<Collapsing> {
+        let wanted = self.config.huge_pages && *outcome == Outcome::Completed;
+        let (ram, installer) = self.ram.clone().zip(self.installer.as_ref()).filter(|_| wanted)?;
+        Collapsing::start(ram, &installer.ledger)
+            .inspect_err(|error| warn!(%error, "the guest keeps small pages"))
+            .ok()
+    }
+
     /// Lets every thread go and hands the guest over.
     async fn end(mut self) -> Result<DestinationEnd, TransportError> {
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted("cancelled".into()));
@@ -441,12 +451,13 @@ impl Driver {
         if let Some(installer) = self.installer.as_ref().filter(|_| never_runs) {
             installer.abandon();
         }
+        let collapsing = self.collapsing(&outcome);
         let name = "guest".to_owned();
         let message = format!("it does not come back from the VMM; the session: {outcome:?}");
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
         let lost = self.installer.filter(|installer| installer.lost.pages() > 0);
         let poisoned = lost.map(|of| of.ledger.poisoned_set()).unwrap_or_default();
-        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report, recorded })
+        Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report, recorded, collapsing })
     }
 }

@@ -5,6 +5,7 @@
 //! says.
 
 mod builder;
+mod collapse;
 mod demand_in;
 mod driver;
 mod fault_book;
@@ -35,6 +36,7 @@ use crate::transport::{
 };
 use crate::uffd::DestinationBacking;
 pub use builder::DestinationBuilder;
+pub use collapse::Collapsing;
 use driver::{Driver, Input};
 pub use record_file::{EventKind, RecordError, Recorded, RecordedEvent};
 use std::net::IpAddr;
@@ -64,6 +66,8 @@ pub struct DestinationConfig {
     pub backing: DestinationBacking,
     /// The memory for the guest need not be there; none is reserved.
     pub overcommit: bool,
+    /// Whether to make huge pages of the guest's memory once it is all here.
+    pub huge_pages: bool,
     /// Whether the guest runs under KVM, as far as userfaultfd must know; decided by
     /// the proposal's description of the guest.
     pub is_kvm: fn(&Hello) -> bool,
@@ -120,6 +124,9 @@ pub struct DestinationEnd {
     pub report: DestinationPart,
     /// When what happened, if that was to be kept.
     pub recorded: Option<Recorded>,
+    /// Huge pages being made of the guest's memory, if that was asked for and the guest came:
+    /// [`DestinationBuilder::huge_pages`].
+    pub collapsing: Option<Collapsing>,
 }
 
 impl Receiver {

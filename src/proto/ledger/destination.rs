@@ -331,6 +331,19 @@ impl DestinationLedger {
         set
     }
 
+    /// Whether there is content in `run`, and no page that is lost or that the guest gave
+    /// back: the pages may be made one larger page.
+    ///
+    /// # Panics
+    /// If the run is not in the layout.
+    pub fn is_dense(&self, run: PageRun) -> bool {
+        let mut placed = false;
+        run.pages().map(|page| self.states.get(page).kind).all(|kind| {
+            placed |= kind == Kind::Placed;
+            !matches!(kind, Kind::Poisoned | Kind::Removed)
+        }) && placed
+    }
+
     /// As [`fill_placed`](Self::fill_placed), the pages that were asked for and are
     /// neither here nor in hand. After a lost link nobody is going to answer those
     /// requests, so they are to be made again. A fault that comes meanwhile requests
