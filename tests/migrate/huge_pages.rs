@@ -49,6 +49,7 @@ fn gets_huge_pages(guest: &str, backing: &str) {
     let receiver = Receiver::start_with(&asked);
     let report = guest.path("report.json");
     guest.migrate(&receiver.ticket, &["--report", &report]).succeed(MIGRATION);
+    let mut source = read_report(&report);
     guest.has_left();
     let pid = receiver.process.pid();
     poll("nine tenths of the memory in huge pages", SOON, || {
@@ -57,7 +58,6 @@ fn gets_huge_pages(guest: &str, backing: &str) {
     // It ends the guest now, which has run all the time, and has it verified.
     receiver.process.signal(Signal::SIGINT);
     let here = receiver.report();
-    let mut source = read_report(&report);
     assert!(source.get("huge_pages").is_none(), "it was to wait for nothing: {source:#}");
     source["verified"] = here["verified"].clone();
     check_report(&source);
