@@ -18,7 +18,6 @@ use postcopy::report::schema::{self, Guest as GuestSection, HugePages, Link, Mod
 use postcopy::transport::ticket::Host;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::choice::WorkloadChoice;
-use postcopy::vmm::clock::tsc_hz;
 use postcopy::vmm::guest::{Guest, GuestKind};
 use postcopy::vmm::stalls::StallCounts;
 use postcopy::vmm::trace::Trace;
@@ -271,8 +270,8 @@ fn collapsed(
         }
         std::thread::sleep(LOOK_EVERY);
     }
-    let stalls = arrival::stalls(guest).since(before).figures(tsc_hz());
-    HugePages { guest_stall_ns: Some(stalls.into()), ..collapsing.stop() }
+    let stalls = arrival::stalls_since(guest, before);
+    HugePages { guest_stall_ns: Some(stalls), ..collapsing.stop() }
 }
 
 fn sleep_unless(interrupted: &AtomicBool, time: Duration) {

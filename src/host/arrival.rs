@@ -6,11 +6,12 @@ use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::proto::message::{Hello, Mismatch};
+use crate::report::schema::Distribution;
 use crate::vmm::clock::tsc_hz;
 use crate::vmm::content::Instruments;
 use crate::vmm::guest::{Guest, GuestKind};
 use crate::vmm::kvm::{self, KvmError};
-use crate::vmm::stalls::{self, StallCounts};
+use crate::vmm::stalls::{self, StallCounts, StallFigures};
 use crate::vmm::trace::Trace;
 use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
 use nix::unistd::Pid;
@@ -151,7 +152,7 @@ impl DestinationVm for Arrival {
         let figures = stalls::GuestFigures::read(guest.ram(), vcpus, tsc_hz());
         GuestFigures {
             max_gap: Some(Duration::from_micros(figures.max_gap_us)),
-            stalls: Some(figures.stalls.into()),
+            stalls: Some(distribution(&figures.stalls)),
         }
     }
 }
@@ -165,6 +166,22 @@ fn instruments(guest: &dyn Guest) -> impl Iterator<Item = Instruments<'_>> {
 /// The stalls that a guest whose control pages are placed has counted so far.
 pub fn stalls(guest: &dyn Guest) -> StallCounts {
     StallCounts::read(guest.ram(), guest.workload().vcpus)
+}
+
+/// Those that it has counted since.
+pub fn stalls_since(guest: &dyn Guest, before: &StallCounts) -> Distribution {
+    distribution(&stalls(guest).since(before).figures(tsc_hz()))
+}
+
+fn distribution(of: &StallFigures) -> Distribution {
+    Distribution {
+        count: of.count,
+        mean: Some(of.mean),
+        p50: Some(of.p50),
+        p99: Some(of.p99),
+        max: Some(of.max),
+        ..Distribution::default()
+    }
 }
 
 /// Asks each vCPU to stop between two steps, waits for it, and stops the guest.

@@ -62,10 +62,10 @@ impl Report {
         }
         let huge = self.huge_pages.as_ref();
         if let Some(HugePages { blocks, collapsed, refused, failed, .. }) = huge
-            && [collapsed, refused, failed].map(|&count| u128::from(count)).iter().sum::<u128>()
-                > u128::from(*blocks)
+            && let Some(tried) = sum(&[*collapsed, *refused, *failed].map(Some))
+            && tried > u128::from(*blocks)
         {
-            wrong.push(format!("of {blocks} blocks more became huge pages or did not"));
+            wrong.push(format!("{tried} of {blocks} blocks became huge pages or did not"));
         }
         let hops = &self.fault_hops_ns;
         for (name, distribution) in [

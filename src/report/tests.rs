@@ -142,6 +142,38 @@ fn a_whole_report_for_a_person() {
     insta::assert_snapshot!(render(&whole()));
 }
 
+fn huge_pages() -> HugePages {
+    let call_ns = Distribution { count: 520, max: Some(9_100_000), ..Distribution::default() };
+    HugePages {
+        blocks: 512,
+        collapsed: 510,
+        refused: 2,
+        failed: 0,
+        us_to_90_percent: Some(4_410_000),
+        total_us: 4_900_000,
+        call_ns,
+        guest_stall_ns: None,
+        cpu_us: Some(2_600_000),
+    }
+}
+
+#[test]
+fn huge_pages_for_a_person() {
+    let mut report = whole();
+    report.huge_pages = Some(huge_pages());
+    assert_eq!(report.check(), [""; 0]);
+    let text = render(&report);
+    let rows: Vec<&str> = text.lines().skip_while(|row| !row.starts_with("Huge")).collect();
+    assert_eq!(
+        rows[..3],
+        [
+            "Huge pages       510 of 512 blocks, refused 2, 90 % after 4.41 s,",
+            "                 all tried after 4.90 s, processor time 2.60 s",
+            "  a block        520 times, max 9.10 ms",
+        ]
+    );
+}
+
 #[test]
 fn an_aborted_one_for_a_person_says_why_and_hides_control_characters() {
     let reason = "the destination refused the layout: region 1 starts at 0x100000000 there and \
@@ -264,6 +296,9 @@ fn each_broken_invariant_is_named() {
         let wrong = report.check();
         assert!(matches!(&wrong[..], [only] if only.contains(expected)), "{expected}: {wrong:?}");
     }
+    let mut huge = whole();
+    huge.huge_pages = Some(HugePages { failed: 1, ..huge_pages() });
+    assert_eq!(huge.check(), ["513 of 512 blocks became huge pages or did not"]);
     let mut recovered = whole();
     recovered.outcome = Outcome::Recovered;
     recovered.pages.drained = None;

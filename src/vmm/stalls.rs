@@ -7,7 +7,6 @@ use super::clock::ticks_to_ns;
 use super::content::Instruments;
 use super::workload::{STALL_BUCKETS, control, stall_bucket_floor};
 use crate::memory::ram::GuestRam;
-use crate::report::schema::Distribution;
 use serde::{Deserialize, Serialize};
 
 /// Stalls: visits that took longer than a native page fault, all vCPUs together, in
@@ -96,19 +95,6 @@ impl GuestFigures {
         figures.stalls = StallFigures::of(&buckets, sum, max_gap, tsc_hz);
         figures.max_gap_us = ticks_to_ns(max_gap, tsc_hz).div_ceil(1000);
         figures
-    }
-}
-
-impl From<StallFigures> for Distribution {
-    fn from(of: StallFigures) -> Self {
-        Self {
-            count: of.count,
-            mean: Some(of.mean),
-            p50: Some(of.p50),
-            p99: Some(of.p99),
-            max: Some(of.max),
-            ..Self::default()
-        }
     }
 }
 

@@ -119,6 +119,7 @@ const UNSAFE: &[&str] = &[
     "src/fault_server/service.rs",
     "src/memory/dirty_bitmap.rs",
     "src/memory/guarded.rs",
+    "src/memory/huge.rs",
     "src/memory/ram.rs",
     "src/memory/scan.rs",
     "src/memory/segment.rs",
