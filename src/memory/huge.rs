@@ -17,7 +17,7 @@ pub const BLOCK_BYTES: usize = 2 << 20;
 /// The pages of a block.
 const BLOCK_PAGES: u64 = (BLOCK_BYTES / PAGE_SIZE) as u64;
 /// How often memory is mapped anew: another thread may map something in between.
-const TRIES: usize = 4;
+const TRIES: usize = 8;
 
 /// Maps memory where it can have huge pages: each block of the file at a whole multiple of
 /// [`BLOCK_BYTES`]. The kernel sees to that by itself only for some memory without a file
@@ -30,42 +30,61 @@ pub(super) fn map(
 ) -> Result<MmapRegion, MmapRegionError> {
     let offset = file.as_ref().map_or(0, FileOffset::start) as usize;
     let map = || MmapRegion::build(file.clone(), bytes, protection, flags);
-    let mut region = map()?;
-    for _ in 0..TRIES {
-        let start = region.as_ptr() as usize;
-        let beyond = start.wrapping_sub(offset) % BLOCK_BYTES;
-        if bytes < BLOCK_BYTES || beyond == 0 {
-            break;
+    let fits = |region: &MmapRegion| {
+        bytes < BLOCK_BYTES || (region.as_ptr() as usize).wrapping_sub(offset) % BLOCK_BYTES == 0
+    };
+    // Those that do not fit stay until there is one that does: they fill the gaps that the
+    // kernel would choose again.
+    let mut unfit = Vec::new();
+    while unfit.len() < TRIES {
+        let region = map()?;
+        if fits(&region) {
+            return Ok(region);
         }
-        drop(region);
-        // The kernel has taken the end of a gap, and takes it again: it is made to end earlier.
-        let _filler = Filler::new(start + bytes - beyond, beyond);
-        region = map()?;
+        unfit.push(region);
+        let _gap = Gap::new(bytes, offset);
+        let region = map()?;
+        if fits(&region) {
+            return Ok(region);
+        }
+        unfit.push(region);
     }
-    Ok(region)
+    drop(unfit);
+    map()
 }
 
-/// Addresses that nothing else is mapped at.
-struct Filler {
-    start: NonNull<c_void>,
-    bytes: usize,
-}
+/// Free addresses between two pieces that are taken.
+struct Gap([(usize, usize); 2]);
 
-impl Filler {
-    /// `None` if something is there already.
-    fn new(address: usize, bytes: usize) -> Option<Self> {
-        let (at, length) = (NonZero::new(address)?, NonZero::new(bytes)?);
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
-        // SAFETY: it replaces no mapping.
-        let start = unsafe { mmap_anonymous(Some(at), length, ProtFlags::PROT_NONE, flags) };
-        start.ok().map(|start| Self { start, bytes })
+impl Gap {
+    /// One of so many bytes that begins where `offset` can be mapped by a huge page; `None` if
+    /// there is no room.
+    fn new(bytes: usize, offset: usize) -> Option<Self> {
+        let all = NonZero::new(bytes.checked_add(BLOCK_BYTES)?)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping, of which nobody knows.
+        let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }.ok()?;
+        let start = start.as_ptr() as usize;
+        let begin = start + offset.wrapping_sub(start) % BLOCK_BYTES;
+        unmap(begin, bytes);
+        let end = begin + bytes;
+        Some(Self([(start, begin - start), (end, start + all.get() - end)]))
     }
 }
 
-impl Drop for Filler {
+impl Drop for Gap {
     fn drop(&mut self) {
-        // SAFETY: a whole mapping of its own, which nobody has looked into.
-        let _ = unsafe { munmap(self.start, self.bytes) };
+        for (start, bytes) in self.0 {
+            unmap(start, bytes);
+        }
+    }
+}
+
+/// Frees a part of a [`Gap`]'s mapping.
+fn unmap(start: usize, bytes: usize) {
+    if let (Some(start), true) = (NonNull::new(start as *mut c_void), bytes > 0) {
+        // SAFETY: a part of a mapping that the gap made, and nobody has looked into.
+        let _ = unsafe { munmap(start, bytes) };
     }
 }
 

@@ -163,7 +163,7 @@ pub struct HugePages {
     pub us_to_90_percent: Option<u64>,
     /// From the session's end until the last block was tried.
     pub total_us: u64,
-    /// Each call into the kernel, for one block: for so long at most whoever touches the block
+    /// Each call into the kernel, for one block, in some part of which whoever touches the block
     /// waits.
     pub call_ns: Distribution,
     /// Stalls that the guest's own clock saw meanwhile, of whatever cause.

@@ -21,8 +21,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(300);
 /// Between two blocks the thread rests for so much of what the last one took: vCPUs may have to
 /// do what they could not meanwhile, and no core is without a break.
 const REST: f64 = 0.5;
-/// But not for longer.
-const REST_MAX: Duration = Duration::from_millis(50);
+/// But not for longer: where cores are busy, others have had theirs while the call went on.
+const REST_MAX: Duration = Duration::from_millis(3);
 
 /// Huge pages being made of a guest's memory. It goes on by itself, dropped or not, for as long as
 /// somebody else holds the memory.
