@@ -31,7 +31,8 @@ pub(super) fn map(
     let offset = file.as_ref().map_or(0, FileOffset::start) as usize;
     let map = || MmapRegion::build(file.clone(), bytes, protection, flags);
     let fits = |region: &MmapRegion| {
-        bytes < BLOCK_BYTES || (region.as_ptr() as usize).wrapping_sub(offset) % BLOCK_BYTES == 0
+        let start = region.as_ptr() as usize;
+        bytes < BLOCK_BYTES || start.wrapping_sub(offset).is_multiple_of(BLOCK_BYTES)
     };
     // Those that do not fit stay until there is one that does: they fill the gaps that the
     // kernel would choose again.
