@@ -27,8 +27,10 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// How far one question to the kernel goes.
+/// How far one question to the kernel goes at most.
 const STEP_PAGES: u64 = 512;
+/// And how far the first one about an extent of data goes.
+const ASK_PAGES: u64 = 8;
 
 /// Why a page is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +68,9 @@ pub struct ZeroScan {
     next: u64,
     /// The end of the extent of data that `next` is in; nothing is known behind it.
     data_end: u64,
+    /// How much data is asked for next: more where there was as much, since what is asked of
+    /// pages that are not there costs the kernel a search for each.
+    ask: u64,
 }
 
 impl Holes {
@@ -110,7 +115,7 @@ impl Holes {
             return Ok(start..data_end);
         }
         let Some(pagemap) = &self.pagemap else { return Ok(page..end) };
-        let start = touched(pagemap, segment, page, most, true)?;
+        let start = touched(pagemap, segment, page, STEP_PAGES, true)?;
         let data_end =
             if start < end { touched(pagemap, segment, start, most, false)? } else { end };
         Ok(start..data_end)
@@ -125,7 +130,7 @@ impl ZeroScan {
     pub fn new(ram: Arc<GuestRam>) -> Result<Self, ScanError> {
         let guarded =
             Guarded::new().map_err(|source| ScanError { at: PageIndex::new(0), source })?;
-        Ok(Self { holes: Holes::new(ram)?, guarded, next: 0, data_end: 0 })
+        Ok(Self { holes: Holes::new(ram)?, guarded, next: 0, data_end: 0, ask: ASK_PAGES })
     }
 
     /// The next zero pages, in rising order, neighbours of a kind as one run.
@@ -143,7 +148,9 @@ impl ZeroScan {
         while self.next < pages && budget > 0 {
             if self.next == self.data_end {
                 budget -= 1;
-                let data = self.holes.look(self.next, STEP_PAGES)?;
+                let data = self.holes.look(self.next, self.ask)?;
+                let whole = data.end - data.start >= self.ask;
+                self.ask = if whole { (2 * self.ask).min(STEP_PAGES) } else { ASK_PAGES };
                 push(&mut found, self.next, data.start, Kind::Hole);
                 (self.next, self.data_end) = (data.start, data.end);
                 continue;
@@ -318,7 +325,7 @@ mod tests {
             assert_eq!(part(100, 10), (100..110, false));
             assert_eq!(part(104, 60), (104..110, false));
             assert_eq!(part(104, 2), (104..106, false));
-            // Anonymous memory is asked no further than the run goes.
+            // Of anonymous memory a hole's end is not always found at once.
             let (hole, is_hole) = part(90, 4);
             assert!(is_hole && hole.start == 90 && (94..=100).contains(&hole.end), "{hole:?}");
             let (hole, is_hole) = part(110, 64);

@@ -247,6 +247,10 @@ impl DestinationLedger {
         change_each_word(run, |run| {
             let (before, after) =
                 self.states.change(run, |state| state.mark_zero().unwrap_or(state));
+            let refused = before.any(run, |state| state.mark_zero().is_err());
+            if !refused && !after.any(run, |state| state.placing) {
+                return;
+            }
             for (page, before) in before.pages(run) {
                 if let Err(refusal) = before.mark_zero() {
                     self.refused(refusal);
@@ -395,11 +399,10 @@ impl DestinationLedger {
             return Err(Unfinished { missing, in_hand });
         }
         // The counters say yes; the states have the last word.
-        let mut left = Unfinished { missing: 0, in_hand: 0 };
-        self.states.each(|_, state| {
-            left.missing += u64::from(!state.is_settled());
-            left.in_hand += u64::from(state.placing);
-        });
+        let left = Unfinished {
+            missing: self.states.count(|state| !state.is_settled()),
+            in_hand: self.states.count(|state| state.placing),
+        };
         match left {
             Unfinished { missing: 0, in_hand: 0 } => Ok(Drained { counts: self.counts() }),
             left => Err(left),

@@ -40,12 +40,25 @@ impl StateTable {
 
     /// Shows every page in rising order, each word as it is at one time.
     pub(super) fn each(&self, mut see: impl FnMut(PageIndex, PageState)) {
-        let mut first = 0;
-        while first < self.pages {
-            let word = self.load(first);
-            let end = word_end(first).min(self.pages);
-            (first..end).map(PageIndex::new).for_each(|page| see(page, word.get(page)));
-            first = end;
+        self.each_word(|run, word| word.pages(run).for_each(|(page, state)| see(page, state)));
+    }
+
+    /// How many pages are in such a state, each word as it is at one time.
+    pub(super) fn count(&self, wanted: impl Fn(PageState) -> bool) -> u64 {
+        let mut count = 0;
+        self.each_word(|run, word| {
+            count += match word.uniform() {
+                Some(state) => u64::from(wanted(state)) * run.count(),
+                None => word.pages(run).filter(|(_, state)| wanted(*state)).count() as u64,
+            };
+        });
+        count
+    }
+
+    /// Shows every word in rising order, and which pages it is of.
+    fn each_word(&self, mut see: impl FnMut(PageRun, StateWord)) {
+        if let Some(all) = PageRun::new(PageIndex::new(0), self.pages) {
+            change_each_word(all, |run| see(run, self.load(run.first().get())));
         }
     }
 
@@ -69,14 +82,17 @@ impl StateTable {
     }
 
     /// Changes the states of `run`, which lies in one word, at once. `next` may
-    /// be called several times for a page; the last time counts. Returns the
-    /// word before and after.
+    /// be called several times for a page, of which the last time counts, or once for pages
+    /// that are alike. Returns the word before and after.
     pub(super) fn change(
         &self,
         run: PageRun,
         mut next: impl FnMut(PageState) -> PageState,
     ) -> (StateWord, StateWord) {
         self.change_word(run.first().get(), |before| {
+            if let (WORD_PAGES, Some(state)) = (run.count(), before.uniform()) {
+                return StateWord::all(next(state));
+            }
             let mut after = before;
             for (page, state) in before.pages(run) {
                 after.set(page, next(state));
@@ -132,6 +148,9 @@ impl StateTable {
 pub(super) struct StateWord(u64);
 
 impl StateWord {
+    /// The lowest bit of each state.
+    const EACH: u64 = u64::MAX / PageState::MASK;
+
     pub(super) fn get(self, page: PageIndex) -> PageState {
         PageState::from_bits(self.0 >> Self::shift(page))
     }
@@ -139,6 +158,25 @@ impl StateWord {
     pub(super) fn set(&mut self, page: PageIndex, state: PageState) {
         self.0 &= !(PageState::MASK << Self::shift(page));
         self.0 |= state.bits() << Self::shift(page);
+    }
+
+    /// That of pages which are all in this state.
+    fn all(state: PageState) -> Self {
+        Self(state.bits() * Self::EACH)
+    }
+
+    /// The state of all its pages, if they are alike, as in memory with much of one kind.
+    fn uniform(self) -> Option<PageState> {
+        let first = self.0 & PageState::MASK;
+        (self.0 == first * Self::EACH).then(|| PageState::from_bits(first))
+    }
+
+    /// Whether a page of `run`, which lies in this word, is in such a state.
+    pub(super) fn any(self, run: PageRun, wanted: impl Fn(PageState) -> bool) -> bool {
+        match self.uniform() {
+            Some(state) => wanted(state),
+            None => self.pages(run).any(|(_, state)| wanted(state)),
+        }
     }
 
     /// The states of `run`, which lies in this word.
@@ -153,6 +191,9 @@ impl StateWord {
     }
 
     fn count(self, wanted: impl Fn(PageState) -> bool) -> u64 {
+        if let Some(state) = self.uniform() {
+            return u64::from(wanted(state)) * WORD_PAGES;
+        }
         let pages = (0..WORD_PAGES).map(PageIndex::new);
         pages.filter(|page| wanted(self.get(*page))).count() as u64
     }
