@@ -367,18 +367,18 @@ impl DestinationLedger {
             placed_twice: self.placed_twice.load(Ordering::Acquire),
             ..DestinationCounts::default()
         };
-        self.states.each(|_, state| {
-            counts.in_hand += u64::from(state.placing);
+        self.states.each_stretch(|state, pages| {
+            counts.in_hand += u64::from(state.placing) * pages;
             match state.kind {
-                Kind::Missing | Kind::Stale => counts.missing += 1,
+                Kind::Missing | Kind::Stale => counts.missing += pages,
                 Kind::Requested | Kind::StaleRequested => {
-                    counts.missing += 1;
-                    counts.requested += 1;
+                    counts.missing += pages;
+                    counts.requested += pages;
                 }
-                Kind::Zero | Kind::StaleZero => counts.zero += 1,
-                Kind::Placed => counts.placed += 1,
-                Kind::Removed => counts.removed += 1,
-                Kind::Poisoned => counts.poisoned += 1,
+                Kind::Zero | Kind::StaleZero => counts.zero += pages,
+                Kind::Placed => counts.placed += pages,
+                Kind::Removed => counts.removed += pages,
+                Kind::Poisoned => counts.poisoned += pages,
             }
         });
         counts
@@ -399,13 +399,10 @@ impl DestinationLedger {
             return Err(Unfinished { missing, in_hand });
         }
         // The counters say yes; the states have the last word.
-        let left = Unfinished {
-            missing: self.states.count(|state| !state.is_settled()),
-            in_hand: self.states.count(|state| state.placing),
-        };
-        match left {
-            Unfinished { missing: 0, in_hand: 0 } => Ok(Drained { counts: self.counts() }),
-            left => Err(left),
+        let counts = self.counts();
+        match counts {
+            DestinationCounts { missing: 0, in_hand: 0, .. } => Ok(Drained { counts }),
+            DestinationCounts { missing, in_hand, .. } => Err(Unfinished { missing, in_hand }),
         }
     }
 

@@ -43,16 +43,13 @@ impl StateTable {
         self.each_word(|run, word| word.pages(run).for_each(|(page, state)| see(page, state)));
     }
 
-    /// How many pages are in such a state, each word as it is at one time.
-    pub(super) fn count(&self, wanted: impl Fn(PageState) -> bool) -> u64 {
-        let mut count = 0;
-        self.each_word(|run, word| {
-            count += match word.uniform() {
-                Some(state) => u64::from(wanted(state)) * run.count(),
-                None => word.pages(run).filter(|(_, state)| wanted(*state)).count() as u64,
-            };
+    /// Shows the state of every page, and of how many neighbours at once if they are alike, each
+    /// word as it is at one time.
+    pub(super) fn each_stretch(&self, mut see: impl FnMut(PageState, u64)) {
+        self.each_word(|run, word| match word.uniform() {
+            Some(state) => see(state, run.count()),
+            None => word.pages(run).for_each(|(_, state)| see(state, 1)),
         });
-        count
     }
 
     /// Shows every word in rising order, and which pages it is of.
