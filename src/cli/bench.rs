@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Runs every combination of what is listed, several times and interleaved, each as a
 /// migration between processes of its own that is verified, and beside them floors: what this
@@ -228,13 +228,22 @@ fn new_folder() -> PathBuf {
 
 /// The first interrupt ends the benchmark with what it has; a second one at once.
 fn stop_on_interrupt(stop: Arc<AtomicBool>) {
-    let handler = move || {
-        if stop.swap(true, Ordering::SeqCst) {
+    /// What comes so soon is the same interrupt: timeout(1) sends it to the process and to its
+    /// group.
+    const SAME: Duration = Duration::from_millis(300);
+    let mut first: Option<Instant> = None;
+    let handler = move || match first {
+        None => {
+            first = Some(Instant::now());
+            stop.store(true, Ordering::SeqCst);
+            complain("postcopy", "interrupted; what is finished is kept");
+        }
+        Some(at) if at.elapsed() < SAME => {}
+        Some(_) => {
             complain("postcopy", "interrupted twice");
             output::farewell();
             std::process::exit(130);
         }
-        complain("postcopy", "interrupted; what is finished is kept");
     };
     if let Err(error) = ctrlc::set_handler(handler) {
         complain("postcopy", &format!("interrupts are not handled: {error}"));
