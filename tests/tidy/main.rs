@@ -61,7 +61,17 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "bench",
-        modules: &["engine", "memory", "program", "proto", "report", "trial", "uffd", "vmm"],
+        modules: &[
+            "engine",
+            "memory",
+            "program",
+            "proto",
+            "report",
+            "transport",
+            "trial",
+            "uffd",
+            "vmm",
+        ],
         crates: None,
     },
     Layer {
