@@ -83,7 +83,7 @@ fn content(page: u64) -> [u8; PAGE_SIZE] {
     let words = content.as_chunks_mut::<8>().0;
     for (number, word) in (page * 512 + 1..).zip(words) {
         let mixed = number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        *word = (mixed ^ mixed >> 29).to_le_bytes();
+        *word = (mixed ^ (mixed >> 29)).to_le_bytes();
     }
     content
 }
@@ -112,6 +112,6 @@ impl FromStr for Shape {
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sparse = if self.is_sparse() { ":sparse" } else { "" };
-        write!(f, "{}MiB{sparse}", self.pages * PAGE_SIZE as u64 >> 20)
+        write!(f, "{}MiB{sparse}", (self.pages * PAGE_SIZE as u64) >> 20)
     }
 }
