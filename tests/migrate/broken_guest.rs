@@ -116,7 +116,7 @@ fn a_bad_state_of_a_process_is_refused_and_the_guest_runs_on() {
             (|state| state.push(0), "1 bytes follow the state"),
             (|state| state[20] ^= 1, "the state's checksum is"),
             (|state| *state.last_mut().expect("a state") ^= 0x80, "the state's checksum is"),
-            (|state| state[VERSION] = 2, "the state has version 2; version 1 is understood"),
+            (|state| state[VERSION] = 1, "the state has version 1; version 2 is understood"),
             (|state| state[ARCHITECTURE] = 183, "the state is of architecture 183"),
             (|state| state[0] = b'Q', "the bytes are not the state of a process guest"),
             (
