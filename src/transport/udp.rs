@@ -7,6 +7,7 @@
 //! there were buffers for are taken to be all. Of ten system calls for a network fault at the
 //! destination, and seven at the source, that was five.
 
+use nix::libc;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::io::{self, ErrorKind, IoSliceMut};
@@ -74,6 +75,12 @@ impl AsyncUdpSocket for ReadyToRead {
                     return Poll::Ready(Ok(count));
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => ready.clear_ready(),
+                // No memory to put a datagram into: it is lost, like one on the way. An error
+                // would end the endpoint, and with it every way to come back.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::ENOMEM)) => {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
