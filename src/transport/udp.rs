@@ -184,6 +184,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_datagram_that_there_is_no_memory_for_is_lost_and_no_other() {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+        use std::num::NonZero;
+        let (to, from) = (socket(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        let (bytes, flags) = (NonZero::new(4096).unwrap(), MapFlags::MAP_PRIVATE);
+        // SAFETY: a new mapping. Nobody reads or writes it, not even the kernel: it cannot.
+        let nowhere = unsafe {
+            let start = mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags).unwrap();
+            std::slice::from_raw_parts_mut(start.cast::<u8>().as_ptr(), bytes.get())
+        };
+        from.send_to(b"lost", to.local_addr().unwrap()).unwrap();
+        drop(to.socket.readable().await.unwrap());
+        let mut meta = [RecvMeta::default()];
+        let polled = poll_fn(|cx| {
+            let mut into = [IoSliceMut::new(nowhere)];
+            Poll::Ready(to.poll_recv(cx, &mut into, &mut meta))
+        });
+        assert!(polled.await.is_pending(), "it is no error");
+        from.send_to(b"a page", to.local_addr().unwrap()).unwrap();
+        let mut bytes = [0; 100];
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        poll_fn(|cx| to.poll_recv(cx, &mut into, &mut meta)).await.unwrap();
+        assert_eq!((meta[0].len, &bytes[..6]), (6, &b"a page"[..]));
+    }
+
+    #[tokio::test]
     async fn room_is_waited_for_only_where_there_was_none() {
         let socket = socket();
         let mut room = Room { socket: socket.clone(), awaited: None };
