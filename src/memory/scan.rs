@@ -199,6 +199,10 @@ fn data_in_file(segment: &Segment, page: u64) -> Result<Option<u64>, ScanError> 
 /// is not resident may be a hole or swapped out; `SEEK_DATA` tells, and is asked next.
 fn resident_until(segment: &Segment, page: u64, most: u64) -> Result<u64, ScanError> {
     let count = (segment.run().end() - page).min(most) as usize;
+    if count == 1 {
+        // As for a page that is demanded: nothing is left to ask.
+        return Ok(page + 1);
+    }
     let mut resident = [0u8; STEP_PAGES as usize];
     let start = segment.address_of(PageIndex::new(page));
     // SAFETY: the range is mapped, and there is a byte for each of its pages.
