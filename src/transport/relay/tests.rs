@@ -40,15 +40,19 @@ fn drain(socket: &UdpSocket) -> Vec<(u64, usize, Instant)> {
     received
 }
 
-/// Payload bits per second from the first to the last datagram through a gigabit
-/// link that gets a quarter more than it carries.
-fn measure_throughput() -> f64 {
-    let (relay, client, target) =
-        link(RelayConfig { bandwidth_bps: Some(1_000_000_000), ..RelayConfig::default() });
+/// A gigabit link whose queue holds `queue`, that gets a quarter more than it carries: the share
+/// of the link that was used between the first datagram's sending and the last one's receipt.
+fn measure_share(queue: Duration) -> (f64, RelayStats) {
+    const BPS: u64 = 1_000_000_000;
+    let (relay, client, target) = link(RelayConfig {
+        bandwidth_bps: Some(BPS),
+        queue: QueueLimit::Time(queue),
+        ..RelayConfig::default()
+    });
     let receiver = std::thread::spawn(move || drain(&target));
     let start = Instant::now();
     let mut sent = 0;
-    while start.elapsed() < Duration::from_millis(700) {
+    while start.elapsed() < Duration::from_millis(500) {
         // Datagrams that should have gone out by now at 1.25 Gbit/s.
         let due = start.elapsed().as_nanos() as u64 * 125 / 800 / PAYLOAD as u64;
         while sent < due {
@@ -59,30 +63,40 @@ fn measure_throughput() -> f64 {
     }
     let received = receiver.join().unwrap();
     assert!(received.windows(2).all(|pair| pair[0].0 < pair[1].0), "order is kept");
-    let stats = relay.stats().to_target;
-    assert_eq!(stats.forwarded, received.len() as u64);
-    assert_eq!(stats.forwarded + stats.dropped(), sent);
-    assert!(stats.dropped_queue > 0, "the queue was never full: {stats:?}");
-    let (first, last) = (received[0].2, received[received.len() - 1].2);
-    let bits: usize = received[1..].iter().map(|(_, length, _)| length * 8).sum();
-    bits as f64 / (last - first).as_secs_f64()
+    let stats = relay.stats();
+    assert_eq!(stats.to_target.forwarded, received.len() as u64);
+    assert_eq!(stats.to_target.forwarded + stats.to_target.dropped(), sent);
+    let bits = stats.to_target.forwarded * (PAYLOAD as u64 + 28) * 8;
+    let took = received[received.len() - 1].2 - start;
+    (bits as f64 / BPS as f64 / took.as_secs_f64(), stats)
 }
 
 #[test]
 fn a_gigabit_link_carries_a_gigabit_and_not_more() {
     let _watchdog = Watchdog::seconds(30);
-    // The sender or the receiver may want for a core: the best of five counts.
-    // None may be above the link, but for moments of receiving, which are not the relay's.
+    // A queue that holds all of it keeps the link busy while the sender wants for a core, and
+    // none is received before it has been sent: on a busy machine the share is smaller, and
+    // never larger. What is left for cores to spoil is the very end: the best of five counts.
     let mut best: f64 = 0.0;
     for _ in 0..5 {
-        let measured = measure_throughput();
-        assert!(measured < 1.005e9, "{measured} bit/s is more than the link has");
-        best = best.max(measured);
-        if best >= 0.95e9 {
+        let (share, stats) = measure_share(Duration::from_secs(1));
+        assert_eq!(stats.to_target.dropped(), 0);
+        // Each datagram may be 20 us early, by design.
+        assert!(share < 1.0001, "{share} of the link");
+        best = best.max(share);
+        if best >= 0.95 {
             return;
         }
     }
-    panic!("at best {best} bit/s of a gigabit");
+    panic!("at best {best} of a gigabit");
+}
+
+#[test]
+fn a_short_queue_drops_what_the_link_does_not_carry() {
+    let _watchdog = Watchdog::seconds(30);
+    let (share, stats) = measure_share(Duration::from_millis(20));
+    assert!(share < 1.0001, "{share} of the link");
+    assert!(stats.to_target.dropped_queue > 0, "the queue was never full: {stats:?}");
 }
 
 #[test]
@@ -96,23 +110,31 @@ fn the_round_trip_is_as_configured() {
             target.send_to(&buffer[..length], from).unwrap();
         }
     });
-    let mut measured: Vec<Duration> = (0..100)
-        .map(|number| {
-            let since = Instant::now();
-            client.send(&numbered(number, 64)).unwrap();
-            let mut answer = [0; 64];
-            assert_eq!(client.recv(&mut answer).unwrap(), 64);
-            assert_eq!(answer.to_vec(), numbered(number, 64));
-            since.elapsed()
-        })
-        .collect();
-    echo.join().unwrap();
-    measured.sort();
-    // A little early is by design (20 us each way); late only as busy cores make it,
-    // so the lower quartile is held to the limit.
-    assert!(measured[0] >= rtt - Duration::from_micros(50), "{:?}", measured[0]);
+    let measure = || {
+        let mut measured: Vec<Duration> = (0..100)
+            .map(|number| {
+                let since = Instant::now();
+                client.send(&numbered(number, 64)).unwrap();
+                let mut answer = [0; 64];
+                assert_eq!(client.recv(&mut answer).unwrap(), 64);
+                assert_eq!(answer.to_vec(), numbered(number, 64));
+                since.elapsed()
+            })
+            .collect();
+        measured.sort();
+        measured
+    };
+    // A little early is by design (20 us each way); late only as busy cores make it, so that
+    // it is the lower quartile that is held to the limit, in the best of five turns.
     let limit = rtt + rtt / 10 + Duration::from_micros(150);
-    assert!(measured[25] <= limit, "{:?} of {limit:?}", measured[25]);
+    let mut quartiles = Vec::new();
+    while quartiles.len() < 5 && quartiles.last().is_none_or(|last| *last > limit) {
+        let measured = measure();
+        assert!(measured[0] >= rtt - Duration::from_micros(50), "{:?}", measured[0]);
+        quartiles.push(measured[25]);
+    }
+    assert!(quartiles.last().is_some_and(|last| *last <= limit), "{quartiles:?} of {limit:?}");
+    echo.join().unwrap();
 }
 
 #[test]
