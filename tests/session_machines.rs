@@ -11,13 +11,14 @@
 use postcopy::proto::destination::{DestinationAction, DestinationEvent, DestinationSession};
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::message::{
-    CommitRecord, Hello, Mismatch, SessionId, ToDestination, ToSource, encode,
+    CommitRecord, FEATURE_COPY, Hello, Mismatch, SessionId, ToDestination, ToSource, encode,
 };
 use postcopy::proto::operator::{Command, Risk, Whereabouts};
 use postcopy::proto::placed::{PART_PAGES, PlacedMessages};
 use postcopy::proto::source::{
     RESERVING_PER_GIB, SessionLimits, SourceAction, SourceEvent, SourceSession,
 };
+use postcopy::proto::switchover::{Mode, RoundSoFar, SwitchoverConfig};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -49,6 +50,7 @@ fn to_destination(message: &ToDestination) -> String {
             format!("Reattach(epoch {epoch}, committed {committed:?})")
         }
         ToDestination::Abort { .. } => "Abort".into(),
+        ToDestination::Valid { last, .. } => format!("Valid(last {last})"),
         other => format!("{other:?}"),
     }
 }
@@ -193,6 +195,56 @@ mod source {
         ]
     }
 
+    /// Half of the pages are stale, and were sent in a second.
+    fn looked() -> SourceEvent {
+        SourceEvent::Looked(RoundSoFar {
+            sent: PAGES,
+            unsent: 0,
+            written: PAGES / 2,
+            stale: PAGES / 2,
+            took: Duration::from_secs(1),
+        })
+    }
+
+    fn landed(pages: u64) -> SourceEvent {
+        said(ToSource::Landed { pages })
+    }
+
+    /// The states of a session that copies before the guest moves, in two rounds; and of one
+    /// that copies in the pause.
+    fn copying_paths() -> Vec<(&'static str, Mode, Vec<SourceEvent>)> {
+        use SourceEvent::{DirtyLogStarted, LinkUp, Paused, RoundSent, Timer};
+        let and = |path: &[SourceEvent], more: &[SourceEvent]| [path, more].concat();
+        let log = vec![LinkUp, accept()];
+        let sending = and(&log, &[DirtyLogStarted]);
+        let landing = and(&sending, &[RoundSent { pages: 5 }]);
+        let looking = and(&landing, &[landed(5)]);
+        let second = and(&looking, &[looked()]);
+        let last = and(&second, &[RoundSent { pages: 7 }, landed(7), looked()]);
+        let rest = vec![LinkUp, accept(), Paused];
+        vec![
+            ("Copying, log", Mode::Hybrid, log),
+            ("Copying, sending", Mode::Hybrid, sending.clone()),
+            ("Copying, sending, looked at", Mode::Hybrid, and(&sending, &[Timer])),
+            ("Copying, landing", Mode::Hybrid, landing.clone()),
+            ("Copying, landing, looked at", Mode::Hybrid, {
+                and(&sending, &[Timer, RoundSent { pages: 5 }])
+            }),
+            ("Copying, looking", Mode::Hybrid, looking),
+            ("Copying, second round", Mode::Hybrid, second),
+            ("Pausing, all rounds over", Mode::Hybrid, last.clone()),
+            ("Blackout, after rounds", Mode::Hybrid, and(&last, &[Paused])),
+            ("CopyingRest, sending", Mode::StopAndCopy, rest.clone()),
+            ("CopyingRest, landing", Mode::StopAndCopy, and(&rest, &[RoundSent { pages: 5 }])),
+        ]
+    }
+
+    /// All states: how they are reached.
+    fn all_paths() -> Vec<(&'static str, Mode, Vec<SourceEvent>)> {
+        let plain = paths().into_iter().map(|(name, path)| (name, Mode::PostCopy, path));
+        plain.chain(copying_paths()).collect()
+    }
+
     fn events() -> Vec<(&'static str, SourceEvent)> {
         vec![
             ("LinkUp", SourceEvent::LinkUp),
@@ -200,6 +252,10 @@ mod source {
             ("Violation", SourceEvent::Violation("nonsense".into())),
             ("Paused", SourceEvent::Paused),
             ("PauseFailed", SourceEvent::PauseFailed("no".into())),
+            ("DirtyLogStarted", SourceEvent::DirtyLogStarted),
+            ("DirtyLogFailed", SourceEvent::DirtyLogFailed("no".into())),
+            ("RoundSent", SourceEvent::RoundSent { pages: 5 }),
+            ("Looked", looked()),
             ("StateSent", SourceEvent::StateSent),
             ("CommitWord(true)", SourceEvent::CommitWord(true)),
             ("CommitWord(false)", SourceEvent::CommitWord(false)),
@@ -230,13 +286,23 @@ mod source {
             ("said Abort", said(ToSource::Abort { reason: "no".into() })),
             ("said Pong", said(ToSource::Pong(1))),
             ("said Lost", gone()),
+            ("said Landed", landed(5)),
+            ("said Landed, other pages", landed(4)),
         ]
     }
 
     fn arrive(path: &[SourceEvent]) -> SourceSession {
-        let mut machine = SourceSession::new(hello(), SessionLimits::default(), NOW);
+        arrive_in(Mode::PostCopy, path)
+    }
+
+    fn arrive_in(mode: Mode, path: &[SourceEvent]) -> SourceSession {
+        let config = SwitchoverConfig { mode, rounds: 2, ..SwitchoverConfig::default() };
+        let machine = SourceSession::new(hello(), SessionLimits::default(), NOW);
+        let mut machine = machine.with_switchover(config);
         for event in path {
-            machine.handle(NOW, event.clone());
+            let timer = matches!(event, SourceEvent::Timer);
+            let now = machine.timeout().filter(|_| timer).unwrap_or(NOW);
+            machine.handle(now, event.clone());
         }
         while machine.poll_action().is_some() {}
         machine
@@ -245,13 +311,13 @@ mod source {
     #[test]
     fn every_state_and_event() {
         let mut table = String::new();
-        for (name, path) in paths() {
-            let machine = arrive(&path);
+        for (name, mode, path) in all_paths() {
+            let machine = arrive_in(mode, &path);
             let state = format!("{:?}", machine.state());
             assert!(name.starts_with(&state), "the path to {name} leads to {state}");
             writeln!(table, "{name}{}", until(machine.timeout(), NOW)).unwrap();
             for (label, event) in events() {
-                let mut machine = arrive(&path);
+                let mut machine = arrive_in(mode, &path);
                 // A timer goes off when it is due; where none is set, it is an echo.
                 let timer = matches!(event, SourceEvent::Timer);
                 let now = machine.timeout().filter(|_| timer).unwrap_or(NOW);
@@ -273,10 +339,10 @@ mod source {
             (Command::GiveUp, SourceEvent::GiveUp("operator".into())),
             (Command::TakeBack, SourceEvent::TakeBack),
         ];
-        for (name, path) in paths() {
-            writeln!(table, "{name}: {:?}", arrive(&path).whereabouts()).unwrap();
+        for (name, mode, path) in all_paths() {
+            writeln!(table, "{name}: {:?}", arrive_in(mode, &path).whereabouts()).unwrap();
             for (command, event) in &commands {
-                let mut machine = arrive(&path);
+                let mut machine = arrive_in(mode, &path);
                 let told = machine.consequence(*command);
                 // Where the guest may be elsewhere, only what is acknowledged ends the session.
                 let doubt = matches!(
@@ -321,9 +387,42 @@ mod source {
     }
 
     #[test]
+    fn a_round_that_is_not_worth_it_is_cut_short_and_the_guest_moves() {
+        use SourceEvent::{DirtyLogStarted, LinkUp, Looked, RoundSent, Timer};
+        let mut machine = arrive_in(Mode::Auto, &[LinkUp, accept(), DirtyLogStarted]);
+        // By and by all is written, as fast as it is sent.
+        for tenth in 1..=2 {
+            let now = machine.timeout().unwrap();
+            machine.handle(now, Timer);
+            assert_eq!(drain(&mut machine), ["LookAtRound"]);
+            let sent = tenth * PAGES / 6;
+            machine.handle(
+                now,
+                Looked(RoundSoFar {
+                    sent,
+                    unsent: PAGES - 2 * sent,
+                    written: sent,
+                    stale: PAGES - sent,
+                    took: Duration::from_millis(100) * tenth as u32,
+                }),
+            );
+        }
+        assert_eq!(drain(&mut machine), ["CutRound"]);
+        // Once is enough, whatever else is seen of it.
+        machine.handle(NOW, looked());
+        assert!(drain(&mut machine).is_empty());
+        machine.handle(NOW, RoundSent { pages: 5 });
+        machine.handle(NOW, landed(5));
+        drain(&mut machine);
+        machine.handle(NOW, looked());
+        assert_eq!(drain(&mut machine), ["PauseGuest"]);
+        assert_eq!(machine.planner().unwrap().moved(), Mode::Hybrid);
+    }
+
+    #[test]
     fn a_timer_before_its_time_does_nothing() {
-        for (name, path) in paths() {
-            let mut machine = arrive(&path);
+        for (name, mode, path) in all_paths() {
+            let mut machine = arrive_in(mode, &path);
             let before = (machine.state(), machine.timeout());
             machine.handle(NOW, SourceEvent::Timer);
             assert_eq!((machine.state(), machine.timeout()), before, "{name}");
@@ -482,6 +581,12 @@ mod destination {
         said(ToDestination::Abort { reason: "no".into() })
     }
 
+    /// Parts of the set of valid pages, which has none.
+    fn valid(parts: u64, last: bool) -> DestinationEvent {
+        let part = PlacedMessages::new(PAGES).next(parts, |_, _| {}).unwrap();
+        said(ToDestination::Valid { part, last })
+    }
+
     fn paths() -> Vec<(&'static str, Vec<DestinationEvent>)> {
         use DestinationEvent::{Entered, Prepared, Restored};
         let preparing = vec![said(ToDestination::Hello(hello()))];
@@ -493,6 +598,8 @@ mod destination {
         let filled = [running.clone(), vec![full()]].concat();
         let and = |path: &[DestinationEvent], more: &[DestinationEvent]| [path, more].concat();
         let released = said(ToDestination::Released);
+        let copies = Hello { features: FEATURE_COPY, ..hello() };
+        let copying = vec![said(ToDestination::Hello(copies)), Prepared];
         vec![
             ("Waiting", vec![]),
             ("Preparing", preparing),
@@ -513,6 +620,9 @@ mod destination {
             ("Failed", and(&running, &[lost(), failed()])),
             ("Failed in doubt", and(&in_doubt, &[lost(), failed()])),
             ("Over", vec![abort()]),
+            ("Agreed, pages come", copying.clone()),
+            ("Agreed, half of what is valid told", and(&copying, &[valid(1, false)])),
+            ("Agreed, all that is valid told", and(&copying, &[valid(2, true)])),
         ]
     }
 
@@ -542,6 +652,11 @@ mod destination {
             ("said Released", said(ToDestination::Released)),
             ("said Abort", abort()),
             ("said Ping", said(ToDestination::Ping(1))),
+            ("Landed", DestinationEvent::Landed { pages: 5 }),
+            ("said Copied", said(ToDestination::Copied { pages: 5 })),
+            ("said Valid, more to come", valid(1, false)),
+            ("said Valid, all", valid(2, true)),
+            ("said Valid, half as all", valid(1, true)),
         ]
     }
 

@@ -71,6 +71,7 @@ fn a_source_that_is_cancelled_while_nobody_answers_ends_at_once() {
         policy: PolicyKind::Bubbling,
         pivots: None,
         drain_after: None,
+        switchover: Default::default(),
         machine: "none".into(),
         guest: Vec::new(),
         vcpus: 1,

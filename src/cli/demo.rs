@@ -4,7 +4,7 @@ use super::cut::{self, Cut, Made};
 use super::guest_args::GuestArgs;
 use anyhow::anyhow;
 use clap::Args;
-use postcopy::fault_server::arguments::PolicyArgs;
+use postcopy::fault_server::arguments::{PolicyArgs, SwitchoverArgs};
 use postcopy::program::exit::{both, write_report};
 use postcopy::program::output;
 use postcopy::program::units::{parse_rate, parse_share, parse_time};
@@ -25,6 +25,8 @@ pub struct Demo {
     guest: GuestArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    switchover: SwitchoverArgs,
     /// What the guest's memory is made of at the destination.
     #[arg(long, value_enum, default_value = "memfd-continue")]
     backing: DestinationBacking,
@@ -89,7 +91,7 @@ impl Demo {
     fn trial(&self) -> Trial {
         Trial {
             guest: self.guest.to_arguments(self.guest.kind()),
-            policy: self.policy.to_arguments(),
+            policy: [self.policy.to_arguments(), self.switchover.to_arguments()].concat(),
             destination: self.guest.workload.destination_arguments(),
             backing: self.backing,
             huge_pages: self.huge_pages,

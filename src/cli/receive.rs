@@ -304,6 +304,13 @@ fn whole_report(
         workload: None,
     };
     let link = Link { encrypted: true, ..Link::default() };
-    let heading = Heading { outcome, reason, mode: Mode::PostCopy, policy: None, guest, link };
+    // Of the modes that copy before, this side knows only what is left when they have.
+    let mode = match part.pages.precopied {
+        None => Mode::PostCopy,
+        copied if copied == part.pages.total => Mode::PreCopy,
+        Some(_) => Mode::Hybrid,
+    };
+    let (policy, switchover) = (None, None);
+    let heading = Heading { outcome, reason, mode, policy, guest, link, switchover };
     Report::of_destination(heading, part)
 }

@@ -7,6 +7,7 @@ use crate::attach::commit_word::{CommitWord, Committed, Decision};
 use crate::attach::message::Status;
 use crate::attach::socket::SocketError;
 use crate::failpoint::failpoint;
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -154,6 +155,17 @@ impl SourceVm for AttachedVmm {
         if let Err(error) = reset {
             tracing::warn!(%error, "the guest's own figures include time before the migration");
         }
+    }
+
+    fn start_dirty_log(&mut self) -> Result<Arc<DirtyBitmap>, VmError> {
+        failpoint!("source::before_dirty_log", return Err("a failpoint".into()));
+        Ok(self.attached()?.start_dirty_log()?.bitmap)
+    }
+
+    fn dirty_round(&mut self) -> Result<(), VmError> {
+        failpoint!("source::before_dirty_round", return Err("a failpoint".into()));
+        self.attached()?.dirty_round()?;
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<Captured, VmError> {

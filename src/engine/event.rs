@@ -17,6 +17,8 @@ pub enum Phase {
     Waiting,
     /// The two sides agree; the guest runs at the source.
     Handshake,
+    /// The guest runs at the source, and its memory is being copied.
+    SourceBrownout,
     /// The guest runs nowhere. The destination begins to count when the state arrives.
     Blackout,
     /// The guest runs at the destination, and pages are missing.
@@ -35,6 +37,7 @@ impl Phase {
         match self {
             Self::Waiting => "waiting",
             Self::Handshake => "handshake",
+            Self::SourceBrownout => "source brownout",
             Self::Blackout => "blackout",
             Self::TargetBrownout => "target brownout",
             Self::Paused => "paused",
@@ -53,7 +56,9 @@ impl From<SourceState> for Phase {
     fn from(state: SourceState) -> Self {
         match state {
             SourceState::Connecting | SourceState::Negotiating => Self::Handshake,
-            SourceState::Pausing
+            SourceState::Copying => Self::SourceBrownout,
+            SourceState::CopyingRest
+            | SourceState::Pausing
             | SourceState::Unpausing
             | SourceState::Blackout
             | SourceState::Committing

@@ -1,10 +1,12 @@
 //! What the engine asks of a VMM, on either side.
 
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::proto::message::{Hello, Mismatch};
 use crate::proto::page::PageIndex;
 use crate::report::schema::Distribution;
 use nix::unistd::Pid;
 use std::any::Any;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
@@ -30,6 +32,24 @@ pub struct Captured {
 pub trait SourceVm: Any + Send {
     /// Asks the guest to start its own instruments anew, before the blackout.
     fn reset_instruments(&mut self) {}
+    /// Begins to remember which pages are written, by whomever, with none remembered, and
+    /// returns where they are told: for copying memory while the guest runs. It ends with
+    /// [`resume`](SourceVm::resume), [`release`](SourceVm::release) or
+    /// [`aborted`](SourceVm::aborted).
+    ///
+    /// # Errors
+    /// This VMM cannot tell.
+    fn start_dirty_log(&mut self) -> Result<Arc<DirtyBitmap>, VmError> {
+        Err("this VMM cannot tell which pages were written".into())
+    }
+    /// Puts the pages that were written since the last round into the bitmap; after
+    /// [`pause`](SourceVm::pause), all that ever were.
+    ///
+    /// # Errors
+    /// What was written is not known any more, and the log has ended.
+    fn dirty_round(&mut self) -> Result<(), VmError> {
+        Err("this VMM cannot tell which pages were written".into())
+    }
     /// Stops every vCPU and takes the machine state out. After an error the guest
     /// runs on.
     fn pause(&mut self) -> Result<Captured, VmError>;

@@ -9,6 +9,7 @@ use crate::program::signals::{complain, on_interrupt};
 use crate::program::units::parse_time;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
+use crate::proto::switchover::{Mode, SwitchoverConfig};
 use crate::report::schema::Report;
 use crate::transport::Ticket;
 use crate::transport::ticket::TICKET_BYTES_MAX;
@@ -37,7 +38,7 @@ pub struct ServeArgs {
     /// only if the keeper does not do it: after --no-supervise, after a session that was lost,
     /// or if fault servers have died 10 times within a minute.
     #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
-                                      "patience"])]
+                                      "patience", "mode", "rounds", "max_downtime"])]
     resume: bool,
     /// The keeper that has started this process is at the other end of standard input.
     #[arg(long, hide = true, requires = "resume", conflicts_with = "report")]
@@ -45,7 +46,8 @@ pub struct ServeArgs {
     /// Have the keeper of a guest that is lost end, and free the memory that it holds:
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
-                                      "no_keeper", "no_supervise", "report", "patience"])]
+                                      "no_keeper", "no_supervise", "report", "patience", "mode",
+                                      "rounds", "max_downtime"])]
     discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
@@ -70,6 +72,8 @@ pub struct ServeArgs {
     patience: Option<Duration>,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    switchover: SwitchoverArgs,
     /// Write the report as JSON. A fault server that goes on with the session does it, too.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -89,6 +93,45 @@ pub struct PolicyArgs {
     /// without it the demand-only policy waits for the end of the workload.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     pub drain_after: Option<Duration>,
+}
+
+/// How much is copied before the guest moves.
+#[derive(Clone, Debug, Args)]
+pub struct SwitchoverArgs {
+    /// When memory moves: all after the guest (post-copy), in rounds before it (pre-copy), some
+    /// rounds before it and the rest after it (hybrid), all while it stands still
+    /// (stop-and-copy), or as it costs the guest least by what is measured (auto). All but
+    /// post-copy need a destination whose memory is memfd-continue.
+    #[arg(long, default_value_t, value_parser = mode_names(), value_name = "MODE")]
+    pub mode: Mode,
+    /// Rounds of the hybrid mode.
+    #[arg(long, default_value_t = SwitchoverConfig::default().rounds, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(SwitchoverConfig::ROUNDS_MAX)))]
+    pub rounds: u32,
+    /// How long the guest may stand still where that can be chosen, in pre-copy and auto.
+    #[arg(long, default_value = "300ms", value_parser = parse_time, value_name = "TIME")]
+    pub max_downtime: Duration,
+}
+
+fn mode_names() -> impl TypedValueParser<Value = Mode> {
+    PossibleValuesParser::new(Mode::ALL.map(Mode::name)).try_map(|name| name.parse::<Mode>())
+}
+
+impl SwitchoverArgs {
+    fn config(&self) -> SwitchoverConfig {
+        let Self { mode, rounds, max_downtime } = *self;
+        SwitchoverConfig { mode, rounds, max_downtime }
+    }
+
+    /// The same arguments for a child process.
+    pub fn to_arguments(&self) -> Vec<String> {
+        let Self { mode, rounds, max_downtime } = self;
+        let downtime = humantime::format_duration(*max_downtime).to_string();
+        let (mode, rounds) = (mode.to_string(), rounds.to_string());
+        ["--mode", &mode, "--rounds", &rounds, "--max-downtime", &downtime]
+            .map(str::to_owned)
+            .into()
+    }
 }
 
 fn policy_names() -> impl TypedValueParser<Value = PolicyKind> {
@@ -218,6 +261,7 @@ impl ServeArgs {
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
             patience: self.patience,
+            switchover: self.switchover.config(),
         };
         FaultServer::attach(&self.control, ticket, plan, report, holder)
             .with_context(|| format!("cannot attach to the guest at {}", self.control.display()))
@@ -253,6 +297,26 @@ mod tests {
     struct Line {
         #[command(flatten)]
         policy: PolicyArgs,
+        #[command(flatten)]
+        switchover: SwitchoverArgs,
+    }
+
+    #[test]
+    fn every_mode_can_be_named_and_passed_on() {
+        for mode in Mode::ALL {
+            let text = ["x", "--mode", mode.name(), "--rounds", "3", "--max-downtime", "50ms"];
+            let line = Line::try_parse_from(text).unwrap();
+            let max_downtime = Duration::from_millis(50);
+            assert_eq!(
+                line.switchover.config(),
+                SwitchoverConfig { mode, rounds: 3, max_downtime }
+            );
+            let passed_on = [vec!["x".to_owned()], line.switchover.to_arguments()].concat();
+            let again = Line::try_parse_from(passed_on).unwrap();
+            assert_eq!(again.switchover.config(), line.switchover.config());
+        }
+        assert!(Line::try_parse_from(["x", "--mode", "best"]).is_err());
+        assert!(Line::try_parse_from(["x", "--rounds", "31"]).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::engine::source::SourceConfig;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::PIVOTS_MAX;
 use crate::proto::source::SessionLimits;
+use crate::proto::switchover::SwitchoverConfig;
 use crate::transport::{LinkOptions, Ticket};
 
 /// What the engine must know, from what the VMM says of its guest.
@@ -38,6 +39,10 @@ pub(super) fn config(
     {
         return wrong("pivots", format!("{pivots} is not in 1 to {PIVOTS_MAX}"));
     }
+    let most = SwitchoverConfig::ROUNDS_MAX;
+    if !(1..=most).contains(&plan.switchover.rounds) {
+        return wrong("rounds", format!("{} is not in 1 to {most}", plan.switchover.rounds));
+    }
     let patience = plan.patience();
     if patience.is_zero() || patience > PATIENCE_MAX {
         return wrong("patience", format!("{patience:?} is not in 1 ns to {PATIENCE_MAX:?}"));
@@ -49,6 +54,7 @@ pub(super) fn config(
         policy: plan.policy,
         pivots: plan.pivots,
         drain_after: plan.drain_after,
+        switchover: plan.switchover,
         machine,
         workload: workload_name(&guest.workload_json),
         guest: guest.workload_json.into_bytes(),

@@ -31,6 +31,7 @@ use crate::operator::desk::Desk;
 use crate::operator::socket_path;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
+use crate::proto::switchover::SwitchoverConfig;
 use crate::transport::ticket::TicketParseError;
 use crate::transport::{Ticket, TransportError};
 use guest_config::config;
@@ -60,6 +61,8 @@ pub struct PushPlan {
     /// How long a committed guest whose link is lost is waited for;
     /// [`SessionLimits::recovery`](crate::proto::source::SessionLimits::recovery)'s default if it is not said.
     pub patience: Option<Duration>,
+    /// How much is copied before the guest moves.
+    pub switchover: SwitchoverConfig,
 }
 
 /// The longest patience.

@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 /// First bytes of a slot, the format's version included.
-const MAGIC: [u8; 8] = *b"pc-rec02";
+const MAGIC: [u8; 8] = *b"pc-rec03";
 /// Of them, those that are the same in all versions.
 const MAGIC_ANY: &[u8] = b"pc-rec";
 /// Magic, sequence number, length, checksum.
@@ -348,7 +348,7 @@ mod tests {
             file.file.write_all_at(b"pc-rec01", slot * SLOT_BYTES as u64).unwrap();
         }
         let error = reader(&file).unwrap_err();
-        assert!(error.to_string().contains("of version 01, and this is version 02"), "{error}");
+        assert!(error.to_string().contains("of version 01, and this is version 03"), "{error}");
     }
 
     #[test]

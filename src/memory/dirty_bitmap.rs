@@ -171,6 +171,19 @@ impl DirtyBitmap {
         }
     }
 
+    /// The bits of word `index`, which stay; those that stand for no page are left out.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn look(&self, index: u64) -> u64 {
+        self.word(index).load(Ordering::Acquire) & mask(self.pages - index * BITS)
+    }
+
+    /// Whether `page` was written; `false` if there is no such page.
+    pub fn contains(&self, page: PageIndex) -> bool {
+        page.get() < self.pages && self.look(page.get() / BITS) >> (page.get() % BITS) & 1 == 1
+    }
+
     /// Takes the pages of word `index` out of the bitmap: their bits are clear from here
     /// on, and their content is to be read after this.
     ///

@@ -116,6 +116,11 @@ impl AtomicBitmap {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
     }
 
+    /// Its words as they are now, one after the other.
+    pub(super) fn loads(&self) -> impl Iterator<Item = u64> + '_ {
+        self.words.iter().map(|word| word.load(Ordering::Acquire))
+    }
+
     /// How many bits are set that are clear in `words`, a bitmap of the same pages.
     pub(super) fn count_set_beside(&self, words: &[u64]) -> u64 {
         let pairs = self.words.iter().zip(words);

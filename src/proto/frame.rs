@@ -45,6 +45,9 @@ pub enum Origin {
     Push = 2,
     /// By a policy's final drain.
     Drain = 3,
+    /// Before the switchover, of a guest that may write to it again: it is not mapped
+    /// before the source says which pages are valid.
+    Copy = 4,
 }
 
 /// A checked header of a page frame.
@@ -164,6 +167,8 @@ impl FrameHeader {
             1 => Origin::Demand,
             2 => Origin::Push,
             3 => Origin::Drain,
+            // What cannot be read is told of when it is not read in vain any more.
+            4 if kind != PageKind::Poison => Origin::Copy,
             other => return Err(FrameError::Origin(other)),
         };
         if bytes[2..4] != [0, 0] {

@@ -13,6 +13,8 @@ use std::fmt;
 pub const PROTOCOL_VERSION: u16 = 1;
 /// First bytes of a [`Hello`].
 pub const MAGIC: [u8; 4] = *b"PCPY";
+/// Feature bit of a [`Hello`]: pages come before the machine state, too.
+pub const FEATURE_COPY: u64 = 1;
 /// The most bytes of a guest's machine state.
 pub const STATE_MAX: usize = 16 << 20;
 /// The most bytes of a message: a machine state and its envelope.
@@ -49,7 +51,7 @@ pub struct Hello {
     pub session: SessionId,
     /// Bytes in a page.
     pub page_size: u32,
-    /// Feature bits that the sender insists on; none are defined yet.
+    /// Feature bits that the sender insists on: [`FEATURE_COPY`].
     pub features: u64,
     /// The guest's memory.
     pub layout: MemoryLayout,
@@ -158,6 +160,20 @@ pub enum ToDestination {
     },
     /// Asks for a `Pong`, to time the urgent lane.
     Ping(u64),
+    /// Before the machine state: so many pages were sent so far, to be told of when all
+    /// are here.
+    Copied {
+        /// Pages, those counted again that were sent again.
+        pages: u64,
+    },
+    /// Before the machine state: some parts of the set of pages that are at the destination as
+    /// they are here, see [`placed`](super::placed). All others are missing.
+    Valid {
+        /// The encoded parts.
+        part: Vec<u8>,
+        /// Whether it is the last one.
+        last: bool,
+    },
 }
 
 /// Destination to source.
@@ -220,6 +236,11 @@ pub enum ToSource {
     Lost {
         /// Why.
         reason: String,
+    },
+    /// Answer to `Copied`.
+    Landed {
+        /// Its number.
+        pages: u64,
     },
 }
 
@@ -353,6 +374,8 @@ mod tests {
             ToDestination::Released,
             ToDestination::Abort { reason: "no".into() },
             ToDestination::Ping(300),
+            ToDestination::Copied { pages: 300 },
+            ToDestination::Valid { part: vec![5], last: true },
         ];
         let to_source = [
             ToSource::Accept { version: 1 },
@@ -367,6 +390,7 @@ mod tests {
             ToSource::Abort { reason: "no".into() },
             ToSource::Lost { reason: "no".into() },
             ToSource::Pong(300),
+            ToSource::Landed { pages: 300 },
         ];
         let mut golden = String::new();
         for message in &to_destination {

@@ -15,5 +15,6 @@ pub mod page_set;
 pub mod placed;
 pub mod prepaging;
 pub mod source;
+pub mod switchover;
 mod sync;
 pub mod timeline;

@@ -24,6 +24,7 @@
 //! part has the shortest of the forms, the bitmap among equals. So a set has one
 //! encoding, and a part is neither taken twice nor left out.
 
+use super::bitmap::AtomicBitmap;
 use super::page::{PageIndex, PageRun};
 use std::fmt;
 
@@ -123,6 +124,16 @@ impl PlacedPages {
         set
     }
 
+    /// The whole set whose bitmap has these words; bits past the last page are left out.
+    pub(super) fn of_words(pages: u64, mut words: Vec<u64>) -> Self {
+        words.resize(pages.div_ceil(WORD_PAGES) as usize, 0);
+        if let Some(last) = words.last_mut().filter(|_| !pages.is_multiple_of(WORD_PAGES)) {
+            *last &= (1 << (pages % WORD_PAGES)) - 1;
+        }
+        let count = count_bits(&words);
+        Self { words, pages, count, parts_taken: parts_of(pages) }
+    }
+
     /// How many pages the guest has.
     pub fn pages(&self) -> u64 {
         self.pages
@@ -139,10 +150,29 @@ impl PlacedPages {
         word.is_some_and(|word| word >> (page.get() % WORD_PAGES) & 1 == 1)
     }
 
+    /// The pages of the set that are also in `other`, a bitmap of the same guest's pages, and
+    /// those that are not.
+    pub fn split(&self, other: &AtomicBitmap) -> (Self, Self) {
+        let both = |of: fn(u64, u64) -> u64| {
+            let words = self.words.iter().zip(other.loads()).map(|(mine, other)| of(*mine, other));
+            Self::of_words(self.pages, words.collect())
+        };
+        (both(|mine, other| mine & other), both(|mine, other| mine & !other))
+    }
+
     /// Its maximal runs in rising order.
     pub fn runs(&self) -> impl Iterator<Item = PageRun> + '_ {
         Runs { words: &self.words, pages: self.pages, next: 0 }
             .filter_map(|(first, end)| PageRun::new(PageIndex::new(first), end - first))
+    }
+
+    /// Sets the bits of those pages of the set whose bits `bits` has, from `first` on, a multiple
+    /// of 64.
+    pub fn fill(&self, first: PageIndex, bits: &mut [u64]) {
+        let from = (first.get() / WORD_PAGES) as usize;
+        for (bits, word) in bits.iter_mut().zip(self.words.iter().skip(from)) {
+            *bits |= word;
+        }
     }
 
     /// Takes in the parts of a message. After an error the set is of no use.

@@ -1,13 +1,13 @@
 //! [`Report::check`]: what must be true of a report, whoever wrote it.
 
-use super::schema::{Distribution, HugePages, Mode, Outcome, Report, SCHEMA, Side};
+use super::schema::{Distribution, HugePages, Outcome, Report, SCHEMA, Side};
 
 impl Report {
     /// What is wrong with this report, one sentence each; empty if nothing is.
     ///
     /// Any report must be of this schema and have ordered quantiles. A source's report of
-    /// a completed migration has the counters that must be 0, and they are; if it was a
-    /// pure post-copy, each page came from exactly one place. A migration that was recovered
+    /// a completed migration has the counters that must be 0, and they are; and each page came
+    /// from exactly one place. A migration that was recovered
     /// has also sent again what a lost link, and no more than that, had swallowed. Where the destination's part
     /// never came (it has all the memory, and was lost before it could report), what only
     /// that part says is not missed.
@@ -21,10 +21,10 @@ impl Report {
             self.check_counters(&mut wrong);
             self.check_downtime(&mut wrong);
         }
-        if whole && self.mode == Mode::PostCopy {
+        if whole {
             self.check_origins(&mut wrong);
         }
-        if merged && self.mode == Mode::PostCopy {
+        if merged {
             self.check_faults(&mut wrong);
         }
         wrong
@@ -143,6 +143,8 @@ impl Report {
             pages.hole,
             // Not in reports that are older than it.
             Some(pages.poisoned.unwrap_or(0)),
+            // Nothing is copied before a pure post-copy.
+            Some(pages.precopied.unwrap_or(0)),
         ];
         // Without a lost link it is wrong by itself.
         let recovered = self.outcome == Outcome::Recovered;
@@ -152,8 +154,8 @@ impl Report {
             (Some(sum), Some(total)) => {
                 let but = if again == 0 { "" } else { " and those sent again" };
                 wrong.push(format!(
-                    "seeded + demanded + pushed + drained + zero + hole + poisoned is {sum}, not \
-                     {total}{but}"
+                    "seeded + demanded + pushed + drained + zero + hole + poisoned + precopied is \
+                     {sum}, not {total}{but}"
                 ));
             }
             // Where a process went on with another's session only the destination's part has

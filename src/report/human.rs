@@ -42,6 +42,13 @@ fn headline(report: &Report, page: &mut Paper) {
     page.words("Reason", report.reason.as_deref());
     let policy = report.policy.as_deref().map(|policy| format!("policy {}", clean(policy)));
     page.row("Mode", [Some(report.mode.to_string()), policy].into_iter().flatten());
+    if let Some(switchover) = &report.switchover {
+        for (number, round) in (1..).zip(&switchover.rounds) {
+            let left = format!("{} left", HumanCount(round.stale));
+            let sent = format!("{} pages in {}", HumanCount(round.sent), micros(round.took_us));
+            page.row(&format!("  round {number}"), [sent, left, clean(&round.why)]);
+        }
+    }
     let guest = &report.guest;
     let vcpus = if guest.vcpus == 1 { "vCPU" } else { "vCPUs" };
     page.row(

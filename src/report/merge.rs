@@ -7,7 +7,7 @@
 
 use super::schema::{
     Blocktime, Distribution, DowntimeParts, FaultHops, Guest, GuestSteps, Link, Mode, Outage,
-    Outcome, Pages, PerSide, Phases, Report, SCHEMA, Side, WireBytes,
+    Outcome, Pages, PerSide, Phases, Report, SCHEMA, Side, Switchover, WireBytes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +29,8 @@ pub struct Heading {
     pub guest: Guest,
     /// Over what.
     pub link: Link,
+    /// When the guest moved, and why then.
+    pub switchover: Option<Switchover>,
 }
 
 /// What the source knows alone.
@@ -217,6 +219,7 @@ impl Report {
             policy: heading.policy,
             guest: heading.guest,
             link,
+            switchover: heading.switchover,
             phases_us: Phases { target_brownout: part.target_brownout_us, ..Phases::default() },
             downtime_us: None,
             downtime_error_us: None,

@@ -78,6 +78,9 @@ pub struct Report {
     pub guest: Guest,
     /// Over what.
     pub link: Link,
+    /// How it was decided when the guest moves; absent if nothing was to be copied before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switchover: Option<Switchover>,
     /// How long each phase took.
     pub phases_us: Phases,
     /// vCPUs paused on the source until the first one runs on the destination.
@@ -143,6 +146,33 @@ pub struct Report {
     /// not looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified: Option<bool>,
+}
+
+/// How much memory was copied before the guest moved, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switchover {
+    /// The mode that was asked for.
+    pub asked: String,
+    /// The longest pause that was to be chosen.
+    pub max_downtime_us: u64,
+    /// Each round of copying, in order.
+    pub rounds: Vec<Round>,
+    /// Pages that went over the link before the guest ran at the destination, each as often as
+    /// it did.
+    pub copied: u64,
+}
+
+/// A round of copying.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages sent.
+    pub sent: u64,
+    /// Pages that were not at the destination as they were at the source when it was over.
+    pub stale: u64,
+    /// From its beginning until its last page had landed.
+    pub took_us: u64,
+    /// What came next, and why.
+    pub why: String,
 }
 
 /// Blocks of 2 MiB that were to become a huge page each, after the session's end. What is in no

@@ -26,6 +26,7 @@ fn heading() -> Heading {
             bandwidth_limit_bps: None,
             epochs: Some(1),
         },
+        switchover: None,
     }
 }
 

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 pub struct Trial {
     /// Arguments of `postcopy run` that describe the guest.
     pub guest: Vec<String>,
-    /// Arguments of `postcopy migrate` on how pages are pushed.
+    /// Arguments of `postcopy migrate` on how pages are copied and pushed.
     pub policy: Vec<String>,
     /// Further arguments of `postcopy receive`.
     pub destination: Vec<OsString>,

@@ -158,20 +158,40 @@ impl Placer {
         })
     }
 
-    /// Maps pages whose content is in the memfd already, from a pre-copy round
-    /// or from another process, and wakes who waits for them. Only for
-    /// [`DestinationBacking::MemfdContinue`], and only for pages known to be
-    /// valid: the guest sees whatever is in the file.
+    /// Writes content into the memfd and maps nothing, for pages that are only to be seen once
+    /// they are known to be valid. Only for [`DestinationBacking::MemfdContinue`].
+    ///
+    /// # Panics
+    /// If the run is not in the layout, or `content` is not of its size.
+    pub fn write_unmapped<'a>(
+        &self,
+        run: PageRun,
+        content: impl Into<Content<'a>>,
+    ) -> Result<(), PlaceError> {
+        let content = content.into();
+        self.check(run);
+        assert_eq!(content.len(), run.bytes(), "content of {run:?}");
+        if self.backing() != DestinationBacking::MemfdContinue {
+            let source = Errno::EOPNOTSUPP;
+            return Err(PlaceError { operation: "pwritev", run, placed: 0, source });
+        }
+        self.write(run, content)
+    }
+
+    /// Maps pages whose content is in the memfd already, as far as they are not mapped, and
+    /// wakes who waits for them. A page that is not there ends it. Only for
+    /// [`DestinationBacking::MemfdContinue`], and only for pages known to be valid: the guest
+    /// sees whatever is in the file.
     ///
     /// # Panics
     /// If the run is not in the layout.
-    pub fn place_present(&self, run: PageRun) -> Result<Placed, PlaceError> {
+    pub fn map_present(&self, run: PageRun) -> Result<(), PlaceError> {
         self.check(run);
         if self.backing() != DestinationBacking::MemfdContinue {
             let source = Errno::EOPNOTSUPP;
             return Err(PlaceError { operation: "UFFDIO_CONTINUE", run, placed: 0, source });
         }
-        self.map(run)
+        self.map_again(run)
     }
 
     /// Wakes who waits for pages that are placed: their fault and the placement

@@ -21,6 +21,15 @@ const REFUSED: Arranged = (Process::Destination, "vmm::before_prepare=return(err
 const NOT_RESTORED: Arranged = (Process::Destination, "vmm::before_restore=return(error)");
 const NOT_STARTED: Arranged = (Process::Destination, "vmm::before_enter=return(error)");
 
+/// How the fault server moves the guest, so that `point` is reached: some are only where memory is
+/// copied before.
+pub fn mode(point: &Point) -> [&'static str; 2] {
+    let copies = ["dirty", "round", "copy", "copied", "landed_sent", "valid"];
+    let (_, step) = point.name.split_once("::").expect("a component and a step");
+    let mode = if copies.iter().any(|of| step.contains(of)) { "hybrid" } else { "post-copy" };
+    ["--mode", mode]
+}
+
 /// What is to go wrong before `point`.
 pub fn before(point: &Point) -> Option<Arranged> {
     let (_, step) = point.name.split_once("::").expect("a component and a step");

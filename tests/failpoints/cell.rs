@@ -78,7 +78,8 @@ impl Cell {
         // What dies is started again here, so that its exit code is known.
         let arguments = [&debug[..], &["--report", &report, "--no-supervise"]].concat();
         let source = || stage.command(Process::Source);
-        let mut migration = guest.migrate_as(source(), &receiver.ticket, &arguments);
+        let first = [&arguments[..], &arranged::mode(&self.point)].concat();
+        let mut migration = guest.migrate_as(source(), &receiver.ticket, &first);
         let mut said = String::new();
         let mut code = migration.wait_code_within(CELL_MAX);
         for _ in 0..3 {

@@ -67,6 +67,7 @@ fn migrate(guest: &Guest, ticket: &str, alter: Alter) -> Outcome {
         policy: PolicyKind::Bubbling,
         pivots: None,
         drain_after: None,
+        switchover: Default::default(),
         machine: attached.machine.clone(),
         guest: info.workload_json.into_bytes(),
         vcpus: info.vcpus as u16,

@@ -116,6 +116,7 @@ fn config(attached: &Attached, receiver: &Receiver) -> SourceConfig {
         policy: PolicyKind::Bubbling,
         pivots: None,
         drain_after: None,
+        switchover: Default::default(),
         machine: attached.machine.clone(),
         guest: attached.guest.workload_json.clone().into_bytes(),
         vcpus: attached.guest.vcpus as u16,

@@ -15,6 +15,8 @@ mod fakes;
 mod loopback;
 // The same over an emulated link: slow, long and lossy.
 mod limited_link;
+// Memory that is copied before the guest moves.
+mod switchover;
 // Two network namespaces joined by a real, limited link.
 mod netns;
 

@@ -231,6 +231,13 @@ impl Checker {
         }
     }
 
+    /// The destination takes a page for zero that came before its guest.
+    pub fn is_zero(&mut self, page: u64) {
+        if self.at_pause.as_ref().is_some_and(|frozen| frozen[page as usize] != 0) {
+            self.fail(format!("page {page} is placed with version 0"));
+        }
+    }
+
     pub fn drops_guest(&mut self) {
         self.guest_dropped = true;
         if self.runs_at == Some(Side::Destination) {

@@ -1,6 +1,7 @@
 //! The destination's host: what its engine does around the session machine, the
 //! page receivers and the fault handler.
 
+use crate::copying::Copied;
 use crate::ledgers::Ledger;
 use crate::network::{ConnectionId, Lane, Packet, Side};
 use crate::source_side::ACTIONS_MAX;
@@ -8,7 +9,7 @@ use crate::world::{Event, Sabotage, World};
 use postcopy::proto::destination::{
     DestinationAction, DestinationEvent, DestinationSession, DestinationState,
 };
-use postcopy::proto::frame::{FrameHeader, FrameLimits, PageKind, PageRequest};
+use postcopy::proto::frame::{FrameHeader, FrameLimits, Origin, PageKind, PageRequest};
 use postcopy::proto::ledger::{DestinationLedger, FaultAnswer};
 use postcopy::proto::message::{Mismatch, ToDestination, ToSource, encode};
 use postcopy::proto::page::{PageIndex, PageRun};
@@ -28,14 +29,16 @@ pub struct Destination {
     pub memory: Vec<Option<u64>>,
     pub running: bool,
     pub crashed: bool,
-    ledger: Rc<DestinationLedger>,
+    /// What came before the guest.
+    pub copied: Copied,
+    pub ledger: Rc<DestinationLedger>,
     lanes_open: bool,
     /// Frames that wait, unread, until the lanes are open.
     held: Vec<(ConnectionId, [u8; 24], Vec<u64>)>,
     /// Pages that restoring will touch, the next one last.
     restoring: Vec<u64>,
     /// Placed pages whose mapping the kernel has dropped.
-    unmapped: BTreeSet<u64>,
+    pub unmapped: BTreeSet<u64>,
     unregistered: bool,
     told_full: bool,
     told_end: bool,
@@ -69,6 +72,7 @@ impl Destination {
             memory: vec![None; pages as usize],
             running: false,
             crashed: false,
+            copied: Copied::default(),
             ledger: Rc::new(DestinationLedger::new(pages)),
             lanes_open: false,
             held: Vec::new(),
@@ -154,7 +158,7 @@ impl<L: Ledger> World<L> {
         }
     }
 
-    fn destination_event(&mut self, event: DestinationEvent) {
+    pub fn destination_event(&mut self, event: DestinationEvent) {
         let Some(session) = &mut self.destination.session else { return };
         self.trace.line(self.now, format_args!("destination {:?} <- {event:?}", session.state()));
         session.handle(self.now, event);
@@ -226,6 +230,8 @@ impl<L: Ledger> World<L> {
                     self.destination_lost_link(connection);
                 }
             }
+            DestinationAction::AwaitCopied { pages } => self.await_copied(pages),
+            DestinationAction::TakeValid(valid) => self.take_valid(&valid),
             DestinationAction::Restore(state) => {
                 if state != [0x5a; 40] {
                     self.checker.fail("the machine state arrives changed");
@@ -429,6 +435,9 @@ impl<L: Ledger> World<L> {
             Err(error) => return self.checker.fail(format!("to the destination: {error}")),
         };
         self.trace.line(self.now, format_args!("destination frame {:?}", header.run));
+        if header.origin == Origin::Copy {
+            return self.take_copy(&header, &versions);
+        }
         if header.kind == PageKind::Raw {
             assert_eq!(versions.len() as u64, header.run.count());
             if self.sabotage == Sabotage::PlaceAgain && self.random.percent(5) {
@@ -510,7 +519,7 @@ impl<L: Ledger> World<L> {
         }
     }
 
-    fn look_whether_full(&mut self) {
+    pub fn look_whether_full(&mut self) {
         let full = match self.sabotage {
             Sabotage::FullTooEarly => self.destination.missing() <= 1,
             _ => self.destination.ledger.finish().is_ok(),

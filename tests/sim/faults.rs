@@ -111,8 +111,12 @@ pub fn draw(random: &mut Random, long: bool) -> Vec<Plan> {
 }
 
 /// Some more than once: what comes late in a migration is seldom reached otherwise.
-const SOURCE_STATES: [S; 12] = [
+const SOURCE_STATES: [S; 16] = [
     S::Negotiating,
+    S::Copying,
+    S::Copying,
+    S::CopyingRest,
+    S::CopyingRest,
     S::Pausing,
     S::Unpausing,
     S::Blackout,

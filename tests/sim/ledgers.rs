@@ -1,7 +1,9 @@
 //! What the simulated source claims pages from: the real ledger, and one whose
 //! claim is broken on purpose, to see that the checker notices.
 
-use postcopy::proto::ledger::{Claim, Claims, LinkEpoch, ResumeError, SourceLedger, StaleEpoch};
+use postcopy::proto::ledger::{
+    Claim, Claims, LinkEpoch, ResumeError, SourceLedger, StaleEpoch, Unwritten,
+};
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::proto::placed::PlacedPages;
 use postcopy::proto::prepaging::Unsent;
@@ -12,6 +14,10 @@ pub trait Ledger: Claims {
     fn new(pages: u64) -> Self;
     fn void(&self, epoch: LinkEpoch) -> Result<(), StaleEpoch>;
     fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError>;
+    fn keep_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> PlacedPages;
+    fn count_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> Unwritten;
+    /// Pages that are claimed and not sent.
+    fn claimed(&self) -> u64;
 }
 
 impl Ledger for SourceLedger {
@@ -25,6 +31,18 @@ impl Ledger for SourceLedger {
 
     fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError> {
         self.resume_from(placed, epoch)
+    }
+
+    fn keep_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> PlacedPages {
+        self.keep_unwritten(written)
+    }
+
+    fn count_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> Unwritten {
+        self.count_unwritten(written)
+    }
+
+    fn claimed(&self) -> u64 {
+        self.counts().claimed
     }
 }
 
@@ -57,6 +75,18 @@ impl Ledger for BrokenLedger {
     fn resume_from(&self, placed: PlacedPages, epoch: LinkEpoch) -> Result<u64, ResumeError> {
         self.second.resume_from(placed.clone(), epoch)?;
         self.first.resume_from(placed, epoch)
+    }
+
+    fn keep_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> PlacedPages {
+        self.first.keep_unwritten(written)
+    }
+
+    fn count_unwritten(&self, written: &mut dyn FnMut(u64) -> u64) -> Unwritten {
+        self.first.count_unwritten(written)
+    }
+
+    fn claimed(&self) -> u64 {
+        self.first.counts().claimed
     }
 }
 

@@ -31,6 +31,7 @@
 //! in the simulated shells, between the real machines and ledgers.
 
 mod checker;
+mod copying;
 mod destination_side;
 mod faults;
 mod guest;
@@ -111,7 +112,9 @@ fn must_happen() -> impl Iterator<Item = String> {
     let source = [
         S::Connecting,
         S::Negotiating,
+        S::Copying,
         S::Pausing,
+        S::CopyingRest,
         S::Blackout,
         S::Retracting,
         S::Committing,
@@ -155,6 +158,7 @@ fn must_happen() -> impl Iterator<Item = String> {
         "CrashDestination with the destination InDoubt",
         "GuestFails with the destination Starting",
         "GuestFails with the destination Running",
+        "a round begins",
         "Override with the source Committed",
         "back before the loss was noticed",
         "claim of an epoch that is over",
@@ -200,12 +204,12 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
-/// The first of 1,000 seeds with which the checker notices a mutant; it says one of
+/// The first of 5,000 seeds with which the checker notices a mutant; it says one of
 /// `words` then, since a mutant is caught by what it does wrong and not by chance.
 fn caught<L: Ledger>(sabotage: Sabotage, words: &[&str]) {
-    const SEEDS: u64 = 1_000;
+    const SEEDS: u64 = 5_000;
     let found = (0..SEEDS).find_map(|seed| Some((seed, run::<L>(seed, sabotage, false).failure?)));
-    let (seed, failure) = found.expect("the checker notices nothing in 1,000 seeds");
+    let (seed, failure) = found.expect("the checker notices nothing in 5,000 seeds");
     println!("{sabotage:?} is caught after {} seeds: {failure}", seed + 1);
     assert!(words.iter().any(|words| failure.contains(words)), "{sabotage:?}: {failure}");
 }
@@ -230,7 +234,7 @@ mutants! {
     resuming_after_the_commit_is_caught: IgnoreWord, ["starts at the Source", "resumes"];
     running_in_doubt_is_caught: RunInDoubt, ["was not committed", "starts at the Destination"];
     a_lost_push_frame_is_caught: LosePushFrame, ["are missing"];
-    a_commit_before_the_word_is_caught: CommitBeforeWord, ["was not committed"];
+    a_commit_before_the_word_is_caught: CommitBeforeWord, ["was not committed", "starts at the Destination"];
     claims_that_outlive_an_abort_are_caught: KeepClaims, ["was given back"];
     an_abort_that_is_kept_quiet_is_caught: MuteAbort, ["the destination gave the guest up"];
     an_epoch_that_is_not_raised_is_caught: EpochNotRaised, ["are missing", "gave the guest up"];
@@ -239,14 +243,17 @@ mutants! {
     a_missing_page_that_is_told_as_placed_is_caught: PlacedHasOneMore, ["are missing"];
     a_ledger_left_in_the_old_epoch_is_caught: LedgerNotResumed, ["are missing"];
     requests_that_are_not_made_again_are_caught: ForgetRequests, ["are missing"];
-    a_fault_that_is_not_woken_is_caught: NoWake, ["stands still at page"];
+    a_fault_that_is_not_woken_is_caught: NoWake, ["stands still at page", "nothing had gone wrong"];
     an_early_end_is_caught: FullTooEarly, ["pages are missing"];
     sent_taken_for_arrived_is_caught: SentIsArrived, ["pages are missing"];
     a_lost_link_taken_for_the_end_is_caught: EndIsDone, ["pages are missing"];
     a_request_answered_twice_is_caught: SendTwice, ["is sent in epoch"];
     a_limit_that_never_ends_is_caught: NoTimers, ["not over"];
-    a_patience_that_is_too_short_is_caught: Impatient, ["the source gave the guest up"];
+    a_patience_that_is_too_short_is_caught: Impatient, ["the source gave the guest up", "are missing"];
     a_keeper_that_leaves_the_word_is_caught: KeeperSleeps, ["not over"];
+    a_write_that_is_forgotten_is_caught: WrittenForgotten, ["with version", "holds"];
+    a_stale_page_that_is_told_as_valid_is_caught: ValidHasOneMore, ["with version", "never came"];
+    pages_said_to_have_landed_too_early_are_caught: LandedTooEarly, ["with version", "never came"];
 }
 
 /// Every kind of failure among the seeds, the first seed of each: for whoever changes the

@@ -2,6 +2,7 @@
 //! server and the pusher. Its fault-server can die; memory, commit word and the
 //! stored link epoch outlive it.
 
+use crate::copying::{self, Copying};
 use crate::faults::Fault;
 use crate::ledgers::{Ledger, View};
 use crate::network::{ConnectionId, Lane, Packet, Side};
@@ -20,6 +21,7 @@ use postcopy::proto::placed::PlacedPages;
 use postcopy::proto::prepaging;
 use postcopy::proto::prepaging::{Policy, PolicyConfig, PolicyKind};
 use postcopy::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
+use postcopy::proto::switchover::SwitchoverConfig;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +39,10 @@ pub struct Source<L> {
     pub incarnation: u32,
     /// The destination may rightly never learn that the guest stayed here.
     pub may_leave_in_doubt: bool,
-    ledger: Arc<L>,
+    /// What is copied before the guest moves.
+    pub copying: Copying,
+    switchover: SwitchoverConfig,
+    pub ledger: Arc<L>,
     policy_kind: PolicyKind,
     policy: Box<dyn Policy>,
     lanes_open: bool,
@@ -62,6 +67,17 @@ pub enum SourceStep {
     },
     Linked {
         connection: ConnectionId,
+    },
+    StartLog,
+    Look,
+    Copy {
+        chain: u32,
+    },
+    /// A page that is to be copied goes out as it was when it was claimed.
+    SendCopy {
+        claim: Claim,
+        version: u64,
+        lane: Lane,
     },
     Paused,
     PauseFailed,
@@ -91,6 +107,8 @@ impl<L: Ledger> Source<L> {
             memory,
             incarnation: 0,
             may_leave_in_doubt: false,
+            copying: Copying::default(),
+            switchover: copying::draw(random),
             ledger: Arc::new(L::new(pages)),
             policy_kind,
             policy: policy_kind.build(PolicyConfig::new(pages)),
@@ -123,13 +141,23 @@ impl<L: Ledger> World<L> {
         if self.sabotage == Sabotage::Impatient {
             limits.recovery = Duration::from_millis(500);
         }
-        self.source.session = Some(SourceSession::new(hello, limits, self.now));
+        let session = SourceSession::new(hello, limits, self.now);
+        if copying::gives_up(&self.source.switchover) {
+            self.harm();
+        }
+        self.source.session = Some(session.with_switchover(self.source.switchover));
         self.perform_source_actions();
         self.soon(20_000, Event::Source { incarnation: 0, step: SourceStep::Ping });
     }
 
     pub fn source_step(&mut self, step: SourceStep) {
-        let quiet = matches!(step, SourceStep::Push { .. } | SourceStep::Send { .. });
+        let quiet = matches!(
+            step,
+            SourceStep::Push { .. }
+                | SourceStep::Send { .. }
+                | SourceStep::Copy { .. }
+                | SourceStep::SendCopy { .. }
+        );
         if !quiet {
             self.trace.line(self.now, format_args!("source step {step:?}"));
         }
@@ -141,7 +169,14 @@ impl<L: Ledger> World<L> {
                 }
             }
             SourceStep::Linked { connection } => self.linked(connection),
-            SourceStep::Paused => self.source_event(SourceEvent::Paused),
+            SourceStep::StartLog => self.log_starts(),
+            SourceStep::Look => self.look_at_round(),
+            SourceStep::Copy { chain } => self.copy(chain),
+            SourceStep::SendCopy { claim, version, lane } => self.send_copy(claim, version, lane),
+            SourceStep::Paused => {
+                self.fold_written();
+                self.source_event(SourceEvent::Paused);
+            }
             SourceStep::PauseFailed => self.source_event(SourceEvent::PauseFailed("no".into())),
             SourceStep::StateSent => self.source_event(SourceEvent::StateSent),
             SourceStep::WriteWord => {
@@ -175,7 +210,7 @@ impl<L: Ledger> World<L> {
     }
 
     /// Feeds the machine and does what it asks for.
-    fn source_event(&mut self, event: SourceEvent) {
+    pub fn source_event(&mut self, event: SourceEvent) {
         let Some(session) = &mut self.source.session else { return };
         self.trace.line(self.now, format_args!("source {:?} <- {event:?}", session.state()));
         session.handle(self.now, event);
@@ -264,6 +299,11 @@ impl<L: Ledger> World<L> {
                     }
                 }
             }
+            SourceAction::StartDirtyLog => self.soon(2_000, step(SourceStep::StartLog)),
+            SourceAction::LookAtRound => self.soon(2_000, step(SourceStep::Look)),
+            SourceAction::StartRound => self.start_round(),
+            SourceAction::CutRound => self.cut_round(),
+            SourceAction::SendValid => self.send_valid(),
             SourceAction::PauseGuest => {
                 let delay = self.slowly(2_000);
                 self.vmm.pausing = true;
@@ -302,6 +342,7 @@ impl<L: Ledger> World<L> {
             }
             SourceAction::ResumeGuest => {
                 self.source.lanes_open = false;
+                self.source.copying = Copying::default();
                 self.checker.gives_back();
                 if let Err(error) = self.source.ledger.void(LinkEpoch::new(u32::MAX)) {
                     self.checker.fail(format!("the claims cannot be voided: {error}"));
@@ -584,6 +625,7 @@ impl<L: Ledger> World<L> {
         self.source.session = None;
         self.source.armed = None;
         self.source.held.clear();
+        self.source.copying = Copying::default();
         self.close_source_link();
         self.soon(50_000, Event::Vmm(VmmStep::ServerGone));
         self.soon(50_000, Event::Vmm(VmmStep::KeeperLeft));

@@ -73,6 +73,12 @@ pub enum Sabotage {
     Impatient,
     /// The keeper leaves the word of a client that has died as it is.
     KeeperSleeps,
+    /// The VMM forgets a page that was written while memory was copied.
+    WrittenForgotten,
+    /// The set of valid pages has one that was written, or never copied.
+    ValidHasOneMore,
+    /// The destination says that all pages have landed when some have not.
+    LandedTooEarly,
 }
 
 #[derive(Debug)]
@@ -467,7 +473,10 @@ impl<L: Ledger> World<L> {
             let version = self.guest.new_version();
             self.checker.writes(side, access.page, version);
             match side {
-                Side::Source => self.source.memory[page] = version,
+                Side::Source => {
+                    self.source.memory[page] = version;
+                    self.source.copying.writes(page);
+                }
                 Side::Destination => self.destination.memory[page] = Some(version),
             }
         } else {

@@ -1,6 +1,7 @@
 //! The destination's driver: what the session machine says is done here: prepare, serve
 //! faults, restore, run, take pages in, report.
 
+mod copying;
 mod linking;
 mod operating;
 mod telling;
@@ -26,12 +27,14 @@ use crate::proto::destination::{
 };
 use crate::proto::ledger::DestinationLedger;
 use crate::proto::message::{Hello, Mismatch, ToDestination};
+use crate::proto::placed::PlacedPages;
 use crate::proto::source::Outcome;
 use crate::report::merge::DestinationPart;
 use crate::transport::{Lane, LaneServer, LaneThread, TransportError};
 use quinn::{Connection, SendStream};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -55,6 +58,7 @@ pub enum Input {
     LinkEnded { generation: u64, error: LaneError },
     PushEnded(PushEnd),
     TrapsEnded(LaneError),
+    Landed { pages: u64 },
     Guest(GuestEvent),
     Operator(Asked),
 }
@@ -94,6 +98,10 @@ pub struct Driver {
     started: bool,
     /// When the VMM must have started them.
     start_by: Duration,
+    /// Pages that came before the guest and are to be mapped once it runs.
+    data: Option<PlacedPages>,
+    /// They need not be any more.
+    mapped: Arc<AtomicBool>,
     outcome: Option<Outcome>,
     phase: Option<(Option<DestinationState>, Span)>,
     facts: report::Facts,
@@ -151,6 +159,8 @@ impl Driver {
             workload_end_told: false,
             started: false,
             start_by: Duration::MAX,
+            data: None,
+            mapped: Arc::default(),
             outcome: None,
             phase: None,
             facts: report::Facts::default(),
@@ -227,7 +237,7 @@ impl Driver {
         self.check_start();
         self.next_progress = self.now() + PROGRESS_EVERY;
         self.tell_progress();
-        if self.state() == Some(DestinationState::Running) {
+        if self.takes_pages() {
             self.say_progress().await;
         }
     }
@@ -242,7 +252,7 @@ impl Driver {
             Input::Heard { generation, message, _room } if generation == self.generation => {
                 let ping = matches!(message, ToDestination::Ping(_));
                 self.handle(DestinationEvent::Message(message));
-                if ping && self.state() == Some(DestinationState::Running) {
+                if ping && self.takes_pages() {
                     self.say_progress().await;
                 }
             }
@@ -261,6 +271,7 @@ impl Driver {
                 let why = format!("faults of the guest can no longer be served: {error}");
                 self.handle(DestinationEvent::GuestFailed(why));
             }
+            Input::Landed { pages } => self.handle(DestinationEvent::Landed { pages }),
             Input::Guest(event) => self.guest_event(event).await,
             Input::Operator(asked) => self.operate(asked),
         }
@@ -283,11 +294,14 @@ impl Driver {
                 self.drop_link(&why);
                 self.note_pause(&why);
             }
+            DestinationAction::AwaitCopied { pages } => self.await_copied(pages),
+            DestinationAction::TakeValid(valid) => self.take_valid(&valid),
             DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
             DestinationAction::RunGuest => {
                 self.started = true;
                 self.start_by = self.now() + self.config.limits.restore;
                 self.guest.tell(GuestCommand::Run);
+                self.map_copied();
             }
             DestinationAction::SendPlaced => self.send_placed().await,
             DestinationAction::Unregister => self.unregister(),
@@ -332,7 +346,8 @@ impl Driver {
         let book = FaultBook::new(threads.len());
         let recording = self.config.record.then(|| Recording::new(ledger.pages()));
         let full = self.full.0.clone();
-        let installer = Installer::new(ledger, (placer, reserved), book, full, recording);
+        let placing = (placer, reserved);
+        let installer = Installer::new(ledger, placing, book, self.copied(), full, recording);
         let traps =
             TrapLoop::new(trap, installer.clone(), self.faults.clone(), self.queues.clone());
         let traps = match traps {
@@ -392,6 +407,7 @@ impl Driver {
 
     fn unregister(&mut self) {
         failpoint!("destination::before_unregistered");
+        self.mapped.store(true, Ordering::Relaxed);
         let unregistered = self.installer.as_ref().map(|i| i.placer.unregister());
         if let Some(Err(error)) = unregistered {
             warn!(%error, "the guest's memory is still trapped");

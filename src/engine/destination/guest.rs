@@ -8,7 +8,7 @@ use crate::memory::ram::GuestRam;
 use crate::memory::reserve::{Counterweight, ReserveError, Reserved, reserve_files};
 use crate::memory::users::{self, MemoryUser};
 use crate::proto::layout::MemoryLayout;
-use crate::proto::message::{Hello, Mismatch};
+use crate::proto::message::{FEATURE_COPY, Hello, Mismatch};
 use crate::uffd::{DestinationBacking, Placer, Trap, UffdOptions, register};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use nix::unistd::Pid;
@@ -239,8 +239,9 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         if hello.page_size != page_size {
             return Err(Mismatch::new("the page size", hello.page_size, page_size));
         }
-        if hello.features != 0 {
-            return Err(Mismatch::new("features", format!("{:#x}", hello.features), "none"));
+        if hello.features & !FEATURE_COPY != 0 {
+            let ours = format!("at most {FEATURE_COPY:#x}");
+            return Err(Mismatch::new("features", format!("{:#x}", hello.features), ours));
         }
         let bytes = hello.layout.bytes();
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);
@@ -264,6 +265,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                 (ram, backing)
             }
         };
+        if hello.features & FEATURE_COPY != 0 && backing != DestinationBacking::MemfdContinue {
+            let ours = format!("no such page, as its memory is {backing} and not memfd-continue");
+            return Err(Mismatch::new("pages that come before the pause", "some", ours));
+        }
         let ram = Arc::new(ram);
         let how = How { backing, overcommit, kvm };
         let shell = self.shell(hello, &ram, how, users);

@@ -2,6 +2,7 @@
 //!
 //! Any thread may install; the ledger's landings keep two of them off one page.
 
+use super::copied::CopiedPages;
 use super::fault_book::{Came, FaultBook};
 use super::recording::Recording;
 use crate::engine::lane::LaneError;
@@ -53,7 +54,7 @@ impl Arrivals {
             (PageKind::Hole, _) => &self.hole,
             (_, Origin::Seed) => &self.seeded,
             (_, Origin::Demand) => &self.demanded,
-            (_, Origin::Push) => &self.pushed,
+            (_, Origin::Push | Origin::Copy) => &self.pushed,
             (_, Origin::Drain) => &self.drained,
         }
     }
@@ -83,6 +84,8 @@ pub struct Installer {
     pub lost: LostPages,
     /// When what happened, if somebody wants to know.
     pub recording: Option<Recording>,
+    /// What comes before the machine state, if anything does.
+    pub copied: Option<CopiedPages>,
     reserved: Reserved,
     full: UnboundedSender<()>,
     full_told: AtomicBool,
@@ -103,6 +106,7 @@ impl Installer {
         ledger: DestinationLedger,
         (placer, reserved): (Placer, Reserved),
         book: FaultBook,
+        copied: Option<CopiedPages>,
         full: UnboundedSender<()>,
         recording: Option<Recording>,
     ) -> Arc<Self> {
@@ -117,6 +121,7 @@ impl Installer {
             arrivals,
             lost,
             recording,
+            copied,
             reserved,
             full,
             full_told,
@@ -187,6 +192,9 @@ impl Installer {
             let (of, now) = (frame.epoch, current.epoch);
             return Err(LaneError::Link(format!("a page of link epoch {of}; this is {now}")));
         }
+        if frame.origin == Origin::Copy {
+            return self.copy(frame, content);
+        }
         let came = match frame.origin {
             Origin::Demand => Came::InAnswer(arrived),
             _ => Came::Unasked,
@@ -218,7 +226,7 @@ impl Installer {
             }
             PageKind::Poison => {
                 for landing in self.ledger.land(frame.run).map_err(out_of_range)? {
-                    if let Reserved::InPlace = self.reserved {
+                    if self.has_pages() {
                         // A page that exists could be mapped over the mark (UFFDIO_CONTINUE).
                         self.placer.give_back(landing.run()).map_err(local)?;
                     }
@@ -252,10 +260,12 @@ impl Installer {
         Ok(())
     }
 
-    /// Gives back what was reserved in the guest's files for the pages of `run`, which are zero:
+    /// Gives back what is in the guest's files for the pages of `run`, which are zero:
     /// before anybody hears of it, for a page that was touched then may have been written to.
     fn give_back(&self, run: PageRun) -> Result<(), LaneError> {
-        let Reserved::InPlace = self.reserved else { return Ok(()) };
+        if !self.has_pages() {
+            return Ok(());
+        }
         let out_of_range = |error| LaneError::Violation(format!("{error}"));
         for held in self.ledger.hold(run).map_err(out_of_range)? {
             self.placer.give_back(held.run()).map_err(local)?;
@@ -282,9 +292,16 @@ impl Installer {
         Ok(())
     }
 
+    /// Whether pages are in the guest's files that are not placed: reserved, or copied.
+    fn has_pages(&self) -> bool {
+        matches!(self.reserved, Reserved::InPlace) || self.copied.is_some()
+    }
+
     /// Nobody ran with this memory, nor will: frees what is in a VMM's own files.
     pub fn abandon(&self) {
-        let Reserved::InPlace = self.reserved else { return };
+        if !self.has_pages() {
+            return;
+        }
         for segment in self.placer.segments() {
             if let Err(error) = self.placer.give_back(segment) {
                 tracing::warn!(%error, "memory that was reserved stays reserved");
@@ -359,11 +376,11 @@ impl Installer {
 }
 
 #[cfg(feature = "failpoints")]
-fn broken() -> LaneError {
+pub(super) fn broken() -> LaneError {
     LaneError::Local("a failpoint".into())
 }
 
-fn local(error: PlaceError) -> LaneError {
+pub(super) fn local(error: PlaceError) -> LaneError {
     let why = crate::engine::error_chain(&error);
     match error.source {
         Errno::ENOMEM | Errno::ENOSPC => LaneError::NoMemory(why),

@@ -6,6 +6,7 @@
 
 mod builder;
 mod collapse;
+mod copied;
 mod demand_in;
 mod driver;
 mod fault_book;

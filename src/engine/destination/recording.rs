@@ -57,6 +57,8 @@ impl Recording {
             (_, Origin::Demand) => EventKind::Demand,
             (_, Origin::Push) => EventKind::Push,
             (_, Origin::Drain) => EventKind::Drain,
+            // It is not placed then.
+            (_, Origin::Copy) => return,
         };
         let (mut first, mut left) = (frame.run.first().get(), frame.run.count());
         // Only runs of zeros and holes are longer than one event.

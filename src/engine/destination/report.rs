@@ -1,5 +1,6 @@
 //! What the destination knows of a migration, for the report.
 
+use super::copied::CopiedPages;
 use super::guest::RunFigures;
 use super::install::Installer;
 use super::push_in::PushGate;
@@ -121,7 +122,7 @@ fn pages(installer: &Installer, facts: &Facts) -> Pages {
         demanded: get(&arrivals.demanded),
         pushed: get(&arrivals.pushed),
         drained: get(&arrivals.drained),
-        precopied: None,
+        precopied: installer.copied.as_ref().map(CopiedPages::valid),
         resent_after_link_loss: None,
         sent_twice: None,
         // A page that was there when it was placed, by the ledger's or by the kernel's count.

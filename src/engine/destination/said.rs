@@ -17,6 +17,7 @@ pub async fn say(stream: &mut SendStream, message: &ToSource) -> Result<(), Cont
         ToSource::Report(_) => failpoint!("destination::before_report_sent", return lost()),
         ToSource::Abort { .. } => failpoint!("destination::before_abort_sent", return lost()),
         ToSource::Lost { .. } => failpoint!("destination::before_lost_sent", return lost()),
+        ToSource::Landed { .. } => failpoint!("destination::before_landed_sent", return lost()),
         ToSource::Progress { .. } | ToSource::WorkloadEnded | ToSource::Pong(_) => {}
     }
     control::say(stream, message).await?;
@@ -34,6 +35,7 @@ pub async fn say(stream: &mut SendStream, message: &ToSource) -> Result<(), Cont
         ToSource::Report(_) => failpoint!("destination::after_report_sent", return lost()),
         ToSource::Abort { .. } => failpoint!("destination::after_abort_sent", return lost()),
         ToSource::Lost { .. } => failpoint!("destination::after_lost_sent", return lost()),
+        ToSource::Landed { .. } => failpoint!("destination::after_landed_sent", return lost()),
         ToSource::Progress { .. } | ToSource::WorkloadEnded | ToSource::Pong(_) => {}
     }
     Ok(())

@@ -173,7 +173,10 @@ impl<R: Requests> TrapLoop<R> {
             FaultAnswer::Wait => {}
             FaultAnswer::Wake => {
                 if new && self.installer.book.strike(page) {
-                    self.counts.crossed.fetch_add(1, Ordering::Relaxed);
+                    // It was copied before the guest came, as a rule, and is not mapped yet.
+                    let copied = self.installer.copied.is_some();
+                    let counter = if copied { &self.counts.local } else { &self.counts.crossed };
+                    counter.fetch_add(1, Ordering::Relaxed);
                 } else if new {
                     // Placed after it was entered: its wait is in the figures.
                     waits(&self.counts.waits);

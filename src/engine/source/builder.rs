@@ -10,6 +10,7 @@ use crate::memory::users::{self, MemoryUser};
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
 use crate::proto::source::SessionLimits;
+use crate::proto::switchover::SwitchoverConfig;
 use crate::transport::{LinkOptions, Ticket};
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +44,7 @@ impl SourceBuilder {
             policy: PolicyKind::default(),
             pivots: None,
             drain_after: None,
+            switchover: SwitchoverConfig::default(),
             machine: String::new(),
             guest: Vec::new(),
             vcpus: 1,
@@ -102,6 +104,15 @@ impl SourceBuilder {
         self
     }
 
+    /// How much memory is copied before the guest moves: none, unless this says otherwise. A VMM
+    /// whose guest is to run meanwhile must be able to tell what it writes,
+    /// [`SourceVm::start_dirty_log`](crate::engine::vm::SourceVm::start_dirty_log); and the
+    /// destination's memory must be in files.
+    pub fn switchover(mut self, switchover: SwitchoverConfig) -> Self {
+        self.config.switchover = switchover;
+        self
+    }
+
     /// Time limits of the session.
     pub fn limits(mut self, limits: SessionLimits) -> Self {
         self.config.limits = limits;
@@ -149,6 +160,7 @@ impl SourceBuilder {
         if let Some(pivots) = config.pivots {
             check_range("pivots", pivots, 1, PIVOTS_MAX)?;
         }
+        check_range("rounds", config.switchover.rounds, 1, SwitchoverConfig::ROUNDS_MAX)?;
         check_drain_after(config.drain_after)?;
         check_session(&config.limits, &config.link)?;
         let ram = GuestRam::from_guest_memory(memory)?;

@@ -2,12 +2,14 @@
 //! which a migration goes: connect, propose, pause, send the state, commit, serve and
 //! push, release.
 
+mod copying;
 mod keeping;
 mod linking;
 mod operating;
 mod pushing;
 mod telling;
 
+use super::copy::Round;
 use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::Link;
@@ -19,6 +21,7 @@ use crate::engine::lane::LaneError;
 use crate::engine::operator::{Asked, LinkDiary};
 use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::LinkEpoch;
@@ -28,6 +31,7 @@ use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::PolicyConfig;
 use crate::proto::source::{Outcome, SourceAction, SourceEvent, SourceSession, SourceState};
 use crate::transport::TransportError;
+use copying::CopyingTimes;
 use pushing::PushLane;
 use quinn::SendStream;
 use std::sync::Arc;
@@ -60,6 +64,8 @@ pub enum Input {
     Linked(Box<Link>),
     Heard { epoch: u32, message: ToSource, _room: OwnedSemaphorePermit },
     Captured(Captured),
+    Logging(Arc<DirtyBitmap>),
+    Written,
     LinkEnded { epoch: u32, error: LaneError },
     Operator(Asked),
 }
@@ -105,6 +111,7 @@ pub struct Driver {
     outcome: Option<Outcome>,
     phase: Option<(SourceState, Span)>,
     figures: report::Observed,
+    copying: CopyingTimes,
     diary: LinkDiary,
     /// What failed on this side when a link was lost last, or not made.
     failed_here: Option<String>,
@@ -133,6 +140,7 @@ impl Driver {
                     ..Hello::new(session, layout, config.machine.clone())
                 };
                 SourceSession::new(hello, config.limits, Duration::ZERO)
+                    .with_switchover(config.switchover)
             }
             Beginning::Left(left) => left.machine(pages, config.limits),
         };
@@ -154,7 +162,11 @@ impl Driver {
             notes,
             zeros,
             lanes: push_ports.max(1) as u64,
+            round: Round::default(),
         });
+        if machine.planner().is_none() {
+            push.round.give_way();
+        }
         let (input, inputs) = inputs;
         let guest = guest::spawn(vm, input.clone())
             .map_err(|source| TransportError::Io { what: "start the guest's thread", source })?;
@@ -189,6 +201,7 @@ impl Driver {
             outcome: None,
             phase: None,
             figures: report::Observed::of(matches!(beginning, Beginning::Left(_))),
+            copying: CopyingTimes::default(),
             diary: LinkDiary::default(),
             failed_here: None,
             taking_back: None,
@@ -202,6 +215,7 @@ impl Driver {
 
     async fn drive(mut self) -> SourceEnd {
         self.spawn_push_lanes();
+        let copied = self.push.clone();
         loop {
             while let Some(action) = self.machine.poll_action() {
                 debug!(?action, state = ?self.machine.state());
@@ -218,6 +232,7 @@ impl Driver {
             tokio::select! {
                 biased;
                 Some(input) = self.inputs.recv() => self.take(input),
+                () = copied.round.idle.notified() => self.lanes_idle(),
                 _ = tokio::time::sleep_until(wake) => self.tick().await,
             }
         }
@@ -280,6 +295,11 @@ impl Driver {
                 }
                 self.machine.handle(now, SourceEvent::LinkUp);
             }
+            Input::Logging(written) => {
+                self.push.round.log(written);
+                self.machine.handle(now, SourceEvent::DirtyLogStarted);
+            }
+            Input::Written => self.looked(now),
             Input::Captured(captured) => {
                 self.captured = Some(captured);
                 self.machine.handle(now, SourceEvent::Paused);
@@ -308,6 +328,7 @@ impl Driver {
                 let demanded = self.shared.figures.demanded.load(Ordering::Relaxed);
                 self.wire_bytes = pushed_bytes.saturating_add(demanded * PAGE_SIZE as u64);
             }
+            ToSource::Landed { .. } => self.copying.landed = Some(now),
             ToSource::WorkloadEnded => self.drain("the workload ended"),
             ToSource::Running { .. } if self.machine.state() == SourceState::Committed => {
                 self.runs(now);
@@ -329,6 +350,11 @@ impl Driver {
             }
             SourceAction::Say(message) => self.say(message).await,
             SourceAction::OpenLanes { epoch } => self.open_lanes(epoch),
+            SourceAction::StartDirtyLog => self.guest.tell(GuestCommand::StartDirtyLog),
+            SourceAction::LookAtRound => self.guest.tell(GuestCommand::DirtyRound),
+            SourceAction::StartRound => self.start_round(),
+            SourceAction::CutRound => self.push.round.end(),
+            SourceAction::SendValid => self.send_valid().await,
             SourceAction::PauseGuest => {
                 self.guest.tell(GuestCommand::Pause);
                 self.keep(|journal| journal.guest_pauses());
@@ -342,6 +368,7 @@ impl Driver {
             SourceAction::DiscardMemory => self.guest.tell(GuestCommand::GivenUp),
             SourceAction::ResumeGuest => {
                 self.close_lanes().await;
+                self.push.round.end();
                 let next = LinkEpoch::new(self.machine.epoch() + 1);
                 if let Err(error) = self.shared.ledger.void(next) {
                     warn!(%error, "claims stay as they are");

@@ -2,7 +2,7 @@
 
 use super::driver::Input;
 use crate::engine::error_chain;
-use crate::engine::vm::{SourceVm, VmError};
+use crate::engine::vm::{Captured, SourceVm, VmError};
 use crate::proto::message::STATE_MAX;
 use crate::proto::source::SourceEvent;
 use std::time::{Duration, Instant};
@@ -16,6 +16,8 @@ const PANICKED: &str = "the thread that drives its VMM panicked";
 /// What the guest thread is told.
 pub enum GuestCommand {
     ResetInstruments,
+    StartDirtyLog,
+    DirtyRound,
     Pause,
     Commit,
     TakeBack,
@@ -75,6 +77,16 @@ impl Drop for SaysWhenItPanics {
     }
 }
 
+/// Pauses the guest; if its writes are remembered, all of them are told then.
+fn pause(vm: &mut dyn SourceVm, logging: bool) -> Result<Captured, VmError> {
+    let captured = vm.pause()?;
+    if logging && let Err(error) = vm.dirty_round() {
+        vm.resume().map_err(|also| format!("{error}; and then: {also}"))?;
+        return Err(error);
+    }
+    Ok(captured)
+}
+
 /// Starts the thread on which the VMM is called: its calls may block.
 pub fn spawn(
     mut vm: Box<dyn SourceVm>,
@@ -87,13 +99,25 @@ pub fn spawn(
         let _guard = SaysWhenItPanics(input.clone());
         crate::engine::hurry();
         let mut stranded = None;
+        let mut logging = false;
         for command in commands {
             let event = match command {
                 GuestCommand::ResetInstruments => {
                     vm.reset_instruments();
                     continue;
                 }
-                GuestCommand::Pause => match vm.pause() {
+                GuestCommand::StartDirtyLog => match vm.start_dirty_log() {
+                    Ok(bitmap) => {
+                        logging = true;
+                        Input::Logging(bitmap)
+                    }
+                    Err(error) => Input::Event(SourceEvent::DirtyLogFailed(said(error))),
+                },
+                GuestCommand::DirtyRound => match vm.dirty_round() {
+                    Ok(()) => Input::Written,
+                    Err(error) => Input::Event(SourceEvent::DirtyLogFailed(said(error))),
+                },
+                GuestCommand::Pause => match pause(vm.as_mut(), logging) {
                     Ok(captured) if captured.state.len() <= STATE_MAX => Input::Captured(captured),
                     // The destination would refuse it, in the blackout. Nobody has seen this
                     // capture, so the guest may simply go on.

@@ -260,6 +260,7 @@ mod tests {
             policy: Default::default(),
             pivots: None,
             drain_after: None,
+            switchover: Default::default(),
             machine: String::new(),
             guest: Vec::new(),
             vcpus: 1,

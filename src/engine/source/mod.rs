@@ -4,6 +4,7 @@
 //! `driver` does what it says.
 
 mod builder;
+mod copy;
 mod driver;
 mod guest;
 mod journal;
@@ -22,6 +23,7 @@ use crate::memory::ram::GuestRam;
 use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::{Outcome, SessionLimits};
+use crate::proto::switchover::SwitchoverConfig;
 use crate::report::schema::Report;
 use crate::transport::{LaneThread, LinkOptions, Ticket, TransportError};
 pub use builder::SourceBuilder;
@@ -48,6 +50,8 @@ pub struct SourceConfig {
     /// When to push everything that is left, whatever the policy says; counted from
     /// the moment the guest runs at the destination.
     pub drain_after: Option<Duration>,
+    /// How much is copied before the guest moves.
+    pub switchover: SwitchoverConfig,
     /// The machine configuration, see [`Hello::machine`](crate::proto::message::Hello::machine).
     pub machine: String,
     /// The VMM's description of the guest, see [`Hello::guest`](crate::proto::message::Hello::guest).

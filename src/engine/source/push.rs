@@ -1,6 +1,7 @@
 //! The source's push lanes: the pre-paging policy's suggestions, claimed late and
 //! sent as page frames.
 
+use super::copy::Round;
 use super::serve::{FaultNote, SourceShared};
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
@@ -31,6 +32,8 @@ pub struct PushShared {
     pub zeros: Receiver<(PageRun, PageKind)>,
     /// Push lanes that share the window.
     pub lanes: u64,
+    /// What is copied before the switchover.
+    pub round: Round,
 }
 
 /// Locks for a few instructions; figures and hints survive a panic elsewhere.
@@ -49,11 +52,20 @@ impl PushShared {
         loop {
             let window = lock(&self.pacer).window_bytes();
             connection.set_send_window((window / self.lanes).max(1));
-            if let Ok((run, kind)) = self.zeros.try_recv() {
+            let busy = if !self.round.is_over() {
+                let pages_max = lock(&self.pacer).run_pages();
+                self.copy(stream, u64::from(pages_max), epoch).await?
+            } else if let Ok((run, kind)) = self.zeros.try_recv() {
                 self.push_zeros(stream, run, kind, epoch).await?;
+                true
             } else if let Some(suggestion) = self.suggestion() {
                 self.push_run(stream, suggestion, epoch).await?;
+                true
             } else {
+                false
+            };
+            if !busy {
+                self.round.idle.notify_one();
                 let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
                 if let Some(error) = connection.close_reason() {
                     return Err(LaneError::lost(error));
@@ -126,6 +138,6 @@ impl PushShared {
 }
 
 #[cfg(feature = "failpoints")]
-fn broken() -> LaneError {
+pub(super) fn broken() -> LaneError {
     LaneError::Link("a failpoint".into())
 }

@@ -8,12 +8,14 @@ use crate::engine::vm::Captured;
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::source::{Outcome, SourceSession};
+use crate::proto::switchover::{self, Planner, RoundEnd};
 use crate::proto::timeline::Stamp;
 use crate::report::merge::{DestinationPart, Heading, SourcePart};
-use crate::report::schema::{self, Guest, Link, Mode, Pages, Report};
+use crate::report::schema::{self, Guest, Link, Mode, Pages, Report, Round, Switchover};
 use quinn::Connection;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tracing::warn;
 
 /// Facts that are gone once they were used.
@@ -27,6 +29,8 @@ pub struct Observed {
     pub outages: Outages,
     /// Another process began the session: what happened before this one is not known.
     pub resumed: bool,
+    /// Pages that were valid at the destination before the guest was.
+    pub valid: Option<u64>,
     mtu: Option<u16>,
 }
 
@@ -90,7 +94,8 @@ fn heading(facts: &Facts<'_>) -> Heading {
     Heading {
         outcome,
         reason,
-        mode: Mode::PostCopy,
+        mode: mode(facts),
+        switchover: facts.machine.planner().map(|planner| switchover(planner, facts)),
         policy: Some(config.policy.name().into()),
         guest: Guest {
             kind: config.guest_kind.clone(),
@@ -108,6 +113,33 @@ fn heading(facts: &Facts<'_>) -> Heading {
             bandwidth_limit_bps: None,
             epochs: Some(facts.observed.outages.ended() + 1),
         },
+    }
+}
+
+/// How the guest was moved; one that went on with another's session knows what was asked for.
+fn mode(facts: &Facts<'_>) -> Mode {
+    let asked = facts.config.switchover.mode;
+    match facts.machine.planner().map_or(asked, Planner::moved) {
+        switchover::Mode::PostCopy => Mode::PostCopy,
+        switchover::Mode::PreCopy => Mode::PreCopy,
+        switchover::Mode::Hybrid | switchover::Mode::Auto => Mode::Hybrid,
+        switchover::Mode::StopAndCopy => Mode::StopAndCopy,
+    }
+}
+
+fn switchover(planner: &Planner, facts: &Facts<'_>) -> Switchover {
+    let (config, micros) = (planner.config(), |time: Duration| time.as_micros() as u64);
+    let rounds = planner.rounds().iter().map(|RoundEnd { round, why }| Round {
+        sent: round.sent,
+        stale: round.stale,
+        took_us: micros(round.took),
+        why: why.clone(),
+    });
+    Switchover {
+        asked: config.mode.to_string(),
+        max_downtime_us: micros(config.max_downtime),
+        rounds: rounds.collect(),
+        copied: facts.shared.figures.copied.load(Ordering::Relaxed),
     }
 }
 
@@ -145,7 +177,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
             demanded: get(&figures.demanded),
             pushed: get(&figures.pushed),
             drained: get(&figures.drained),
-            precopied: None,
+            precopied: facts.observed.valid,
             resent_after_link_loss: Some(facts.observed.resent),
             sent_twice: Some(counts.sent_twice),
             placed_twice: None,

@@ -16,6 +16,8 @@ pub async fn say(stream: &mut SendStream, message: &ToDestination) -> Result<(),
         }
         ToDestination::Released => failpoint!("source::before_released_sent", return lost()),
         ToDestination::Abort { .. } => failpoint!("source::before_abort_sent", return lost()),
+        ToDestination::Copied { .. } => failpoint!("source::before_copied_sent", return lost()),
+        ToDestination::Valid { .. } => failpoint!("source::before_valid_sent", return lost()),
         ToDestination::Ping(_) => {}
     }
     control::say(stream, message).await?;
@@ -32,6 +34,8 @@ pub async fn say(stream: &mut SendStream, message: &ToDestination) -> Result<(),
         }
         ToDestination::Released => failpoint!("source::after_released_sent", return lost()),
         ToDestination::Abort { .. } => failpoint!("source::after_abort_sent", return lost()),
+        ToDestination::Copied { .. } => failpoint!("source::after_copied_sent", return lost()),
+        ToDestination::Valid { .. } => failpoint!("source::after_valid_sent", return lost()),
         ToDestination::Ping(_) => {}
     }
     Ok(())

@@ -37,6 +37,9 @@ pub struct SourceFigures {
     pub pushed: AtomicU64,
     /// Pushed by the final drain.
     pub drained: AtomicU64,
+    /// Copied before the guest ran at the destination; those counted again that were copied
+    /// again.
+    pub copied: AtomicU64,
     /// Announced as zero.
     pub zero: AtomicU64,
     /// Announced as holes.
@@ -168,10 +171,29 @@ impl SourceShared {
         Ok(())
     }
 
+    /// Sends the claimed pages with this content, which is nobody else's: the guest may change
+    /// them meanwhile.
+    pub async fn send_copy(
+        &self,
+        stream: &mut SendStream,
+        claim: Claim,
+        content: Bytes,
+        epoch: u32,
+    ) -> Result<(), LaneError> {
+        let kind = if content.is_empty() { PageKind::Zero } else { PageKind::Raw };
+        let header = FrameHeader::for_claim(&claim, kind, Origin::Copy, epoch);
+        let mut frame = [Bytes::copy_from_slice(&header.encode()), content];
+        stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
+        failpoint!("source::after_copy_sent");
+        self.sent(claim, kind, Origin::Copy);
+        Ok(())
+    }
+
     /// Counts the claimed pages as sent.
     fn sent(&self, claim: Claim, kind: PageKind, origin: Origin) {
         let pages = claim.run().count();
         let counter = match (kind, origin) {
+            (_, Origin::Copy) => &self.figures.copied,
             (PageKind::Zero, _) => &self.figures.zero,
             (PageKind::Hole, _) => &self.figures.hole,
             (PageKind::Poison, _) => &self.figures.poisoned,

@@ -98,6 +98,16 @@ impl KnownZeros {
         }
     }
 
+    /// The first pages of `run`, which lies in one segment, that are all holes or all not, as
+    /// it is just now: the guest runs. Nothing is remembered.
+    pub fn first_part_now(&self, run: PageRun) -> (PageRun, PageKind) {
+        match self.holes.first_part(run) {
+            Ok((hole, true)) => (hole, PageKind::Hole),
+            Ok((data, false)) => (data, PageKind::Raw),
+            Err(_) => (run, PageKind::Raw),
+        }
+    }
+
     fn first_noted(&self, run: PageRun) -> (PageRun, PageKind) {
         let first = run.first();
         for (bits, kind) in [(&self.zero, PageKind::Zero), (&self.hole, PageKind::Hole)] {

@@ -4,6 +4,7 @@
 //! stateDiagram-v2
 //!   Waiting --> Preparing: Hello / make memory, VM, vCPUs, traps
 //!   Preparing --> Agreed: prepared / Accept
+//!   Agreed --> Agreed: Copied, Valid / pages that come before the state
 //!   Agreed --> Restoring: State / restore
 //!   Restoring --> InDoubt: restored / Ready
 //!   InDoubt --> Starting: Commit / run the guest
@@ -33,9 +34,11 @@
 //! noticed, and [`may_reattach`](DestinationSession::may_reattach) says yes, `LinkLost`
 //! is fed first and then the `Reattach`.
 
+mod copied;
 mod operator;
 mod terms;
 
+use copied::Copied;
 pub use terms::{DestinationAction, DestinationEvent, DestinationState};
 
 use super::message::{CommitRecord, SessionId, ToDestination, ToSource, cut};
@@ -53,6 +56,8 @@ pub struct DestinationSession {
     epoch: u32,
     linked: bool,
     released: bool,
+    /// What comes before the machine state, if anything does.
+    copied: Option<Copied>,
     /// Pages settled, once the ledger is full; it may be before the guest runs.
     full: Option<u64>,
     /// Why the guest cannot go on, in `Failed`.
@@ -74,6 +79,7 @@ impl DestinationSession {
             epoch: 0,
             linked: true,
             released: false,
+            copied: None,
             full: None,
             failure: String::new(),
             deadline: Some(now + limits.handshake),
@@ -158,6 +164,7 @@ impl DestinationSession {
                     self.drained(now, settled);
                 }
             }
+            (S::Agreed, E::Landed { pages }) => self.say(ToSource::Landed { pages }),
             (S::Running, E::LedgerFull { settled }) => self.drained(now, settled),
             // Until the vCPUs run nobody is told: the guest may still stay at the source.
             (_, E::LedgerFull { settled }) => self.full = Some(settled),
@@ -173,7 +180,8 @@ impl DestinationSession {
                 | E::Restored
                 | E::RestoreFailed(_)
                 | E::Entered(_)
-                | E::ReportReady(_),
+                | E::ReportReady(_)
+                | E::Landed { .. },
             ) => {}
 
             // Without a link only the first message of a new one counts; anything else
@@ -200,10 +208,16 @@ impl DestinationSession {
         match (self.state, message) {
             (S::Waiting, M::Hello(hello)) => {
                 self.session = Some(hello.session);
+                self.copied = Copied::of(&hello);
                 self.push(DestinationAction::Prepare(Box::new(hello)));
                 self.enter(S::Preparing, None);
             }
-            (S::Agreed, M::State(state)) => {
+            (S::Agreed, M::Copied { pages }) if self.copied.is_some() => {
+                self.copies_on(now);
+                self.push(DestinationAction::AwaitCopied { pages });
+            }
+            (S::Agreed, M::Valid { part, last }) => self.valid_part(now, &part, last),
+            (S::Agreed, M::State(state)) if self.copied.as_ref().is_none_or(Copied::is_told) => {
                 self.timeline.stamp(Stamp::StateReceived, now);
                 self.push(DestinationAction::Restore(state));
                 self.enter(S::Restoring, None);
@@ -217,7 +231,10 @@ impl DestinationSession {
                 self.released = true;
                 self.push(DestinationAction::MakeReport);
             }
-            (_, M::Ping(token)) => self.say(ToSource::Pong(token)),
+            (_, M::Ping(token)) => {
+                self.copies_on(now);
+                self.say(ToSource::Pong(token));
+            }
             (S::Starting | S::Running | S::Full, M::Abort { reason }) => {
                 self.violated(now, format!("it wanted to abort after the commit: {reason}"));
             }
@@ -438,5 +455,7 @@ fn name_of(message: &ToDestination) -> &'static str {
         ToDestination::Released => "Released",
         ToDestination::Abort { .. } => "Abort",
         ToDestination::Ping(_) => "Ping",
+        ToDestination::Copied { .. } => "Copied",
+        ToDestination::Valid { .. } => "Valid",
     }
 }

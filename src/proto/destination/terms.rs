@@ -1,6 +1,7 @@
 //! The destination session's vocabulary: its states, events and actions.
 
 use crate::proto::message::{Hello, Mismatch, ToDestination, ToSource};
+use crate::proto::placed::PlacedPages;
 use crate::proto::source::Outcome;
 use std::time::Duration;
 
@@ -49,6 +50,11 @@ pub enum DestinationEvent {
     /// The guest cannot go on here: its vCPUs cannot be started, or its faults can no
     /// longer be served.
     GuestFailed(String),
+    /// All pages that `AwaitCopied` waits for are here.
+    Landed {
+        /// Its number.
+        pages: u64,
+    },
     /// The ledger says that no page is missing.
     LedgerFull {
         /// Pages settled.
@@ -78,6 +84,13 @@ pub enum DestinationAction {
     },
     /// Close the connection: the peer broke the protocol on it.
     DropLink(String),
+    /// Wait until so many pages have come before the machine state.
+    AwaitCopied {
+        /// Pages, those counted again that came again.
+        pages: u64,
+    },
+    /// These pages, which came before the machine state, are valid; all others are missing.
+    TakeValid(PlacedPages),
     /// Restore this machine state; faults are served meanwhile.
     Restore(Vec<u8>),
     /// Let the vCPUs run.
@@ -103,6 +116,8 @@ impl DestinationAction {
             Self::Say(_) => "Say",
             Self::OpenLanes { .. } => "OpenLanes",
             Self::DropLink(_) => "DropLink",
+            Self::AwaitCopied { .. } => "AwaitCopied",
+            Self::TakeValid(_) => "TakeValid",
             Self::Restore(_) => "Restore",
             Self::RunGuest => "RunGuest",
             Self::SendPlaced => "SendPlaced",

@@ -27,7 +27,7 @@ pub use destination::{
     Unfinished,
 };
 pub use landing::{Landing, Landings};
-pub use source::{Claim, Claims, ResumeError, SourceCounts, SourceLedger, StaleEpoch};
+pub use source::{Claim, Claims, ResumeError, SourceCounts, SourceLedger, StaleEpoch, Unwritten};
 
 use serde::{Deserialize, Serialize};
 use std::fmt;

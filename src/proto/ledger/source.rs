@@ -82,6 +82,17 @@ pub struct SourceCounts {
     pub sent_twice: u64,
 }
 
+/// Pages of a guest that writes meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unwritten {
+    /// Sent, and not written since.
+    pub sent: u64,
+    /// Unsent, and not written since.
+    pub unsent: u64,
+    /// Written, sent or not.
+    pub written: u64,
+}
+
 /// An epoch that is not later than the ledger's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{asked} is not later than the ledger's {current}")]
@@ -178,6 +189,33 @@ impl SourceLedger {
         let unsent = epoch.unsent.load(Ordering::Acquire);
         let claimed = self.pages.saturating_sub(sent).saturating_sub(unsent);
         SourceCounts { unsent, claimed, sent, sent_twice: self.sent_twice.load(Ordering::Acquire) }
+    }
+
+    /// Before the switchover: all pages are unsent again but those that were sent and not
+    /// `written` since; that is asked for each 64 pages in rising order, lowest bit first. Returns
+    /// the pages that stay sent. The epoch goes on. No claim of it may be out: its pages
+    /// would be sent twice.
+    pub fn keep_unwritten(&self, mut written: impl FnMut(u64) -> u64) -> PlacedPages {
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let sent = (0..).zip(current.sent.loads()).map(|(index, sent)| sent & !written(index));
+        let kept = PlacedPages::of_words(self.pages, sent.collect());
+        *current = Arc::new(Epoch::new(current.number, kept.clone(), self.sent_twice.clone()));
+        kept
+    }
+
+    /// Before the switchover: how many pages are sent, and how many unsent, without those
+    /// that are `written`, which is asked for as by [`keep_unwritten`](Self::keep_unwritten).
+    pub fn count_unwritten(&self, mut written: impl FnMut(u64) -> u64) -> Unwritten {
+        let epoch = self.current();
+        let mut counts = Unwritten::default();
+        for (index, (sent, claimed)) in (0..).zip(epoch.sent.loads().zip(epoch.claimed.loads())) {
+            let written = written(index);
+            let here = word_mask(self.pages - index * 64);
+            counts.written += u64::from((written & here).count_ones());
+            counts.sent += u64::from((sent & !written).count_ones());
+            counts.unsent += u64::from((!claimed & !written & here).count_ones());
+        }
+        counts
     }
 
     /// Begins `epoch` with every page unsent: the commit was aborted, nothing of
@@ -296,6 +334,11 @@ impl Epoch {
             sent_twice,
         }
     }
+}
+
+/// The lowest `pages` bits of a word, or all of them.
+fn word_mask(pages: u64) -> u64 {
+    if pages >= 64 { u64::MAX } else { (1 << pages) - 1 }
 }
 
 /// The permit to send a run of pages, and the only one to build frames of them.

@@ -3,7 +3,11 @@
 //! ```mermaid
 //! stateDiagram-v2
 //!   Connecting --> Negotiating: link up / Hello
+//!   Negotiating --> Copying: Accept / rounds of pre-copy, if there are to be any
 //!   Negotiating --> Pausing: Accept / pause the guest
+//!   Copying --> Pausing: the planner has had enough / pause the guest
+//!   Pausing --> CopyingRest: paused / copy what is left, if that is to be before
+//!   CopyingRest --> Blackout: Landed / State
 //!   Pausing --> Blackout: paused / State
 //!   Blackout --> Committing: Ready / write the commit word
 //!   Committing --> Committed: word written / Commit
@@ -38,17 +42,20 @@
 //! `poll_action` is called until it returns `None`, then `timeout` tells when to
 //! call `handle` with [`SourceEvent::Timer`] at the latest.
 
+mod copying;
+mod hearing;
 mod operator;
 mod recovery;
 mod terms;
 
-use terms::name_of;
+use copying::Copying;
 pub use terms::{
     Outcome, RESERVING_PER_GIB, SessionLimits, SourceAction, SourceEvent, SourceState,
 };
 
-use crate::proto::message::{CommitRecord, Hello, SessionId, ToDestination, ToSource, cut};
+use crate::proto::message::{CommitRecord, FEATURE_COPY, Hello, SessionId, ToDestination, cut};
 use crate::proto::placed::PlacedPages;
+use crate::proto::switchover::{Planner, SwitchoverConfig};
 use crate::proto::timeline::{Stamp, Timeline};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -92,6 +99,8 @@ pub struct SourceSession {
     unlinked: String,
     /// The destination had every page before this process began.
     drained: bool,
+    /// What is copied before the guest runs there, if anything is.
+    copying: Option<Copying>,
     actions: VecDeque<SourceAction>,
     timeline: Timeline,
     report: Option<Vec<u8>>,
@@ -118,6 +127,7 @@ impl SourceSession {
             lost: None,
             unlinked: String::new(),
             drained: false,
+            copying: None,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -129,6 +139,20 @@ impl SourceSession {
             answer_within: limits.handshake,
         });
         machine
+    }
+
+    /// The same, with memory copied before the guest runs at the destination, as `config` says.
+    pub fn with_switchover(mut self, config: SwitchoverConfig) -> Self {
+        if let Some(hello) = self.hello.as_mut().filter(|_| config.copies()) {
+            hello.features |= FEATURE_COPY;
+            self.copying = Some(Copying::new(Planner::new(config, self.pages)));
+        }
+        self
+    }
+
+    /// What was decided of the switchover, and why; `None` if there is nothing to decide.
+    pub fn planner(&self) -> Option<&Planner> {
+        self.copying.as_ref().map(|copying| &copying.planner)
     }
 
     /// Where the session is.
@@ -198,11 +222,14 @@ impl SourceSession {
             (_, E::GiveUp(why)) => self.given_up(now, why),
             (_, E::TakeBack) => self.take_back(now),
 
-            (S::Pausing, E::Paused) => {
-                self.timeline.stamp(Stamp::Captured, now);
-                self.push(SourceAction::SendState);
-                self.enter(S::Blackout, Some(now + self.limits.restore));
+            (S::Pausing, E::Paused) => self.paused_here(now),
+            (S::Copying, E::DirtyLogStarted) => self.log_started(now),
+            (S::Copying | S::CopyingRest | S::Blackout, E::DirtyLogFailed(why)) => {
+                let why = format!("what the guest writes cannot be followed: {why}");
+                self.abort(now, why);
             }
+            (S::Copying | S::CopyingRest, E::RoundSent { pages }) => self.round_sent(now, pages),
+            (S::Copying, E::Looked(round)) => self.looked(now, round),
             (S::Pausing, E::PauseFailed(why)) => {
                 self.abort_reason = why;
                 self.say_abort();
@@ -246,7 +273,11 @@ impl SourceSession {
                 | E::CommitWord(_)
                 | E::CommitFailed(_)
                 | E::TakenBack
-                | E::TakeBackFailed(_),
+                | E::TakeBackFailed(_)
+                | E::DirtyLogStarted
+                | E::DirtyLogFailed(_)
+                | E::RoundSent { .. }
+                | E::Looked(_),
             ) => {}
 
             (_, E::Message(message)) => self.message(now, message),
@@ -263,88 +294,26 @@ impl SourceSession {
         self.deadline
     }
 
-    fn message(&mut self, now: Duration, message: ToSource) {
-        use SourceState as S;
-        use ToSource as M;
-        match (self.state, message) {
-            (S::Negotiating, M::Accept { .. }) => {
-                self.timeline.stamp(Stamp::Agreed, now);
-                self.timeline.stamp(Stamp::PauseAsked, now);
-                self.push(SourceAction::OpenLanes { epoch: self.epoch });
-                self.push(SourceAction::PauseGuest);
-                self.enter(S::Pausing, None);
-            }
-            (S::Negotiating, M::Refuse(mismatch)) => {
-                self.abort_reason = mismatch.to_string();
-                self.finish_aborted(now);
-            }
-            (S::Blackout, M::Ready) => {
-                self.timeline.stamp(Stamp::ReadySeen, now);
-                self.push(SourceAction::WriteCommitWord);
-                self.enter(S::Committing, Some(now + self.limits.restore));
-            }
-            (S::Committed | S::Brownout | S::Releasing, M::Placed { part, last })
-                if self.link == Link::Reattaching =>
-            {
-                self.placed_part(now, &part, last);
-            }
-            (S::Committed, M::Running { .. }) => {
-                self.timeline.stamp(Stamp::Running, now);
-                self.push(SourceAction::ReleaseGuest);
-                self.enter(S::Brownout, self.deadline);
-            }
-            // Said again after a lost link.
-            (S::Brownout, M::Running { .. }) => {}
-            (S::Brownout, M::Drained { settled }) if settled == self.pages => {
-                self.timeline.stamp(Stamp::Drained, now);
-                // Released is said when nothing is left that a crash could undo.
-                self.push(SourceAction::ReleaseMemory);
-                self.push(SourceAction::Say(ToDestination::Released));
-                self.enter(S::Releasing, Some(now + self.limits.restore));
-            }
-            // Said again after a lost link: it may not have heard that it is released.
-            (S::Releasing, M::Running { .. }) => {}
-            (S::Releasing, M::Drained { settled }) if settled == self.pages => {
-                self.push(SourceAction::Say(ToDestination::Released));
-            }
-            (S::Releasing, M::Report(report)) => {
-                self.report = Some(report);
-                self.complete(now);
-            }
-            // Sent by the engine, at any time.
-            (
-                S::Pausing
-                | S::Blackout
-                | S::Committing
-                | S::Committed
-                | S::Brownout
-                | S::Releasing,
-                M::Progress { .. } | M::WorkloadEnded | M::Pong(_),
-            ) => {}
-            // The destination has heard it, too, and nobody is in doubt.
-            (S::Retracting, M::Abort { .. }) => self.finish_aborted(now),
-            (S::Retracting, M::Lost { reason }) => {
-                self.abort_reason.push_str(&format!("; the destination says: {reason}"));
-                self.finish_aborted(now);
-            }
-            // The word, which is being written, decides what this means.
-            (S::Committing, M::Lost { reason }) => self.lost = Some(reason),
-            (S::Committed | S::Brownout, M::Lost { reason }) => {
-                self.finish(now, Outcome::Lost(lost_there(&reason)));
-            }
-            // It is over; what matters is only that the guest is resumed.
-            (S::Unpausing | S::Retracting, _) => {}
-            (S::Committing | S::Committed | S::Brownout | S::Releasing, M::Abort { reason }) => {
-                self.violated(now, format!("it wanted to abort after the commit: {reason}"));
-            }
-            (_, M::Abort { reason }) => {
-                self.aborted_there(now, format!("the destination aborted: {reason}"));
-            }
-            (_, message) => {
-                let name = name_of(&message);
-                self.violated(now, format!("{name} does not belong into {:?}", self.state));
-            }
+    fn pause(&mut self, now: Duration) {
+        self.timeline.stamp(Stamp::PauseAsked, now);
+        self.push(SourceAction::PauseGuest);
+        self.enter(SourceState::Pausing, None);
+    }
+
+    fn paused_here(&mut self, now: Duration) {
+        self.timeline.stamp(Stamp::Captured, now);
+        if self.copies_rest() {
+            return self.start_rest(now);
         }
+        self.send_state(now);
+    }
+
+    fn send_state(&mut self, now: Duration) {
+        if self.copying.is_some() {
+            self.push(SourceAction::SendValid);
+        }
+        self.push(SourceAction::SendState);
+        self.enter(SourceState::Blackout, Some(now + self.limits.restore));
     }
 
     fn propose(&mut self, now: Duration) {
@@ -399,6 +368,10 @@ impl SourceSession {
                 self.abort(now, "the destination did not restore the state in time".into());
             }
             S::Committed | S::Brownout => self.stayed_without_link(now),
+            S::Copying => self.look(),
+            S::CopyingRest => {
+                self.abort(now, "the destination took no pages for too long".into());
+            }
             S::Releasing => self.complete(now),
             S::Retracting => self.finish_aborted(now),
             S::Unpausing => {
@@ -429,6 +402,7 @@ impl SourceSession {
         }
         self.abort_reason = why;
         self.say_abort();
+        self.resume_if_copying_rest();
         self.unpause_and_finish(now);
     }
 
@@ -438,6 +412,7 @@ impl SourceSession {
         if self.state == SourceState::Blackout {
             self.push(SourceAction::ResumeGuest);
         }
+        self.resume_if_copying_rest();
         self.unpause_and_finish(now);
     }
 

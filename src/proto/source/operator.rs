@@ -25,10 +25,13 @@ impl SourceSession {
     pub fn whereabouts(&self) -> Whereabouts {
         use SourceState as S;
         match self.state {
-            S::Connecting | S::Negotiating | S::Pausing | S::Unpausing | S::Retracting => {
-                Whereabouts::Source
-            }
-            S::Blackout | S::Committing => Whereabouts::Nowhere,
+            S::Connecting
+            | S::Negotiating
+            | S::Copying
+            | S::Pausing
+            | S::Unpausing
+            | S::Retracting => Whereabouts::Source,
+            S::CopyingRest | S::Blackout | S::Committing => Whereabouts::Nowhere,
             S::Committed | S::TakingBack => Whereabouts::InDoubt,
             S::Brownout | S::Releasing => Whereabouts::Destination,
             // How it ended says more.
@@ -58,7 +61,12 @@ impl SourceSession {
     fn give_up_costs(&self) -> Result<Consequence, &'static str> {
         use SourceState as S;
         match self.state {
-            S::Connecting | S::Negotiating | S::Pausing | S::Blackout => Ok(Consequence::harmless(
+            S::Connecting
+            | S::Negotiating
+            | S::Copying
+            | S::Pausing
+            | S::CopyingRest
+            | S::Blackout => Ok(Consequence::harmless(
                 "the migration is aborted, and the guest runs on at the source",
             )),
             S::Retracting => Ok(Consequence::harmless(
@@ -98,9 +106,16 @@ impl SourceSession {
                 "the destination is connected and about to run the guest: wait, or have it given \
                      up there first",
             ),
-            (S::Connecting | S::Negotiating | S::Pausing | S::Unpausing | S::Blackout, _) => {
-                Err("the guest was not committed: to give up leaves it running here")
-            }
+            (
+                S::Connecting
+                | S::Negotiating
+                | S::Copying
+                | S::Pausing
+                | S::Unpausing
+                | S::CopyingRest
+                | S::Blackout,
+                _,
+            ) => Err("the guest was not committed: to give up leaves it running here"),
             (S::Committing, _) => Err("the commit is being recorded: ask again"),
             (S::Retracting, _) => Err("the guest runs here already"),
             (S::Brownout | S::Releasing, _) => {
@@ -126,7 +141,12 @@ impl SourceSession {
     pub(super) fn cancel(&mut self, now: Duration, why: String) {
         use SourceState as S;
         match self.state {
-            S::Connecting | S::Negotiating | S::Pausing | S::Blackout => self.abort(now, why),
+            S::Connecting
+            | S::Negotiating
+            | S::Copying
+            | S::Pausing
+            | S::CopyingRest
+            | S::Blackout => self.abort(now, why),
             S::Retracting => self.finish_aborted(now),
             // Too late (or already on its way out): the guest is the destination's.
             S::Unpausing
@@ -142,7 +162,13 @@ impl SourceSession {
     pub(super) fn given_up(&mut self, now: Duration, why: String) {
         use SourceState as S;
         match self.state {
-            S::Connecting | S::Negotiating | S::Pausing | S::Blackout | S::Retracting => {
+            S::Connecting
+            | S::Negotiating
+            | S::Copying
+            | S::Pausing
+            | S::CopyingRest
+            | S::Blackout
+            | S::Retracting => {
                 self.cancel(now, why);
             }
             S::Committed => {

@@ -103,6 +103,7 @@ impl SourceSession {
             lost: None,
             unlinked: String::new(),
             drained: false,
+            copying: None,
             actions: VecDeque::new(),
             timeline: Timeline::default(),
             report: None,
@@ -154,7 +155,9 @@ impl SourceSession {
         self.unlinked.clone_from(&why);
         match self.state {
             S::Connecting | S::Negotiating => self.abort(now, why),
-            S::Pausing => self.abort(now, format!("the link was lost: {why}")),
+            S::Copying | S::Pausing | S::CopyingRest => {
+                self.abort(now, format!("the link was lost: {why}"));
+            }
             S::Blackout => {
                 self.push(SourceAction::ResumeGuest);
                 self.retract(now, format!("the link was lost: {why}"));

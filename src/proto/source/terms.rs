@@ -2,6 +2,7 @@
 
 use crate::proto::message::{ToDestination, ToSource};
 use crate::proto::placed::PlacedPages;
+use crate::proto::switchover::RoundSoFar;
 use std::time::Duration;
 
 /// What the handshake's limit is longer by for each GiB of guest memory, which the destination
@@ -52,10 +53,14 @@ pub enum SourceState {
     Connecting,
     /// Proposed; waiting for the answer.
     Negotiating,
+    /// The guest runs here, and its memory is copied, round by round.
+    Copying,
     /// The VMM is pausing the guest and taking its state.
     Pausing,
     /// As before, but the migration is off: the guest is resumed once it is paused.
     Unpausing,
+    /// The guest is paused, and what is left of its memory is copied.
+    CopyingRest,
     /// The state is on its way; the guest runs nowhere.
     Blackout,
     /// The destination is ready and the commit word is being written.
@@ -90,6 +95,18 @@ pub enum SourceEvent {
     Paused,
     /// The guest could not be paused, or its VMM is gone; if there is one, it runs on.
     PauseFailed(String),
+    /// The VMM remembers from now on what the guest writes.
+    DirtyLogStarted,
+    /// It cannot, or what it remembered is lost; the guest runs on.
+    DirtyLogFailed(String),
+    /// The round's pages were handed to the links, or as many as there were when it was cut
+    /// short; with those of all rounds before, so many were.
+    RoundSent {
+        /// Pages.
+        pages: u64,
+    },
+    /// Answer to `LookAtRound`.
+    Looked(RoundSoFar),
     /// The state was handed to the link.
     StateSent,
     /// The commit word is written (`true`), or the VMM had aborted before (`false`).
@@ -136,6 +153,17 @@ pub enum SourceAction {
         /// The epoch.
         epoch: u32,
     },
+    /// Have the VMM remember which pages the guest writes.
+    StartDirtyLog,
+    /// Copy all pages that are not at the destination as they are here, once. After a pause
+    /// the VMM's last word of what was written comes before.
+    StartRound,
+    /// Ask the VMM what was written since the round began.
+    LookAtRound,
+    /// Send no more pages of the round.
+    CutRound,
+    /// Say which pages are at the destination as they are here; all others are unsent.
+    SendValid,
     /// Pause the guest and capture its state.
     PauseGuest,
     /// Send the captured state, and the seeds.
@@ -189,5 +217,6 @@ pub(super) fn name_of(message: &ToSource) -> &'static str {
         ToSource::Abort { .. } => "Abort",
         ToSource::Pong(_) => "Pong",
         ToSource::Lost { .. } => "Lost",
+        ToSource::Landed { .. } => "Landed",
     }
 }

@@ -2,6 +2,8 @@
 //! it is.
 
 use super::Driver;
+use crate::engine::destination::copied::CopiedPages;
+use crate::engine::destination::install::Installer;
 use crate::engine::event::{Event, Pause, Phase, Progress};
 use crate::proto::destination::DestinationState;
 use crate::proto::message::ToSource;
@@ -50,7 +52,7 @@ impl Driver {
         let demanded = installer.arrivals.demanded.load(Ordering::Relaxed) * PAGE_SIZE as u64;
         let progress = Progress {
             phase: self.public_phase(),
-            settled: installer.ledger.pages() - installer.ledger.missing(),
+            settled: settled(installer),
             pages: installer.ledger.pages(),
             network_faults: self.faults.requests.load(Ordering::Relaxed),
             wire_bytes: self.gate.pushed_bytes.load(Ordering::Relaxed) + demanded,
@@ -66,7 +68,7 @@ impl Driver {
 
     pub(super) async fn say_progress(&mut self) {
         let Some(installer) = &self.installer else { return };
-        let settled = installer.ledger.pages() - installer.ledger.missing();
+        let settled = settled(installer);
         let network_faults = self.faults.requests.load(Ordering::Relaxed);
         let pushed_bytes = self.gate.pushed_bytes.load(Ordering::Relaxed);
         self.say(ToSource::Progress { settled, network_faults, pushed_bytes }).await;
@@ -79,4 +81,11 @@ impl Driver {
             self.say(ToSource::WorkloadEnded).await;
         }
     }
+}
+
+/// Pages that are here for good, or, before the guest is, that have come.
+fn settled(installer: &Installer) -> u64 {
+    let pages = installer.ledger.pages();
+    let coming = installer.copied.as_ref().and_then(CopiedPages::coming);
+    coming.map_or_else(|| pages - installer.ledger.missing(), |come| come.min(pages))
 }

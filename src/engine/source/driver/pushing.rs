@@ -48,6 +48,12 @@ impl Driver {
         // Not earlier: it takes a core for a time that grows with the memory, which has
         // no place in the blackout.
         self.spawn_zero_scan();
+        self.push.round.give_way();
+        self.start_lanes();
+    }
+
+    /// Has the lanes send pages, of whichever kind it is time for.
+    pub(super) fn start_lanes(&mut self) {
         let epoch = self.machine.epoch();
         for lane in &self.push_lanes {
             if let Err(error) = lane.commands.try_send(PushCommand::Start { epoch }) {

@@ -1,0 +1,184 @@
+//! Copying pages while the guest runs, or before its state leaves: what the push lanes do
+//! until the switchover.
+//!
+//! A round goes once through all pages, in rising order, all lanes together, and sends those
+//! that are unsent and were not written since it began. The content is taken out first: the
+//! guest may change it while it is being encrypted. If that tears it, the page is among those
+//! that were written, and is sent again.
+
+use super::push::PushShared;
+use crate::engine::lane::LaneError;
+use crate::failpoint::failpoint;
+use crate::memory::dirty_bitmap::DirtyBitmap;
+use crate::proto::frame::{Origin, PageKind};
+use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
+use bytes::Bytes;
+use quinn::SendStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::Notify;
+
+/// How far a round is.
+#[derive(Debug, Default)]
+pub struct Round {
+    /// The guest has left, or there never was to be a round: lanes push what the policy says.
+    over: AtomicBool,
+    /// A round goes on.
+    on: AtomicBool,
+    /// The next page to look at.
+    next: AtomicU64,
+    /// Which pages were written, if somebody remembers.
+    written: Mutex<Option<Arc<DirtyBitmap>>>,
+    /// Told by a lane that finds nothing more to send.
+    pub idle: Notify,
+}
+
+impl Round {
+    /// From now on these pages are told to be written.
+    pub fn log(&self, written: Arc<DirtyBitmap>) {
+        *self.lock() = Some(written);
+    }
+
+    /// What is told to be written, if anything is.
+    pub fn written(&self) -> Option<Arc<DirtyBitmap>> {
+        self.lock().clone()
+    }
+
+    /// Begins a round.
+    pub fn begin(&self) {
+        self.next.store(0, Ordering::SeqCst);
+        self.on.store(true, Ordering::SeqCst);
+    }
+
+    /// There are no rounds any more: lanes push what the policy says.
+    pub fn give_way(&self) {
+        self.end();
+        self.over.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there are none any more.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    /// No more pages of it are claimed.
+    pub fn end(&self) {
+        self.on.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether it goes on.
+    fn is_on(&self) -> bool {
+        self.on.load(Ordering::SeqCst)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<DirtyBitmap>>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PushShared {
+    /// Whether all lanes have gone through all pages, or through as many as they were to, and
+    /// have none in hand.
+    pub fn has_copied(&self) -> bool {
+        let round = &self.round;
+        let through = round.next.load(Ordering::SeqCst) >= self.source.ledger.pages();
+        (through || !round.is_on()) && self.source.ledger.counts().claimed == 0
+    }
+
+    /// Sends the next pages of the round; `false` if there are none.
+    pub(super) async fn copy(
+        &self,
+        stream: &mut SendStream,
+        pages_max: u64,
+        epoch: u32,
+    ) -> Result<bool, LaneError> {
+        let Some(run) = self.next_run(pages_max) else { return Ok(false) };
+        let mut rest = Some(run);
+        while let Some(run) = rest {
+            let (_, part) = self.source.ram.first_part(run);
+            let (part, kind) = self.source.known.first_part_now(part);
+            // A hole may go on behind what this lane has taken on: the others need not go there.
+            self.round.next.fetch_max(part.end(), Ordering::SeqCst);
+            self.copy_part(stream, part, kind, epoch).await?;
+            let left = run.end().saturating_sub(part.end());
+            rest = PageRun::new(PageIndex::new(part.end()), left);
+        }
+        Ok(true)
+    }
+
+    /// The next pages that no other lane goes through, beginning with one that is to be sent.
+    fn next_run(&self, pages_max: u64) -> Option<PageRun> {
+        let (round, ledger) = (&self.round, &self.source.ledger);
+        let mut from = round.next.load(Ordering::SeqCst);
+        loop {
+            if !round.is_on() || from >= ledger.pages() {
+                return None;
+            }
+            let first = ledger.next_unsent(PageIndex::new(from));
+            let first = first.map_or(ledger.pages(), PageIndex::get);
+            let end = (first + pages_max).min(ledger.pages());
+            let swap = round.next.compare_exchange(from, end, Ordering::SeqCst, Ordering::SeqCst);
+            match swap {
+                Ok(_) => return PageRun::new(PageIndex::new(first), end - first),
+                Err(now) => from = now,
+            }
+        }
+    }
+
+    /// Sends what is unsent and unwritten of `part`, which is all holes or has none.
+    async fn copy_part(
+        &self,
+        stream: &mut SendStream,
+        part: PageRun,
+        kind: PageKind,
+        epoch: u32,
+    ) -> Result<(), LaneError> {
+        let written = self.round.written();
+        let is_written = |page: &PageIndex| written.as_ref().is_some_and(|of| of.contains(*page));
+        let mut pages = part.pages().peekable();
+        while let Some(first) = pages.next() {
+            if is_written(&first) {
+                continue;
+            }
+            let mut count = 1;
+            while pages.next_if(|page| !is_written(page)).is_some() {
+                count += 1;
+            }
+            let Some(run) = PageRun::new(first, count) else { continue };
+            while let Some(mut claim) = self.source.ledger.claim_within(run) {
+                failpoint!("source::after_copy_claimed", return Err(super::push::broken()));
+                if kind != PageKind::Raw {
+                    self.source.send_as(stream, claim, kind, Origin::Copy, epoch).await?;
+                    continue;
+                }
+                let readable = self.source.guarded.readable(&self.source.ram, claim.run());
+                if readable == 0 {
+                    // It stays unsent, and is told to be lost after the switchover.
+                    break;
+                }
+                let behind = claim.split_off(readable);
+                drop(behind);
+                let mut content = vec![0; claim.run().bytes()];
+                self.source.ram.read_run(claim.run(), &mut content);
+                let mut content = Bytes::from(content);
+                let mut left = Some(claim);
+                while let Some(mut claim) = left {
+                    let (zero, pages) = alike(&content);
+                    left = claim.split_off(pages);
+                    let here = content.split_to(pages as usize * PAGE_SIZE);
+                    let here = if zero { Bytes::new() } else { here };
+                    self.source.send_copy(stream, claim, here, epoch).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the first page is zero, and how many pages from it on are as it is.
+fn alike(content: &[u8]) -> (bool, u64) {
+    let zero = |page: &[u8]| page.chunks_exact(16).all(|part| part == [0; 16]);
+    let first = zero(&content[..PAGE_SIZE]);
+    let same = content.chunks_exact(PAGE_SIZE).take_while(|page| zero(page) == first);
+    (first, same.count() as u64)
+}

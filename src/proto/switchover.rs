@@ -1,0 +1,337 @@
+//! When the guest moves: how much of its memory is copied while it still runs at the source,
+//! and what becomes of the rest.
+//!
+//! Pure policy. It is asked when a migration begins, now and then while a round of pre-copy
+//! is sent, and after each one; it is told what was sent, how long that took and what the
+//! guest has written meanwhile. Which pages a round sends is not its business: those that
+//! are not at the destination as they are, and that were not written since the round began.
+//! Those that were are *hot* and left for the next round, or for after the switchover. So a
+//! page that a round sends is wasted only if it is written after it was sent: for a guest
+//! that writes everywhere alike, at any rate, that is at most 22 % of its memory in a round,
+//! the greatest value of `ln(1 + x)/x - 1/(1 + x)`, and what is written between two looks at
+//! what is.
+//!
+//! [`Mode::Auto`] weighs seconds of the guest's time, with `s` the seconds that a page takes on
+//! the link, `q` the share of a round's pages that its end finds written again, and `f` the
+//! time that a vCPU waits at a page that it misses:
+//!
+//! * What is left is copied with the guest paused, if that takes no longer than
+//!   [`AUTO_STOP`] and the user's limit. It takes the guest less than faults on the same pages.
+//! * Another round is run as long as it takes more faults off the guest than it costs: of `r`
+//!   pages it settles `r (1 - q)`, each of which is a fault less, and costs a share of the link and
+//!   the processors for `r s`, and a trap for each page that is written again.
+//! * Else the guest moves, and what is left follows.
+
+use std::time::Duration;
+
+/// The longest that the automatic mode pauses the guest for copying, whatever the user allows.
+pub const AUTO_STOP: Duration = Duration::from_millis(20);
+/// What a pause costs beside the copying: capture, restore, and some round trips.
+const FIXED: Duration = Duration::from_millis(5);
+/// Rounds after which pre-copy is taken not to come to an end.
+const ROUNDS_MAX: u32 = 30;
+/// What a round costs the guest meanwhile, as a share of the round's time.
+const ROUND_SHARE: f64 = 0.1;
+/// What a write to a page costs the guest, the first time in a round: a trap of the hypervisor.
+const WRITE_TRAP_S: f64 = 10e-6;
+/// What a fault over the network takes beside the round trip.
+const FAULT_S: f64 = 100e-6;
+/// Pages that a round must have sent before its beginning says something about its end.
+const TELLING_PAGES: u64 = 1024;
+
+/// How a guest is moved.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
+pub enum Mode {
+    /// All memory follows the guest.
+    #[default]
+    PostCopy,
+    /// Memory is copied in rounds until what is left can be copied in the pause.
+    PreCopy,
+    /// Some rounds of copying, and the rest follows the guest.
+    Hybrid,
+    /// All memory is copied in the pause.
+    StopAndCopy,
+    /// Whatever costs the guest least, decided by what is measured on the way.
+    Auto,
+}
+
+impl Mode {
+    /// All there are.
+    pub const ALL: [Self; 5] =
+        [Self::PostCopy, Self::PreCopy, Self::Hybrid, Self::StopAndCopy, Self::Auto];
+
+    /// Its name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PostCopy => "post-copy",
+            Self::PreCopy => "pre-copy",
+            Self::Hybrid => "hybrid",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A name that no mode has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no such way to move a guest")]
+pub struct UnknownMode;
+
+impl std::str::FromStr for Mode {
+    type Err = UnknownMode;
+
+    fn from_str(name: &str) -> Result<Self, UnknownMode> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name).ok_or(UnknownMode)
+    }
+}
+
+/// What the user wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SwitchoverConfig {
+    /// How the guest is moved.
+    pub mode: Mode,
+    /// Rounds of the hybrid mode, 1 to 30.
+    pub rounds: u32,
+    /// How long the guest may stand still where that can be chosen: in pre-copy, and in auto.
+    pub max_downtime: Duration,
+}
+
+impl Default for SwitchoverConfig {
+    fn default() -> Self {
+        Self { mode: Mode::default(), rounds: 1, max_downtime: Duration::from_millis(300) }
+    }
+}
+
+impl SwitchoverConfig {
+    /// The most rounds of the hybrid mode.
+    pub const ROUNDS_MAX: u32 = ROUNDS_MAX;
+
+    /// Whether memory is copied before the guest runs at the destination.
+    pub fn copies(&self) -> bool {
+        self.mode != Mode::PostCopy
+    }
+}
+
+/// What comes next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// A round of copying, the guest running.
+    Round,
+    /// The guest is paused and moves; what is left follows it.
+    PostCopy,
+    /// The guest is paused, and moves when what is left has been copied.
+    StopAndCopy,
+    /// There will be no end: the guest stays where it is.
+    GiveUp(String),
+}
+
+/// A round, or what there is of it so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSoFar {
+    /// Pages that were sent in it.
+    pub sent: u64,
+    /// Pages that are still to be sent in it.
+    pub unsent: u64,
+    /// Pages that were written since it began.
+    pub written: u64,
+    /// Pages that are not at the destination as they are here.
+    pub stale: u64,
+    /// How long it has gone on.
+    pub took: Duration,
+}
+
+/// A round that is over, for the report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundEnd {
+    /// What there was of it.
+    pub round: RoundSoFar,
+    /// What came next, and why, in words.
+    pub why: String,
+}
+
+/// Decides, and remembers why.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    config: SwitchoverConfig,
+    rtt: Duration,
+    /// Pages that were stale when the round began.
+    before: u64,
+    last: Next,
+    ended: Vec<RoundEnd>,
+    /// Pages written by the first look at a round, and when that was.
+    looked: Option<(u64, Duration)>,
+}
+
+impl Planner {
+    /// For a guest of so many pages.
+    pub fn new(config: SwitchoverConfig, pages: u64) -> Self {
+        let last = match config.mode {
+            Mode::PostCopy => Next::PostCopy,
+            Mode::StopAndCopy => Next::StopAndCopy,
+            Mode::PreCopy | Mode::Hybrid | Mode::Auto => Next::Round,
+        };
+        let (rtt, ended, looked) = (Duration::ZERO, Vec::new(), None);
+        Self { config, rtt, before: pages, last, ended, looked }
+    }
+
+    /// What was asked for.
+    pub fn config(&self) -> SwitchoverConfig {
+        self.config
+    }
+
+    /// The round trip, as far as it is known.
+    pub fn set_rtt(&mut self, rtt: Duration) {
+        self.rtt = rtt;
+    }
+
+    /// How the guest was moved, as far as that is decided: never [`Mode::Auto`].
+    pub fn moved(&self) -> Mode {
+        match (self.ended.is_empty(), &self.last) {
+            (true, Next::StopAndCopy) => Mode::StopAndCopy,
+            (true, _) => Mode::PostCopy,
+            (false, Next::PostCopy) => Mode::Hybrid,
+            (false, _) => Mode::PreCopy,
+        }
+    }
+
+    /// The rounds that are over.
+    pub fn rounds(&self) -> &[RoundEnd] {
+        &self.ended
+    }
+
+    /// What comes first.
+    pub fn begin(&self) -> Next {
+        self.last.clone()
+    }
+
+    /// Whether a round that goes on is to be cut short, since it is not worth what it sends: the
+    /// guest then moves at once. Only the automatic mode does so.
+    pub fn during(&mut self, round: &RoundSoFar) -> bool {
+        if self.config.mode != Mode::Auto || round.sent < TELLING_PAGES {
+            return false;
+        }
+        let Some((written, at)) = self.looked else {
+            self.looked = Some((round.written, round.took));
+            return false;
+        };
+        let s = per_page(round);
+        let end = round.took.as_secs_f64() + round.unsent as f64 * s;
+        let now = (round.took.as_secs_f64(), round.written as f64);
+        let written = extrapolated((at.as_secs_f64(), written as f64), now, end);
+        !self.pays(s, self.again(written))
+    }
+
+    /// What comes after a round. `cut` if it was cut short.
+    pub fn after(&mut self, round: RoundSoFar, cut: bool) -> Next {
+        self.looked = None;
+        let count = self.ended.len() as u32 + 1;
+        let s = per_page(&round);
+        let copying = Duration::from_secs_f64(round.stale as f64 * s);
+        let rest = copying + FIXED + 2 * self.rtt;
+        let limit = self.config.max_downtime;
+        let (next, why) = match self.config.mode {
+            Mode::PostCopy => (Next::PostCopy, "all memory follows".into()),
+            Mode::StopAndCopy => (Next::StopAndCopy, "all memory is copied in the pause".into()),
+            Mode::Hybrid if count < self.config.rounds && round.stale > 0 => {
+                let why = format!("{count} of {} rounds", self.config.rounds);
+                (Next::Round, why)
+            }
+            Mode::Hybrid => {
+                let why = format!("{count} of {} rounds: the rest follows", self.config.rounds);
+                (Next::PostCopy, why)
+            }
+            Mode::PreCopy if rest <= limit => {
+                let why = format!("the rest takes {rest:.1?} of {limit:.1?}: it is copied");
+                (Next::StopAndCopy, why)
+            }
+            Mode::PreCopy if count >= ROUNDS_MAX => {
+                let why = format!(
+                    "pre-copy does not come to an end: after {count} rounds {} pages are left, \
+                     which would take {rest:.1?} of {limit:.1?}",
+                    round.stale
+                );
+                (Next::GiveUp(why.clone()), why)
+            }
+            Mode::PreCopy => {
+                (Next::Round, format!("the rest would take {rest:.1?} of {limit:.1?}"))
+            }
+            Mode::Auto => self.weigh(&round, cut, rest, count),
+        };
+        self.before = round.stale;
+        self.last = next.clone();
+        self.ended.push(RoundEnd { round, why });
+        next
+    }
+
+    fn weigh(&self, round: &RoundSoFar, cut: bool, rest: Duration, count: u32) -> (Next, String) {
+        let limit = self.config.max_downtime.min(AUTO_STOP);
+        let s = per_page(round);
+        if rest <= limit {
+            let why = format!("the rest takes {rest:.1?} of {limit:.1?}: it is copied");
+            return (Next::StopAndCopy, why);
+        }
+        if cut {
+            let why = "cut short, for most would be written again: the rest follows".into();
+            return (Next::PostCopy, why);
+        }
+        let again = self.again(round.stale as f64);
+        let share = format!("{:.0} % are to be sent again", again * 100.0);
+        if count < ROUNDS_MAX && self.pays(s, again) {
+            return (Next::Round, format!("{share}: another round pays"));
+        }
+        (Next::PostCopy, format!("{share}: another round does not pay, the rest follows"))
+    }
+
+    /// So many stale pages as a share of those that there were before the round.
+    fn again(&self, stale: f64) -> f64 {
+        (stale / self.before.max(1) as f64).min(1.0)
+    }
+
+    /// Whether a round of pages of which the share `again` is written again takes off the guest
+    /// more than it costs, page by page.
+    fn pays(&self, s: f64, again: f64) -> bool {
+        let fault = FAULT_S + self.rtt.as_secs_f64() + s;
+        let saves = (1.0 - again) * fault;
+        let costs = s * ROUND_SHARE + again * (WRITE_TRAP_S + s);
+        saves > costs
+    }
+}
+
+/// Seconds on the link that a page of this round took.
+fn per_page(round: &RoundSoFar) -> f64 {
+    round.took.as_secs_f64() / round.sent.max(1) as f64
+}
+
+/// How many pages will have been written at `end`, by how many there were at two times: as
+/// if those that are written at all were met at random, `h (1 - exp(-t / c))`. Where
+/// they do not become rarer they go on at the same rate.
+fn extrapolated((t1, d1): (f64, f64), (t2, d2): (f64, f64), end: f64) -> f64 {
+    if d2 <= d1 || t2 <= t1 || d1 <= 0.0 {
+        return d2;
+    }
+    // The curve through (0, 0), (t1, d1) and (t2, d2), by bisection in the rate 1 / c: the
+    // ratio of the two rises from t1 / t2 (a line) towards 1.
+    let ratio = d1 / d2;
+    let of = |k: f64| (1.0 - (-k * t1).exp()) / (1.0 - (-k * t2).exp());
+    if ratio <= t1 / t2 * 1.02 {
+        return d2 + (d2 - d1) / (t2 - t1) * (end - t2).max(0.0);
+    }
+    let (mut low, mut high) = (1e-9, 1e3 / t1);
+    for _ in 0..60 {
+        let middle = (low + high) / 2.0;
+        if of(middle) < ratio { low = middle } else { high = middle }
+    }
+    let k = (low + high) / 2.0;
+    d2 * (1.0 - (-k * end.max(t2)).exp()) / (1.0 - (-k * t2).exp())
+}
+
+#[cfg(test)]
+mod tests;
