@@ -262,6 +262,7 @@ mod source {
             ("CommitFailed", SourceEvent::CommitFailed("no".into())),
             ("Cancel", cancel()),
             ("Redirected", SourceEvent::Redirected),
+            ("Switch", SourceEvent::Switch),
             ("GiveUp", SourceEvent::GiveUp("operator".into())),
             ("TakeBack", SourceEvent::TakeBack),
             ("TakenBack", SourceEvent::TakenBack),
@@ -335,6 +336,7 @@ mod source {
     fn an_operator_can_do_what_he_is_told_and_nothing_else() {
         let mut table = String::new();
         let commands = [
+            (Command::Switch, SourceEvent::Switch),
             (Command::Redirect, SourceEvent::Redirected),
             (Command::GiveUp, SourceEvent::GiveUp("operator".into())),
             (Command::TakeBack, SourceEvent::TakeBack),
@@ -351,9 +353,11 @@ mod source {
                 );
                 machine.handle(NOW, event.clone());
                 let did = machine.poll_action().is_some();
-                // Where a link stands, another address is for later.
-                let later =
-                    *command == Command::Redirect && machine.linked() || name.contains("reattach");
+                // Where a link stands, another address is for later; and what has begun of a round
+                // comes to its end first.
+                let later = *command == Command::Redirect && machine.linked()
+                    || *command == Command::Switch
+                    || name.contains("reattach");
                 assert!(did == told.is_ok() || later && !did, "{name}: {command}: {told:?}");
                 let risk = told.map(|told| told.risk);
                 writeln!(table, "  {command:<9} {}", words(risk)).unwrap();

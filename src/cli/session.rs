@@ -11,6 +11,7 @@ use postcopy::operator::socket_path;
 use postcopy::program::exit::Failure;
 use postcopy::program::output;
 use postcopy::program::signals::on_interrupt;
+use postcopy::program::units::{parse_rate, parse_time};
 use postcopy::proto::operator::Risk;
 use postcopy::proto::source::Outcome;
 use postcopy::transport::ticket::TICKET_BYTES_MAX;
@@ -35,6 +36,16 @@ pub struct Session {
 enum Command {
     /// Say how the session is, and what can be done.
     Status(Status),
+    /// Pause the guest and have it move now, whatever of its memory has been copied.
+    ///
+    /// At the source, while memory is copied and the guest runs. What was not copied follows it.
+    Switch(Plain),
+    /// Send no page that no vCPU waits for, until go-on.
+    Hold(Plain),
+    /// Go on sending pages after a hold.
+    GoOn(Plain),
+    /// Change limits; those that are not named stay as they are.
+    Limit(Limit),
     /// Look for the destination at another address, at once.
     ///
     /// At the source, after the commit. The destination is the same one, with the same key: only
@@ -78,6 +89,34 @@ struct Status {
     /// As JSON.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Plain {
+    #[command(flatten)]
+    at: At,
+}
+
+#[derive(Debug, Args)]
+struct Limit {
+    #[command(flatten)]
+    at: At,
+    #[command(flatten)]
+    limits: Limits,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+struct Limits {
+    /// Of pages that no vCPU waits for, for instance 1Gbit, or none.
+    #[arg(long, value_parser = parse_limit, value_name = "RATE")]
+    max_bandwidth: Option<u64>,
+    /// The same once the guest has left; none: that of before.
+    #[arg(long, value_parser = parse_limit, value_name = "RATE")]
+    max_postcopy_bandwidth: Option<u64>,
+    /// How long the guest may stand still where that is to be chosen.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    max_downtime: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -133,6 +172,10 @@ impl Session {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Status(status) => status.run(),
+            Command::Switch(plain) => plain.run(&Request::Switch),
+            Command::Hold(plain) => plain.run(&Request::Hold),
+            Command::GoOn(plain) => plain.run(&Request::GoOn),
+            Command::Limit(limit) => limit.run(),
             Command::Redirect(redirect) => redirect.run(),
             Command::GiveUp(give_up) => {
                 let acknowledged = give_up.yes_lose_the_guest.then_some(Risk::LoseTheGuest);
@@ -158,6 +201,31 @@ impl Status {
         };
         // Nothing waits for this process: it waits for its reader.
         std::io::stdout().write_all(text.as_bytes()).context("cannot print the status")
+    }
+}
+
+/// A rate in bits a second; 0 is none.
+fn parse_limit(text: &str) -> Result<u64, String> {
+    if text == "none" { Ok(0) } else { parse_rate(text) }
+}
+
+impl Plain {
+    fn run(&self, request: &Request) -> anyhow::Result<()> {
+        output::out(&self.at.done(request).context("not done")?);
+        Ok(())
+    }
+}
+
+impl Limit {
+    fn run(&self) -> anyhow::Result<()> {
+        let Limits { max_bandwidth, max_postcopy_bandwidth, max_downtime } = &self.limits;
+        let request = Request::Limit {
+            max_bandwidth: *max_bandwidth,
+            max_postcopy_bandwidth: *max_postcopy_bandwidth,
+            max_downtime_us: max_downtime.map(|most| most.as_micros() as u64),
+        };
+        output::out(&self.at.done(&request).context("not done")?);
+        Ok(())
     }
 }
 
@@ -262,6 +330,15 @@ fn for_people(status: &SessionStatus) -> String {
         line("Peer", peer.clone());
     }
     let (settled, total) = (status.pages_settled, status.pages_total);
+    if let Some(bps) = status.max_bandwidth_bps {
+        line(
+            "Limit",
+            format!("{:.3} Gbit/s, but for pages that a vCPU waits for", bps as f64 / 1e9),
+        );
+    }
+    if status.held {
+        line("Held", "no page is sent that no vCPU waits for".into());
+    }
     line("Pages", format!("{settled} of {total}, {} network faults", status.network_faults));
     for of in &status.commands {
         let can = match (of.possible, of.risk) {

@@ -28,6 +28,21 @@ pub(super) const GIVEN_UP: &str = "its operator gave it up";
 pub enum Request {
     /// How the session is.
     Status,
+    /// Have the guest move now, whatever of it has been copied.
+    Switch,
+    /// Send no page that no vCPU waits for.
+    Hold,
+    /// Go on sending pages.
+    GoOn,
+    /// Change limits; what is absent stays as it is.
+    Limit {
+        /// Of all pages that no vCPU waits for, in bits a second of IP packets; 0 is none.
+        max_bandwidth: Option<u64>,
+        /// The same once the guest has left; 0 is that of before.
+        max_postcopy_bandwidth: Option<u64>,
+        /// How long the guest may stand still where that is to be chosen, in microseconds.
+        max_downtime_us: Option<u64>,
+    },
     /// Look for the destination somewhere else.
     Redirect {
         /// A ticket of the same destination, or `HOST[:PORT,PORT...]`.
@@ -50,6 +65,10 @@ impl Request {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Status => "status",
+            Self::Switch => "switch",
+            Self::Hold => "hold",
+            Self::GoOn => "go-on",
+            Self::Limit { .. } => "limit",
             Self::Redirect { .. } => "redirect",
             Self::GiveUp { .. } => "give-up",
             Self::TakeBack { .. } => "take-back",
@@ -151,6 +170,12 @@ pub struct SessionStatus {
     pub pages_total: u64,
     /// Network faults so far, as far as this side knows.
     pub network_faults: u64,
+    /// At the source: no page is sent that no vCPU waits for, by an operator's word.
+    #[serde(default)]
+    pub held: bool,
+    /// At the source: the limit on the pages that no vCPU waits for, in bits a second.
+    #[serde(default)]
+    pub max_bandwidth_bps: Option<u64>,
     /// The peer's address: where it is looked for, or where it is.
     pub peer: Option<String>,
     /// Since the session began.
@@ -283,6 +308,30 @@ impl Operator {
     /// Why not.
     pub fn redirect(&self, to: impl Into<String>) -> Result<String, Refusal> {
         self.done(Request::Redirect { to: to.into() })
+    }
+
+    /// At the source: pauses the guest and has it move now, whatever of it has been copied.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn switch(&self) -> Result<String, Refusal> {
+        self.done(Request::Switch)
+    }
+
+    /// At the source: sends no page that no vCPU waits for, until [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn hold(&self) -> Result<String, Refusal> {
+        self.done(Request::Hold)
+    }
+
+    /// At the source: goes on sending pages.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn go_on(&self) -> Result<String, Refusal> {
+        self.done(Request::GoOn)
     }
 
     /// Ends the session: before the commit the guest runs on at the source, after it it may

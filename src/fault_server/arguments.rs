@@ -6,7 +6,7 @@ use super::{FaultServer, HeldBy, Holder, PushPlan};
 use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, both, write_report};
 use crate::program::signals::{complain, on_interrupt};
-use crate::program::units::parse_time;
+use crate::program::units::{parse_rate, parse_time};
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
 use crate::proto::switchover::{Mode, SwitchoverConfig};
@@ -38,7 +38,8 @@ pub struct ServeArgs {
     /// only if the keeper does not do it: after --no-supervise, after a session that was lost,
     /// or if fault servers have died 10 times within a minute.
     #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
-                                      "patience", "mode", "rounds", "max_downtime"])]
+                                      "patience", "mode", "rounds", "max_downtime",
+                                      "max_bandwidth", "max_postcopy_bandwidth"])]
     resume: bool,
     /// The keeper that has started this process is at the other end of standard input.
     #[arg(long, hide = true, requires = "resume", conflicts_with = "report")]
@@ -47,7 +48,8 @@ pub struct ServeArgs {
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
                                       "no_keeper", "no_supervise", "report", "patience", "mode",
-                                      "rounds", "max_downtime"])]
+                                      "rounds", "max_downtime", "max_bandwidth",
+                                      "max_postcopy_bandwidth"])]
     discard: bool,
     /// Start no keeper, the process that holds the guest's memory for `--resume`. If this
     /// process dies before the destination has all memory, the guest is lost, even though
@@ -111,6 +113,12 @@ pub struct SwitchoverArgs {
     /// How long the guest may stand still where that can be chosen, in pre-copy and auto.
     #[arg(long, default_value = "300ms", value_parser = parse_time, value_name = "TIME")]
     pub max_downtime: Duration,
+    /// How fast pages that no vCPU waits for are sent at most, for instance 1Gbit.
+    #[arg(long, value_parser = parse_rate, value_name = "RATE")]
+    pub max_bandwidth: Option<u64>,
+    /// The same once the guest has left, if it is another limit then.
+    #[arg(long, value_parser = parse_rate, value_name = "RATE")]
+    pub max_postcopy_bandwidth: Option<u64>,
 }
 
 fn mode_names() -> impl TypedValueParser<Value = Mode> {
@@ -119,18 +127,25 @@ fn mode_names() -> impl TypedValueParser<Value = Mode> {
 
 impl SwitchoverArgs {
     fn config(&self) -> SwitchoverConfig {
-        let Self { mode, rounds, max_downtime } = *self;
-        SwitchoverConfig { mode, rounds, max_downtime }
+        let Self { mode, rounds, max_downtime, max_bandwidth, max_postcopy_bandwidth } = *self;
+        SwitchoverConfig { mode, rounds, max_downtime, max_bandwidth, max_postcopy_bandwidth }
     }
 
     /// The same arguments for a child process.
     pub fn to_arguments(&self) -> Vec<String> {
-        let Self { mode, rounds, max_downtime } = self;
-        let downtime = humantime::format_duration(*max_downtime).to_string();
-        let (mode, rounds) = (mode.to_string(), rounds.to_string());
-        ["--mode", &mode, "--rounds", &rounds, "--max-downtime", &downtime]
-            .map(str::to_owned)
-            .into()
+        let downtime = humantime::format_duration(self.max_downtime).to_string();
+        let (mode, rounds) = (self.mode.to_string(), self.rounds.to_string());
+        let mut arguments: Vec<String> =
+            ["--mode", &mode, "--rounds", &rounds, "--max-downtime", &downtime]
+                .map(str::to_owned)
+                .into();
+        for (name, limit) in [
+            ("--max-bandwidth", self.max_bandwidth),
+            ("--max-postcopy-bandwidth", self.max_postcopy_bandwidth),
+        ] {
+            arguments.extend(limit.into_iter().flat_map(|bps| [name.into(), format!("{bps}bit")]));
+        }
+        arguments
     }
 }
 
@@ -304,7 +319,17 @@ mod tests {
     #[test]
     fn every_mode_can_be_named_and_passed_on() {
         for mode in Mode::ALL {
-            let text = ["x", "--mode", mode.name(), "--rounds", "3", "--max-downtime", "50ms"];
+            let text = [
+                "x",
+                "--mode",
+                mode.name(),
+                "--rounds",
+                "3",
+                "--max-downtime",
+                "50ms",
+                "--max-bandwidth",
+                "2Gbit",
+            ];
             let line = Line::try_parse_from(text).unwrap();
             let max_downtime = Duration::from_millis(50);
             assert_eq!(

@@ -14,6 +14,7 @@ pub mod page;
 pub mod page_set;
 pub mod placed;
 pub mod prepaging;
+pub mod rate;
 pub mod source;
 pub mod switchover;
 mod sync;

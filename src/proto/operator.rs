@@ -11,6 +11,14 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
+    /// Pause the guest and have it move now, whatever of it has been copied.
+    Switch,
+    /// Send no page that no vCPU waits for, until it is to go on.
+    Hold,
+    /// Go on sending pages.
+    GoOn,
+    /// Change the limits on bandwidth and downtime.
+    Limit,
     /// Look for the destination at another address.
     Redirect,
     /// End the session.
@@ -21,11 +29,23 @@ pub enum Command {
 
 impl Command {
     /// Every one.
-    pub const ALL: [Self; 3] = [Self::Redirect, Self::GiveUp, Self::TakeBack];
+    pub const ALL: [Self; 7] = [
+        Self::Switch,
+        Self::Hold,
+        Self::GoOn,
+        Self::Limit,
+        Self::Redirect,
+        Self::GiveUp,
+        Self::TakeBack,
+    ];
 
     /// Its name on a command line.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Switch => "switch",
+            Self::Hold => "hold",
+            Self::GoOn => "go-on",
+            Self::Limit => "limit",
             Self::Redirect => "redirect",
             Self::GiveUp => "give-up",
             Self::TakeBack => "take-back",

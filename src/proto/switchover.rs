@@ -102,17 +102,34 @@ pub struct SwitchoverConfig {
     pub rounds: u32,
     /// How long the guest may stand still where that can be chosen: in pre-copy, and in auto.
     pub max_downtime: Duration,
+    /// How fast pages are copied and pushed at most, in bits a second of IP packets. What is sent
+    /// to a vCPU that waits is not counted.
+    pub max_bandwidth: Option<u64>,
+    /// The same once the guest has left, if it is another limit then.
+    pub max_postcopy_bandwidth: Option<u64>,
 }
 
 impl Default for SwitchoverConfig {
     fn default() -> Self {
-        Self { mode: Mode::default(), rounds: 1, max_downtime: Duration::from_millis(300) }
+        Self {
+            mode: Mode::default(),
+            rounds: 1,
+            max_downtime: Duration::from_millis(300),
+            max_bandwidth: None,
+            max_postcopy_bandwidth: None,
+        }
     }
 }
 
 impl SwitchoverConfig {
     /// The most rounds of the hybrid mode.
     pub const ROUNDS_MAX: u32 = ROUNDS_MAX;
+
+    /// The limit that holds before the guest has left, and after it.
+    pub fn bandwidth(&self, has_left: bool) -> Option<u64> {
+        let after = self.max_postcopy_bandwidth.filter(|_| has_left);
+        after.or(self.max_bandwidth)
+    }
 
     /// Whether memory is copied before the guest runs at the destination.
     pub fn copies(&self) -> bool {
@@ -165,6 +182,7 @@ pub struct Planner {
     /// Pages that were stale when the round began.
     before: u64,
     last: Next,
+    ordered: bool,
     ended: Vec<RoundEnd>,
     /// Pages written by the first look at a round, and when that was.
     looked: Option<(u64, Duration)>,
@@ -179,7 +197,7 @@ impl Planner {
             Mode::PreCopy | Mode::Hybrid | Mode::Auto => Next::Round,
         };
         let (rtt, ended, looked) = (Duration::ZERO, Vec::new(), None);
-        Self { config, rtt, before: pages, last, ended, looked }
+        Self { config, rtt, before: pages, last, ordered: false, ended, looked }
     }
 
     /// What was asked for.
@@ -187,9 +205,24 @@ impl Planner {
         self.config
     }
 
+    /// The guest may stand still for so long from now on.
+    pub fn set_max_downtime(&mut self, most: Duration) {
+        self.config.max_downtime = most;
+    }
+
+    /// The operator wants the guest to move now: what is left follows it.
+    pub fn move_now(&mut self) {
+        self.ordered = true;
+    }
+
     /// The round trip, as far as it is known.
     pub fn set_rtt(&mut self, rtt: Duration) {
         self.rtt = rtt;
+    }
+
+    /// Whether it is to move now.
+    pub fn is_ordered(&self) -> bool {
+        self.ordered
     }
 
     /// How the guest was moved, as far as that is decided: never [`Mode::Auto`].
@@ -238,6 +271,7 @@ impl Planner {
         let rest = copying + FIXED + 2 * self.rtt;
         let limit = self.config.max_downtime;
         let (next, why) = match self.config.mode {
+            _ if self.ordered => (Next::PostCopy, "the operator wants the guest to move".into()),
             Mode::PostCopy => (Next::PostCopy, "all memory follows".into()),
             Mode::StopAndCopy => (Next::StopAndCopy, "all memory is copied in the pause".into()),
             Mode::Hybrid if count < self.config.rounds && round.stale > 0 => {

@@ -17,6 +17,8 @@ mod loopback;
 mod limited_link;
 // Memory that is copied before the guest moves.
 mod switchover;
+// The same at random, cut and called off.
+mod random_cuts;
 // Two network namespaces joined by a real, limited link.
 mod netns;
 

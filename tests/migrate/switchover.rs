@@ -187,3 +187,69 @@ fn a_destination_that_can_take_no_page_before_the_pause_says_so() {
     receiver.fails_with(3, &why);
     guest.runs_on();
 }
+
+/// Says something to the session of a guest.
+fn say(guest: &Guest, words: &[&str]) {
+    let (command, rest) = words.split_first().expect("a command");
+    let control = guest.control();
+    let session = [&["session", command, "--control", &control], rest].concat();
+    Running::start(&session).succeed(SOON);
+}
+
+/// Bytes that went to the destination within this time, by the relay, and how long it was.
+fn passed(relay: &Relay, time: Duration) -> (u64, Duration) {
+    let bytes = || relay.stats().to_target.forwarded_bytes;
+    let (before, began) = (bytes(), std::time::Instant::now());
+    std::thread::sleep(time);
+    (bytes() - before, began.elapsed())
+}
+
+#[test]
+fn an_operator_has_a_guest_move_that_is_being_copied() {
+    let copying = Copying::start(&["--mode", "pre-copy", "--max-downtime", "1ms"]);
+    say(&copying.guest, &["switch"]);
+    copying.source.succeed(MIGRATION);
+    let report = read_report(&copying.report);
+    assert_eq!(
+        (&report["mode"], &report["switchover"]["asked"]),
+        (&"hybrid".into(), &"pre-copy".into())
+    );
+    let rounds = report["switchover"]["rounds"].as_array().expect("rounds");
+    let why = rounds.last().and_then(|round| round["why"].as_str()).expect("a round");
+    assert!(why.contains("operator"), "{report:#}");
+    assert_eq!(copying.receiver.report()["verified"], true);
+    copying.guest.has_left();
+}
+
+#[test]
+fn an_operator_holds_pages_back_and_lets_them_go() {
+    let copying = Copying::start(&["--mode", "hybrid"]);
+    say(&copying.guest, &["hold"]);
+    // What is on its way arrives; then there are signs of life only.
+    poll("a quiet link", SOON, || {
+        let (bytes, time) = passed(&copying.relay, Duration::from_millis(300));
+        (bytes as f64 * 8.0 < 1e6 * time.as_secs_f64()).then_some(())
+    });
+    say(&copying.guest, &["go-on"]);
+    copying.source.succeed(MIGRATION);
+    assert_eq!(copying.receiver.report()["verified"], true);
+    copying.guest.has_left();
+}
+
+#[test]
+fn a_limit_on_bandwidth_is_kept_and_can_be_changed_meanwhile() {
+    let copying = Copying::start(&["--mode", "hybrid", "--max-bandwidth", "40Mbit"]);
+    let (bytes, time) = passed(&copying.relay, Duration::from_secs(1));
+    let most = 40e6 / 8.0 * 1.05 * time.as_secs_f64();
+    assert!((bytes as f64) < most, "{bytes} bytes in {time:?}");
+    say(&copying.guest, &["limit", "--max-bandwidth", "10Mbit"]);
+    // What was on its way before may come yet.
+    std::thread::sleep(Duration::from_millis(300));
+    let (bytes, time) = passed(&copying.relay, Duration::from_secs(1));
+    let most = 10e6 / 8.0 * 1.05 * time.as_secs_f64();
+    assert!((bytes as f64) < most, "{bytes} bytes in {time:?}");
+    say(&copying.guest, &["limit", "--max-bandwidth", "none"]);
+    copying.source.succeed(MIGRATION);
+    assert_eq!(copying.receiver.report()["verified"], true);
+    copying.guest.has_left();
+}

@@ -6,11 +6,11 @@
 //! guest may change it while it is being encrypted. If that tears it, the page is among those
 //! that were written, and is sent again.
 
-use super::push::PushShared;
+use super::push::{PushShared, frame_bytes};
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
-use crate::proto::frame::{Origin, PageKind};
+use crate::proto::frame::{HEADER_LEN, Origin, PageKind};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use bytes::Bytes;
 use quinn::SendStream;
@@ -85,25 +85,27 @@ impl PushShared {
         (through || !round.is_on()) && self.source.ledger.counts().claimed == 0
     }
 
-    /// Sends the next pages of the round; `false` if there are none.
+    /// Sends the next pages of the round; returns the bytes that they took, `None` if there are
+    /// no more.
     pub(super) async fn copy(
         &self,
         stream: &mut SendStream,
         pages_max: u64,
         epoch: u32,
-    ) -> Result<bool, LaneError> {
-        let Some(run) = self.next_run(pages_max) else { return Ok(false) };
+    ) -> Result<Option<u64>, LaneError> {
+        let Some(run) = self.next_run(pages_max) else { return Ok(None) };
+        let mut bytes = 0;
         let mut rest = Some(run);
         while let Some(run) = rest {
             let (_, part) = self.source.ram.first_part(run);
             let (part, kind) = self.source.known.first_part_now(part);
             // A hole may go on behind what this lane has taken on: the others need not go there.
             self.round.next.fetch_max(part.end(), Ordering::SeqCst);
-            self.copy_part(stream, part, kind, epoch).await?;
+            bytes += self.copy_part(stream, part, kind, epoch).await?;
             let left = run.end().saturating_sub(part.end());
             rest = PageRun::new(PageIndex::new(part.end()), left);
         }
-        Ok(true)
+        Ok(Some(bytes))
     }
 
     /// The next pages that no other lane goes through, beginning with one that is to be sent.
@@ -132,7 +134,8 @@ impl PushShared {
         part: PageRun,
         kind: PageKind,
         epoch: u32,
-    ) -> Result<(), LaneError> {
+    ) -> Result<u64, LaneError> {
+        let mut bytes = 0;
         let written = self.round.written();
         let is_written = |page: &PageIndex| written.as_ref().is_some_and(|of| of.contains(*page));
         let mut pages = part.pages().peekable();
@@ -148,6 +151,7 @@ impl PushShared {
             while let Some(mut claim) = self.source.ledger.claim_within(run) {
                 failpoint!("source::after_copy_claimed", return Err(super::push::broken()));
                 if kind != PageKind::Raw {
+                    bytes += frame_bytes(claim.run(), kind);
                     self.source.send_as(stream, claim, kind, Origin::Copy, epoch).await?;
                     continue;
                 }
@@ -167,11 +171,12 @@ impl PushShared {
                     left = claim.split_off(pages);
                     let here = content.split_to(pages as usize * PAGE_SIZE);
                     let here = if zero { Bytes::new() } else { here };
+                    bytes += (HEADER_LEN + here.len()) as u64;
                     self.source.send_copy(stream, claim, here, epoch).await?;
                 }
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 }
 

@@ -35,7 +35,7 @@ use copying::CopyingTimes;
 use pushing::PushLane;
 use quinn::SendStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -163,6 +163,8 @@ impl Driver {
             zeros,
             lanes: push_ports.max(1) as u64,
             round: Round::default(),
+            rate: std::sync::Mutex::default(),
+            held: AtomicBool::new(false),
         });
         if machine.planner().is_none() {
             push.round.give_way();
@@ -215,6 +217,7 @@ impl Driver {
 
     async fn drive(mut self) -> SourceEnd {
         self.spawn_push_lanes();
+        self.limit_bandwidth();
         let copied = self.push.clone();
         loop {
             while let Some(action) = self.machine.poll_action() {

@@ -5,12 +5,14 @@ use super::copy::Round;
 use super::serve::{FaultNote, SourceShared};
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
-use crate::proto::frame::{Origin, PageKind};
+use crate::proto::frame::{HEADER_LEN, Origin, PageKind};
 use crate::proto::pacing::Pacer;
-use crate::proto::page::{PageIndex, PageRun};
+use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use crate::proto::prepaging::{self, LinkState, Policy, Suggestion};
+use crate::proto::rate::RateLimit;
 use crossbeam_channel::Receiver;
 use quinn::{Connection, SendStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -34,6 +36,10 @@ pub struct PushShared {
     pub lanes: u64,
     /// What is copied before the switchover.
     pub round: Round,
+    /// How fast all lanes together may send.
+    pub rate: Mutex<RateLimit>,
+    /// Nothing is to be sent just now.
+    pub held: AtomicBool,
 }
 
 /// Locks for a few instructions; figures and hints survive a panic elsewhere.
@@ -42,34 +48,51 @@ pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl PushShared {
-    /// Pushes on one lane until the link is gone. Never returns `Ok`.
+    /// Copies and pushes on one lane until the link is gone. Never returns `Ok`.
     pub async fn push(
         &self,
         connection: &Connection,
         stream: &mut SendStream,
         epoch: u32,
     ) -> Result<(), LaneError> {
+        let mut overhead = Overhead::default();
         loop {
-            let window = lock(&self.pacer).window_bytes();
-            connection.set_send_window((window / self.lanes).max(1));
-            let busy = if !self.round.is_over() {
-                let pages_max = lock(&self.pacer).run_pages();
-                self.copy(stream, u64::from(pages_max), epoch).await?
-            } else if let Ok((run, kind)) = self.zeros.try_recv() {
-                self.push_zeros(stream, run, kind, epoch).await?;
-                true
-            } else if let Some(suggestion) = self.suggestion() {
-                self.push_run(stream, suggestion, epoch).await?;
-                true
-            } else {
-                false
-            };
-            if !busy {
-                self.round.idle.notify_one();
+            if self.held.load(Ordering::SeqCst) {
                 let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
                 if let Some(error) = connection.close_reason() {
                     return Err(LaneError::lost(error));
                 }
+                continue;
+            }
+            let wait = lock(&self.rate).wait(self.source.began.elapsed());
+            if !wait.is_zero() {
+                tokio::time::sleep(wait.min(IDLE)).await;
+                continue;
+            }
+            let window = lock(&self.pacer).window_bytes();
+            connection.set_send_window((window / self.lanes).max(1));
+            let sent = if !self.round.is_over() {
+                let pages_max = self.pages_max(lock(&self.pacer).run_pages());
+                self.copy(stream, u64::from(pages_max), epoch).await?
+            } else if let Ok((run, kind)) = self.zeros.try_recv() {
+                Some(self.push_zeros(stream, run, kind, epoch).await?)
+            } else if let Some(suggestion) = self.suggestion() {
+                Some(self.push_run(stream, suggestion, epoch).await?)
+            } else {
+                None
+            };
+            if let Some(bytes) = sent {
+                let mut rate = lock(&self.rate);
+                if rate.bps().is_some() {
+                    let bytes = overhead.on_the_wire(bytes, connection);
+                    rate.sent(self.source.began.elapsed(), bytes);
+                }
+                continue;
+            }
+            self.round.idle.notify_one();
+            let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
+            if let Some(error) = connection.close_reason() {
+                return Err(LaneError::lost(error));
             }
         }
     }
@@ -88,7 +111,13 @@ impl PushShared {
             (LinkState { rtt, base_rtt, rate_bps: pacer.rate_bps() }, pacer.run_pages())
         };
         policy.link(link);
-        policy.next(&self.source.ledger, pages_max)
+        policy.next(&self.source.ledger, self.pages_max(pages_max))
+    }
+
+    /// So many pages, or fewer if they would be a burst beyond the limit.
+    fn pages_max(&self, pages: u32) -> u32 {
+        let most = lock(&self.rate).bytes_max().map(|bytes| bytes / PAGE_SIZE as u64);
+        pages.min(most.map_or(u32::MAX, |most| most.max(1) as u32))
     }
 
     async fn push_run(
@@ -96,7 +125,7 @@ impl PushShared {
         stream: &mut SendStream,
         suggestion: Suggestion,
         epoch: u32,
-    ) -> Result<(), LaneError> {
+    ) -> Result<u64, LaneError> {
         let origin = match suggestion.origin {
             prepaging::Origin::Push => Origin::Push,
             prepaging::Origin::Drain => Origin::Drain,
@@ -109,16 +138,18 @@ impl PushShared {
             let (part, kind) = self.source.known.first_part(run);
             if let Some(claim) = self.source.ledger.claim_within(part) {
                 failpoint!("source::after_push_claimed", return Err(broken()));
-                return match kind {
-                    PageKind::Raw => self.source.send(stream, claim, origin, epoch).await,
-                    kind => self.source.send_as(stream, claim, kind, origin, epoch).await,
-                };
+                let bytes = frame_bytes(claim.run(), kind);
+                match kind {
+                    PageKind::Raw => self.source.send(stream, claim, origin, epoch).await?,
+                    kind => self.source.send_as(stream, claim, kind, origin, epoch).await?,
+                }
+                return Ok(bytes);
             }
             let left = run.end().saturating_sub(part.end());
             rest = PageRun::new(PageIndex::new(part.end()), left);
         }
         // Another lane or a request was faster: the policy is asked anew.
-        Ok(())
+        Ok(0)
     }
 
     async fn push_zeros(
@@ -127,13 +158,47 @@ impl PushShared {
         run: PageRun,
         kind: PageKind,
         epoch: u32,
-    ) -> Result<(), LaneError> {
+    ) -> Result<u64, LaneError> {
         failpoint!("source::before_zeros_claimed", return Err(broken()));
+        let mut bytes = 0;
         while let Some(claim) = self.source.ledger.claim_within(run) {
             failpoint!("source::after_zeros_claimed", return Err(broken()));
+            bytes += frame_bytes(claim.run(), kind);
             self.source.send_as(stream, claim, kind, Origin::Push, epoch).await?;
         }
-        Ok(())
+        Ok(bytes)
+    }
+}
+
+/// What a frame takes on its stream.
+pub(super) fn frame_bytes(run: PageRun, kind: PageKind) -> u64 {
+    let content = if kind == PageKind::Raw { run.bytes() } else { 0 };
+    (HEADER_LEN + content) as u64
+}
+
+/// What a lane's streams take on the wire: headers of QUIC, UDP and IP, and what was lost and is
+/// sent again, as its connection has measured them.
+#[derive(Debug, Default)]
+struct Overhead {
+    written: u64,
+}
+
+impl Overhead {
+    /// Of IPv4 and UDP.
+    const HEADERS: u64 = 28;
+    /// It is measured by no fewer bytes.
+    const MEASURED: u64 = 4 << 20;
+
+    /// What so many bytes, written to the stream, come to.
+    fn on_the_wire(&mut self, bytes: u64, connection: &Connection) -> u64 {
+        self.written += bytes;
+        let sent = connection.stats().udp_tx;
+        let sent = sent.bytes + sent.datagrams * Self::HEADERS;
+        if sent < Self::MEASURED {
+            return bytes;
+        }
+        // What waits to be sent makes it look like less.
+        (u128::from(bytes) * u128::from(sent.max(self.written)) / u128::from(self.written)) as u64
     }
 }
 

@@ -11,6 +11,9 @@ impl DestinationSession {
     /// Why it is not possible.
     pub fn consequence(&self, command: Command) -> Result<Consequence, &'static str> {
         match command {
+            Command::Switch | Command::Hold | Command::GoOn | Command::Limit => {
+                Err("the source copies and pushes: say it there")
+            }
             Command::Redirect => Err("the source connects: redirect it there"),
             Command::TakeBack => {
                 Err("only the source can take its guest back: here its memory is \

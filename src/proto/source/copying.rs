@@ -63,6 +63,9 @@ impl SourceSession {
     pub(super) fn log_started(&mut self, now: Duration) {
         if self.copying.as_ref().is_some_and(|copying| copying.step == Step::Log) {
             self.start_round(now);
+            if self.planner().is_some_and(Planner::is_ordered) {
+                self.switch();
+            }
         }
     }
 
@@ -78,6 +81,26 @@ impl SourceSession {
         copying.step = Step::Sending;
         self.push(SourceAction::StartRound);
         self.enter(SourceState::CopyingRest, Some(now + self.limits.restore));
+    }
+
+    /// The operator wants the guest to move now: what is left follows it.
+    pub(super) fn switch(&mut self) {
+        let Some(copying) = self.copying.as_mut().filter(|_| self.state == SourceState::Copying)
+        else {
+            return;
+        };
+        copying.planner.move_now();
+        if copying.step == Step::Sending && !copying.cut {
+            copying.cut = true;
+            self.push(SourceAction::CutRound);
+        }
+    }
+
+    /// A pause that is to be chosen may be so long from now on.
+    pub fn set_max_downtime(&mut self, most: Duration) {
+        if let Some(copying) = &mut self.copying {
+            copying.planner.set_max_downtime(most);
+        }
     }
 
     /// Time to look at the round, if it is still being sent.

@@ -219,6 +219,7 @@ impl SourceSession {
             (_, E::Timer) => self.timer(now),
             (_, E::Cancel(why)) => self.cancel(now, why),
             (_, E::Redirected) => self.redirected(now),
+            (_, E::Switch) => self.switch(),
             (_, E::GiveUp(why)) => self.given_up(now, why),
             (_, E::TakeBack) => self.take_back(now),
 

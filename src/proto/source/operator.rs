@@ -6,6 +6,7 @@
 use super::recovery::TAKEN_BACK;
 use super::{Link, Outcome, SourceAction, SourceSession, SourceState};
 use crate::proto::operator::{Command, Consequence, Risk, Whereabouts};
+use crate::proto::switchover::Planner;
 use std::time::Duration;
 
 impl SourceSession {
@@ -15,6 +16,9 @@ impl SourceSession {
     /// Why it is not possible.
     pub fn consequence(&self, command: Command) -> Result<Consequence, &'static str> {
         match command {
+            Command::Switch => self.switch_costs(),
+            Command::Hold | Command::GoOn => self.hold_costs(),
+            Command::Limit => self.limit_costs(),
             Command::Redirect => self.redirect_costs(),
             Command::GiveUp => self.give_up_costs(),
             Command::TakeBack => self.take_back_costs(),
@@ -36,6 +40,46 @@ impl SourceSession {
             S::Brownout | S::Releasing => Whereabouts::Destination,
             // How it ended says more.
             S::Over => Whereabouts::InDoubt,
+        }
+    }
+
+    fn switch_costs(&self) -> Result<Consequence, &'static str> {
+        use SourceState as S;
+        match self.state {
+            S::Copying if !self.planner().is_some_and(Planner::is_ordered) => {
+                Ok(Consequence::harmless(
+                    "the guest is paused and moves; what was not copied of its memory follows it",
+                ))
+            }
+            S::Copying => Err("it is about to move"),
+            S::Connecting | S::Negotiating => Err("the two sides have not agreed yet"),
+            S::CopyingRest => Err("it is paused, and moves when what is left has been copied"),
+            S::Over => Err("the session is over"),
+            S::Unpausing | S::Retracting => Err("the migration is being aborted"),
+            _ => Err("the guest has been paused already"),
+        }
+    }
+
+    fn hold_costs(&self) -> Result<Consequence, &'static str> {
+        use SourceState as S;
+        match self.state {
+            S::Copying => Ok(Consequence::harmless(
+                "pages are copied, or not; the guest runs on at the source",
+            )),
+            S::Committed | S::Brownout => Ok(Consequence::harmless(
+                "pages are pushed, or not; those that a vCPU waits for are sent in any case",
+            )),
+            S::CopyingRest => Err("the guest stands still until its memory has been copied"),
+            S::Over => Err("the session is over"),
+            S::Releasing => Err("the destination has all pages"),
+            _ => Err("no pages are copied or pushed now"),
+        }
+    }
+
+    fn limit_costs(&self) -> Result<Consequence, &'static str> {
+        match self.state {
+            SourceState::Over => Err("the session is over"),
+            _ => Ok(Consequence::harmless("the new limits hold from now on")),
         }
     }
 

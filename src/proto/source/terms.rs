@@ -117,6 +117,8 @@ pub enum SourceEvent {
     Cancel(String),
     /// The operator has another address of the destination.
     Redirected,
+    /// The operator wants the guest to move now, whatever of it has been copied.
+    Switch,
     /// The operator ends the session, whatever becomes of the guest.
     GiveUp(String),
     /// The operator says that the guest does not run at the destination and never will.

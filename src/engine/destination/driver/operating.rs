@@ -16,6 +16,9 @@ impl Driver {
     pub(super) fn operate(&mut self, asked: Asked) {
         let answer = match &asked.request {
             Request::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Request::Switch | Request::Hold | Request::GoOn | Request::Limit { .. } => {
+                allowed(self.consequence(Command::Switch), None).map(|text| Answer::Done { text })
+            }
             Request::Redirect { .. } => {
                 allowed(self.consequence(Command::Redirect), None).map(|text| Answer::Done { text })
             }
@@ -73,6 +76,8 @@ impl Driver {
             pages_settled: ledger.map_or(0, |ledger| pages - ledger.missing()),
             pages_total: pages,
             network_faults: self.faults.requests.load(Ordering::Relaxed),
+            held: false,
+            max_bandwidth_bps: None,
             peer: connection.map(|connection| connection.remote_address().to_string()),
             elapsed_us: micros(now),
             commands: commands(|command| self.consequence(command)),

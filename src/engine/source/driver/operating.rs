@@ -1,5 +1,6 @@
 //! What an operator asks of the source.
 
+use super::super::push::lock;
 use super::Driver;
 use crate::engine::event::Phase;
 use crate::engine::operator::{
@@ -8,6 +9,8 @@ use crate::engine::operator::{
 use crate::proto::operator::Command;
 use crate::proto::source::{SourceEvent, SourceState};
 use crate::transport::redirect::redirected;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tracing::info;
 
 impl Driver {
@@ -15,6 +18,18 @@ impl Driver {
     pub(super) fn operate(&mut self, asked: Asked) {
         let answer = match &asked.request {
             Request::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Request::Switch => {
+                allowed(self.machine.consequence(Command::Switch), None).map(|text| {
+                    info!("the operator has the guest move now");
+                    self.machine.handle(self.now(), SourceEvent::Switch);
+                    Answer::Done { text }
+                })
+            }
+            Request::Hold => self.hold(Command::Hold, true),
+            Request::GoOn => self.hold(Command::GoOn, false),
+            Request::Limit { max_bandwidth, max_postcopy_bandwidth, max_downtime_us } => {
+                self.limit(*max_bandwidth, *max_postcopy_bandwidth, *max_downtime_us)
+            }
             Request::Redirect { to } => self.redirect(&to.clone()),
             Request::GiveUp { acknowledged } => {
                 allowed(self.machine.consequence(Command::GiveUp), *acknowledged).map(|text| {
@@ -36,6 +51,44 @@ impl Driver {
             }
         };
         asked.answer(answer.unwrap_or_else(Answer::Refused));
+    }
+
+    fn hold(&mut self, command: Command, held: bool) -> Result<Answer, Refusal> {
+        let text = allowed(self.machine.consequence(command), None)?;
+        info!(held, "the operator holds pages back, or lets them go");
+        self.push.held.store(held, Ordering::SeqCst);
+        self.shared.push_wake.notify_waiters();
+        Ok(Answer::Done { text })
+    }
+
+    fn limit(
+        &mut self,
+        max_bandwidth: Option<u64>,
+        max_postcopy_bandwidth: Option<u64>,
+        max_downtime_us: Option<u64>,
+    ) -> Result<Answer, Refusal> {
+        let text = allowed(self.machine.consequence(Command::Limit), None)?;
+        info!(?max_bandwidth, ?max_postcopy_bandwidth, ?max_downtime_us, "the operator's limits");
+        let limits = &mut self.config.switchover;
+        let none_if_zero = |bps: u64| Some(bps).filter(|bps| *bps > 0);
+        if let Some(bps) = max_bandwidth {
+            limits.max_bandwidth = none_if_zero(bps);
+        }
+        if let Some(bps) = max_postcopy_bandwidth {
+            limits.max_postcopy_bandwidth = none_if_zero(bps);
+        }
+        if let Some(most) = max_downtime_us.map(Duration::from_micros) {
+            limits.max_downtime = most;
+            self.machine.set_max_downtime(most);
+        }
+        self.limit_bandwidth();
+        Ok(Answer::Done { text })
+    }
+
+    /// The limit that holds now.
+    pub(super) fn limit_bandwidth(&self) {
+        let bps = self.config.switchover.bandwidth(self.push.round.is_over());
+        lock(&self.push.rate).set(self.now(), bps);
     }
 
     /// Tells an operator who waits for it what came of taking the guest back.
@@ -88,6 +141,8 @@ impl Driver {
             pages_settled: self.settled,
             pages_total: self.shared.ram.layout().pages(),
             network_faults: self.network_faults,
+            held: self.push.held.load(Ordering::SeqCst),
+            max_bandwidth_bps: lock(&self.push.rate).bps(),
             peer: Some(self.config.ticket.address()),
             elapsed_us: micros(now),
             commands: commands(|command| machine.consequence(command)),

@@ -49,6 +49,7 @@ impl Driver {
         // no place in the blackout.
         self.spawn_zero_scan();
         self.push.round.give_way();
+        self.limit_bandwidth();
         self.start_lanes();
     }
 
