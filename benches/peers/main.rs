@@ -55,6 +55,9 @@ struct Arguments {
         default_value = "post-copy,preempt,tls,preempt-tls,pre-copy"
     )]
     modes: Vec<Mode>,
+    /// How ours is moved: post-copy, pre-copy, hybrid, stop-and-copy, auto.
+    #[arg(long, default_value = "post-copy", value_name = "MODE")]
+    ours: String,
     /// Least time from one step of the guest to its next.
     #[arg(long, default_value = "20us", value_parser = parse_time, value_name = "TIME")]
     think: Duration,
@@ -124,8 +127,9 @@ fn compare(arguments: &Arguments, qemu: &Qemu) -> anyhow::Result<()> {
     };
     let machine = machine();
     println!(
-        "{}, guest under TCG, against postcopy, {} guest",
+        "{}, guest under TCG, against postcopy, {}, {} guest",
         qemu.version,
+        arguments.ours,
         arguments.guest.name()
     );
     println!(
@@ -143,8 +147,11 @@ fn compare(arguments: &Arguments, qemu: &Qemu) -> anyhow::Result<()> {
                     qemu.migrate(mode, &load, arguments.run_before, arguments.pre_copy_limit);
                 figures.with_context(|| format!("QEMU, {}", mode.name()))
             };
-            let own =
-                || ours::migrate(arguments.guest, &load, arguments.run_before).context("postcopy");
+            let own = || {
+                let figures =
+                    ours::migrate(arguments.guest, &arguments.ours, &load, arguments.run_before);
+                figures.with_context(|| format!("postcopy, {}", arguments.ours))
+            };
             let qemu_first = (round as usize + place).is_multiple_of(2);
             let pair = if qemu_first {
                 let qemu = peer()?;
@@ -156,7 +163,7 @@ fn compare(arguments: &Arguments, qemu: &Qemu) -> anyhow::Result<()> {
             say(round, mode, &pair.qemu, &pair.ours, &loaded);
             runs.push(json!({
                 "round": round, "mode": mode.name(), "load_average": loaded,
-                "first": if qemu_first { "qemu" } else { "postcopy" },
+                "ours": arguments.ours, "first": if qemu_first { "qemu" } else { "postcopy" },
                 "qemu": pair.qemu, "postcopy": pair.ours,
             }));
             pairs[place].push(pair);

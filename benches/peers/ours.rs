@@ -11,11 +11,17 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// Runs a guest for `run_before` and moves it.
-pub fn migrate(guest: GuestKind, load: &Load, run_before: Duration) -> anyhow::Result<Figures> {
+pub fn migrate(
+    guest: GuestKind,
+    mode: &str,
+    load: &Load,
+    run_before: Duration,
+) -> anyhow::Result<Figures> {
     let folder = tempfile::Builder::new().prefix("postcopy-peers-").tempdir()?;
     let report = folder.path().join("report.json");
     let mut demo = Command::new(env!("CARGO_BIN_EXE_postcopy"));
     demo.args(["--die-with-parent", "demo", "--quiet", "--workload", "random", "--vcpus", "1"]);
+    demo.args(["--mode", mode]);
     demo.args(["--guest", guest.name(), "--memory", &load.memory.to_string()]);
     demo.args(["--think-ns", &load.think_ns.to_string(), "--seed", &load.seed.to_string()]);
     demo.args(["--run-before", &format!("{}ms", run_before.as_millis()), "--run-after", "0ms"]);
