@@ -38,7 +38,7 @@ fn watchdog() -> Sender<()> {
 
 /// Whether guests can be received here; if not, it says so.
 fn can_receive() -> bool {
-    let opened = open(UffdOptions::for_kvm(), true, true);
+    let opened = open(UffdOptions::for_kvm(), postcopy::DestinationBacking::MemfdContinue);
     if let Err(error) = &opened {
         println!("SKIPPED: {error}");
     }

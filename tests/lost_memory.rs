@@ -175,7 +175,7 @@ fn migrate(
 #[test]
 fn pages_that_cannot_be_read_are_lost_alone() {
     let _watchdog = watchdog();
-    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+    if let Err(error) = open(UffdOptions::for_kvm(), DestinationBacking::MemfdContinue) {
         return println!("SKIPPED: {error}");
     }
     use DestinationBacking::{Anonymous, MemfdContinue, MemfdCopy};

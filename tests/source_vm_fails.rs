@@ -7,7 +7,8 @@ use postcopy::proto::source::{Outcome, SessionLimits};
 use postcopy::uffd::UffdOptions;
 use postcopy::uffd::open::open;
 use postcopy::{
-    Captured, DestinationBuilder, DestinationVm, SourceBuilder, SourceEnd, SourceVm, VmError,
+    Captured, DestinationBacking, DestinationBuilder, DestinationVm, SourceBuilder, SourceEnd,
+    SourceVm, VmError,
 };
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -101,7 +102,7 @@ impl DestinationVm for Shell {
 /// Moves a guest of this VMM; the source's end, the VMM's calls that returned, and the
 /// destination's outcome. `None` where guests cannot be received.
 fn migrate(pause: Does, commit: Does, restore: Duration) -> Option<(SourceEnd, Calls, Outcome)> {
-    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+    if let Err(error) = open(UffdOptions::for_kvm(), DestinationBacking::MemfdContinue) {
         println!("SKIPPED: {error}");
         return None;
     }

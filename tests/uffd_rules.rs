@@ -194,7 +194,7 @@ fn nothing_is_placed_until_a_removal_was_read() {
 
         let advice = match backing {
             Anonymous => MmapAdvise::MADV_DONTNEED,
-            MemfdContinue | MemfdCopy => MmapAdvise::MADV_REMOVE,
+            MemfdContinue | MemfdCopy | DestinationBacking::Hugetlb => MmapAdvise::MADV_REMOVE,
         };
         let guest = Arc::new(guest);
         let remover = Arc::clone(&guest);
@@ -474,7 +474,7 @@ fn memory_in_use_stays_trapped_if_its_registration_is_dropped_unfinished() {
 #[test]
 fn a_page_that_is_lost_is_an_error_and_not_a_wait_also_after_the_end() {
     let Some(_limit) = begin() else { return };
-    let can_poison = open(UffdOptions::for_process(), false, false).unwrap().can_poison();
+    let can_poison = open(UffdOptions::for_process(), Anonymous).unwrap().can_poison();
     if !can_poison {
         println!("SKIPPED: this kernel has no UFFDIO_POISON (Linux 6.6)");
     }
@@ -515,7 +515,7 @@ fn a_page_that_is_lost_is_an_error_and_not_a_wait_also_after_the_end() {
 #[test]
 fn a_lost_page_stays_lost_only_if_what_was_reserved_for_it_is_given_back() {
     let Some(_limit) = begin() else { return };
-    if !open(UffdOptions::for_process(), true, true).unwrap().can_poison() {
+    if !open(UffdOptions::for_process(), MemfdContinue).unwrap().can_poison() {
         return println!("SKIPPED: this kernel has no UFFDIO_POISON (Linux 6.6)");
     }
     let guest = Guest::new(MemfdContinue, 8);
@@ -611,7 +611,7 @@ fn become_nobody() {
 
 fn refused_with_advice_for_kernel_faults() {
     for options in [UffdOptions::for_kvm(), UffdOptions::for_process()] {
-        let refused = open(options, false, false).unwrap_err();
+        let refused = open(options, Anonymous).unwrap_err();
         assert!(matches!(refused, OpenError::NotPermitted { kernel_faults: true, .. }));
         let text = refused.to_string();
         for advice in ["/dev/userfaultfd", "vm.unprivileged_userfaultfd=1", "CAP_SYS_PTRACE"] {
@@ -638,7 +638,7 @@ struct Limit(#[allow(dead_code)] Sender<()>);
 /// Starts a test's watchdog. `None`, and a line that says so, where userfaultfd
 /// is not permitted.
 fn begin() -> Option<Limit> {
-    match open(UffdOptions::for_process(), true, true) {
+    match open(UffdOptions::for_process(), MemfdContinue) {
         Ok(_) => {}
         Err(refused @ (OpenError::NotPermitted { .. } | OpenError::NotInKernel)) => {
             println!("SKIPPED: {refused}");

@@ -218,7 +218,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 
 /// `None` where there is no userfaultfd to test with, which it says.
 fn begin() -> Option<Limit> {
-    match open(UffdOptions::for_process(), true, true) {
+    match open(UffdOptions::for_process(), MemfdContinue) {
         Ok(_) => {}
         Err(refused @ (OpenError::NotPermitted { .. } | OpenError::NotInKernel)) => {
             println!("SKIPPED: {refused}");

@@ -106,7 +106,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+    if let Err(error) = open(UffdOptions::for_kvm(), postcopy::DestinationBacking::MemfdContinue) {
         println!("SKIPPED: no guest can be taken in here: {error}");
         return ExitCode::SUCCESS;
     }

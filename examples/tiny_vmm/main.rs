@@ -36,7 +36,7 @@ fn main() -> Result<()> {
         println!("SKIPPED: no guest can run here: /dev/kvm: {error}");
         return Ok(());
     }
-    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+    if let Err(error) = open(UffdOptions::for_kvm(), postcopy::DestinationBacking::MemfdContinue) {
         println!("SKIPPED: no guest can be received here: {error}");
         return Ok(());
     }

@@ -77,7 +77,7 @@ fn verify(guest: &mut dyn Guest) {
 
 #[test]
 fn the_fault_server_program_moves_a_guest_whatever_becomes_of_its_readers() {
-    if let Err(error) = open(UffdOptions::for_kvm(), true, true) {
+    if let Err(error) = open(UffdOptions::for_kvm(), postcopy::DestinationBacking::MemfdContinue) {
         return println!("SKIPPED: no guest can be received here: {error}");
     }
     let folder = tempfile::tempdir().expect("a folder");

@@ -5,12 +5,13 @@
 //! it. What of it can be judged without looking at a file is judged by
 //! [`check_region_files`], on both sides.
 
+use crate::memory::huge::BLOCK_BYTES;
+use crate::memory::hugetlb;
 use crate::memory::ram::{GuestRam, RamError};
 use crate::proto::layout::MemoryLayout;
 use crate::proto::page::PAGE_SIZE;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::fstat;
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -92,9 +93,27 @@ pub enum HandoverError {
         #[source]
         source: nix::Error,
     },
-    /// A file that is made of huge pages.
-    #[error("memory file {0} is made of huge pages; only pages of {PAGE_SIZE} bytes are supported")]
-    Huge(usize),
+    /// A file that is made of huge pages of another size.
+    #[error(
+        "memory file {file} is made of huge pages of {actual} bytes; only those of 2 MiB are supported"
+    )]
+    HugePageSize {
+        /// Which.
+        file: usize,
+        /// Their size.
+        actual: u64,
+    },
+    /// A region that has a part of a huge page.
+    #[error(
+        "memory file {file} is made of huge pages, and region {region} does not begin and end where \
+         they do (2 MiB)"
+    )]
+    HugeUnaligned {
+        /// Which.
+        file: usize,
+        /// The region.
+        region: usize,
+    },
     /// A file that ends before its region does.
     #[error("memory file {file} has {actual} bytes; region {region} ends at {expected}")]
     FileTooShort {
@@ -215,17 +234,23 @@ pub fn take_over(
     for (number, file) in files.iter().enumerate() {
         seal(file).map_err(|source| HandoverError::Seal { file: number, source })?;
         let failed = |source| HandoverError::LookAt { file: number, source };
-        // Its pages would be mapped, sent and found missing by 2 MiB or more.
-        if fstatfs(file).map_err(failed)?.filesystem_type() == HUGETLBFS_MAGIC {
-            return Err(HandoverError::Huge(number));
-        }
-        sizes.push(fstat(file).map_err(failed)?.st_size as u64);
+        let huge = match hugetlb::page_bytes(file).map_err(failed)? {
+            Some(actual) if actual != BLOCK_BYTES as u64 => {
+                return Err(HandoverError::HugePageSize { file: number, actual });
+            }
+            size => size.is_some(),
+        };
+        sizes.push((fstat(file).map_err(failed)?.st_size as u64, huge));
     }
     let files: Vec<Arc<File>> = files.into_iter().map(|file| Arc::new(file.into())).collect();
     let mut mapped = Vec::new();
     for (region, (place, (_, run))) in places.iter().zip(layout.region_runs()).enumerate() {
         let (file, expected) = (place.file as usize, place.offset + run.bytes() as u64);
-        let actual = sizes[file];
+        let (actual, huge) = sizes[file];
+        let whole = |bytes: u64| bytes.is_multiple_of(BLOCK_BYTES as u64);
+        if huge && !(whole(place.offset) && whole(expected)) {
+            return Err(HandoverError::HugeUnaligned { file, region });
+        }
         if actual < expected {
             return Err(HandoverError::FileTooShort { file, actual, region, expected });
         }

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use clap::Args;
 use postcopy::host::new_guest;
+use postcopy::memory::hugetlb;
 use postcopy::memory::limits::check_can_hold;
 use postcopy::memory::ram::{Backing, GuestRam};
 use postcopy::program::signals::complain;
@@ -15,6 +16,7 @@ use postcopy::vmm::kvm::kvm_available;
 use postcopy::vmm::trace::{Trace, TraceError};
 use postcopy::vmm::workload::{Cpl, MachineForm, PageTables, Pattern, Workload};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// What guest to start.
 #[derive(Clone, Debug, Args)]
@@ -26,6 +28,10 @@ pub struct GuestArgs {
     /// Guest memory, for instance 512M or 4G.
     #[arg(long, default_value = "512M", value_parser = parse_memory, value_name = "SIZE")]
     pub memory: u64,
+    /// Make it of huge pages of 2 MiB (hugetlbfs) from the host's pool, vm.nr_hugepages. What it is
+    /// made of at the destination is said there.
+    #[arg(long)]
+    pub hugetlb: bool,
     /// Virtual CPUs, 1 to 4.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     pub vcpus: u32,
@@ -100,8 +106,15 @@ impl GuestArgs {
             GuestKind::Kvm => workload.check_under_kvm(&layout)?,
             GuestKind::Process => workload.check_without_machine(&layout)?,
         }
-        check_can_hold(self.memory).context("the guest does not fit")?;
-        let ram = Arc::new(GuestRam::new(layout, Backing::Memfd)?);
+        let ram = if self.hugetlb {
+            let ram = GuestRam::new(layout, Backing::Hugetlb)?;
+            hugetlb::reserve(&ram, &AtomicBool::new(false)).context("the guest does not fit")?;
+            ram
+        } else {
+            check_can_hold(self.memory).context("the guest does not fit")?;
+            GuestRam::new(layout, Backing::Memfd)?
+        };
+        let ram = Arc::new(ram);
         Ok(new_guest(kind, ram, workload)?)
     }
 
@@ -121,6 +134,7 @@ impl GuestArgs {
         ]
         .into_iter()
         .flat_map(|(name, value)| [name.to_owned(), value])
+        .chain(self.hugetlb.then(|| "--hugetlb".to_owned()))
         .collect()
     }
 }

@@ -53,7 +53,8 @@ pub struct Receive {
     #[arg(long, value_enum, default_value = "memfd-continue")]
     backing: DestinationBacking,
     /// Take guests that this host's memory does not hold. Else memory for every page is
-    /// reserved before the guest is paused, and what turns out to be zero is given back.
+    /// reserved before the guest is paused, and what turns out to be zero is given back. Huge
+    /// pages (--backing hugetlb) are reserved all the same, and none is given back.
     #[arg(long)]
     overcommit: bool,
     /// Make transparent huge pages of the guest's memory once all of it is here, in the

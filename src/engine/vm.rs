@@ -106,7 +106,8 @@ pub struct GuestFigures {
 /// `restore` and `resume` run, the engine serves faults on other threads.
 pub trait DestinationVm: Any + Send {
     /// Memory of the VMM's own making for the proposed guest, of the proposed layout:
-    /// private anonymous, or shared mappings of files, but not both. What is in it is lost.
+    /// private anonymous, or shared mappings of files, or those of files of hugetlbfs (2 MiB), and
+    /// all of one kind. What is in it is lost.
     /// `None`: the engine makes it.
     fn memory(&mut self, _proposal: &Hello) -> Result<Option<GuestMemoryMmap>, Mismatch> {
         Ok(None)

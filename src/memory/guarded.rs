@@ -1,4 +1,5 @@
-//! [`Guarded`]: reading guest memory that may turn out to be unreadable.
+//! [`Guarded`]: reading guest memory that may turn out to be unreadable, and writing to huge
+//! pages that may turn out not to be there.
 //!
 //! A page of the source can be lost: its file was shortened, its backing store fails, or the
 //! memory itself is damaged (the kernel knows the page as poisoned, or finds out by the very
@@ -27,8 +28,8 @@ compile_error!("guarded reads are written for x86-64 only, as the reference VMM 
 /// The step in which memory is looked at, and the precision in which a bad place is told.
 const LINE: usize = 64;
 
-// Both take an address and a length, a multiple of 64 and not 0, and return how many bytes
-// they came through; with the lowest bit set if the next 64 could not be read. Everything
+// The first two take an address and a length, a multiple of 64 and not 0, and return how many
+// bytes they came through; with the lowest bit set if the next 64 could not be read. Everything
 // between the first and the last label may fault, and goes on at `recover` if it does.
 core::arch::global_asm!(
     ".pushsection .text.postcopy_guarded,\"ax\",@progbits",
@@ -67,6 +68,14 @@ core::arch::global_asm!(
     "cmp rax, rsi",
     "jb 2b",
     "3: ret",
+    // A plain copy; returns 0.
+    ".globl postcopy_guarded_copy",
+    ".hidden postcopy_guarded_copy",
+    "postcopy_guarded_copy:",
+    "xor eax, eax",
+    "mov rcx, rdx",
+    "rep movsb",
+    "ret",
     ".globl postcopy_guarded_end",
     ".hidden postcopy_guarded_end",
     "postcopy_guarded_end:",
@@ -81,13 +90,14 @@ core::arch::global_asm!(
 unsafe extern "C" {
     fn postcopy_guarded_touch(start: *const u8, bytes: usize) -> usize;
     fn postcopy_guarded_zero(start: *const u8, bytes: usize) -> usize;
+    fn postcopy_guarded_copy(to: *mut u8, from: *const u8, bytes: usize) -> usize;
     // Labels, not functions.
     fn postcopy_guarded_begin();
     fn postcopy_guarded_end();
     fn postcopy_guarded_recover();
 }
 
-/// The right to read guarded: the handler is installed.
+/// The right to read and write guarded: the handler is installed.
 #[derive(Clone, Copy, Debug)]
 pub struct Guarded(());
 
@@ -153,6 +163,32 @@ impl Guarded {
             done if done.is_multiple_of(LINE) => Look::Data,
             _ => Look::Unreadable,
         }
+    }
+}
+
+impl Guarded {
+    /// Writes `bytes` from `offset` on, counted from where `page` begins. Whether it could be
+    /// done: of hugetlbfs memory a page may be missing in the file, and in the host's pool. As for
+    /// [`GuestRam::write_run`], not where writing is trapped.
+    ///
+    /// # Panics
+    /// If they do not lie in the page's segment.
+    pub fn write(
+        self,
+        ram: &GuestRam,
+        page: crate::proto::page::PageIndex,
+        offset: usize,
+        bytes: &[u8],
+    ) -> bool {
+        let segment = ram.segment_of(page);
+        let offset = segment.offset_of(page) + offset;
+        let end = offset.checked_add(bytes.len());
+        assert!(end.is_some_and(|end| end <= segment.bytes()), "{page} and {offset}");
+        // SAFETY: both ranges are of this length and mapped; guest memory and a slice of ours do
+        // not overlap. Whether the first can be written to is what is found out.
+        let to = unsafe { segment.start().add(offset) };
+        // SAFETY: as above.
+        unsafe { postcopy_guarded_copy(to.as_ptr(), bytes.as_ptr(), bytes.len()) == 0 }
     }
 }
 

@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, MmapRegion};
 /// The bytes of a huge page: x86-64 maps this much by one entry of a page middle directory.
 pub const BLOCK_BYTES: usize = 2 << 20;
 /// The pages of a block.
-const BLOCK_PAGES: u64 = (BLOCK_BYTES / PAGE_SIZE) as u64;
+pub const BLOCK_PAGES: u64 = (BLOCK_BYTES / PAGE_SIZE) as u64;
 /// How often memory is mapped anew: another thread may map something in between.
 const TRIES: usize = 8;
 
@@ -89,12 +89,14 @@ fn unmap(start: usize, bytes: usize) {
     }
 }
 
-/// The blocks of a segment that could be a huge page each, by where they are mapped.
+/// The blocks of a segment that could be a huge page each, by where they are mapped; none of
+/// memory that is made of huge pages.
 pub fn blocks(segment: &Segment) -> impl Iterator<Item = PageRun> + use<> {
     let start = segment.start().as_ptr() as usize;
     let skipped = ((start.next_multiple_of(BLOCK_BYTES) - start) / PAGE_SIZE) as u64;
     let run = segment.run();
-    let whole = run.count().saturating_sub(skipped) / BLOCK_PAGES;
+    let small = if segment.is_huge() { 0 } else { run.count() };
+    let whole = small.saturating_sub(skipped) / BLOCK_PAGES;
     (0..whole).filter_map(move |block| {
         PageRun::new(run.first().checked_add(skipped + block * BLOCK_PAGES)?, BLOCK_PAGES)
     })

@@ -3,6 +3,7 @@
 pub mod dirty_bitmap;
 pub mod guarded;
 pub mod huge;
+pub mod hugetlb;
 pub mod limits;
 pub mod ram;
 pub mod reserve;

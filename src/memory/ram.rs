@@ -3,7 +3,7 @@
 //! It knows addresses and file descriptors; it does not know which pages are
 //! valid (the ledgers do) nor how a missing page is trapped (`uffd` does).
 
-use super::huge;
+use super::huge::{self, BLOCK_BYTES};
 use super::segment::{Access, Segment, SegmentError};
 use crate::proto::layout::{GuestAddress, LayoutError, MemoryLayout, Region};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -26,6 +26,9 @@ pub enum Backing {
     /// One memfd that holds all regions one after another, mapped shared: page
     /// `i` is at file offset `i * 4096`.
     Memfd,
+    /// The same of huge pages, of hugetlbfs. They come from the host's pool, and whoever touches
+    /// one when that is empty gets `SIGBUS`: [`reserve`](super::hugetlb::reserve) them.
+    Hugetlb,
 }
 
 /// A failure to make, map or take over guest memory.
@@ -48,6 +51,17 @@ pub enum RamError {
         /// The kernel's answer.
         #[source]
         source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Memory of huge pages that is not made of whole ones.
+    #[error(
+        "the memory region at {start:#x} has {bytes} bytes, and memory of hugetlbfs is made of \
+         whole pages of 2 MiB"
+    )]
+    HugePages {
+        /// The region's first guest physical address.
+        start: u64,
+        /// Its size.
+        bytes: u64,
     },
     /// The regions make no layout.
     #[error("the memory regions make no layout")]
@@ -98,8 +112,14 @@ impl GuestRam {
     pub fn new(layout: MemoryLayout, backing: Backing) -> Result<Self, RamError> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         match backing {
-            Backing::Memfd => {
-                let memfd = Arc::new(memfd(layout.bytes())?);
+            Backing::Memfd | Backing::Hugetlb => {
+                let huge = backing == Backing::Hugetlb;
+                let partly = |run: PageRun| huge && !run.bytes().is_multiple_of(BLOCK_BYTES);
+                if let Some((region, run)) = layout.region_runs().find(|of| partly(of.1)) {
+                    let (start, bytes) = (region.start.0, run.bytes() as u64);
+                    return Err(RamError::HugePages { start, bytes });
+                }
+                let memfd = Arc::new(memfd(layout.bytes(), huge)?);
                 let offset = |run: PageRun| run.first().get() * PAGE_SIZE as u64;
                 let file = |run| Some(FileOffset::from_arc(memfd.clone(), offset(run)));
                 let files = layout.region_runs().map(|(_, run)| file(run)).collect();
@@ -116,8 +136,8 @@ impl GuestRam {
     /// The memory that a VMM has already. It stays the VMM's as well: both keep it mapped.
     ///
     /// # Errors
-    /// A region that is not made of 4 KiB pages, not writable, or neither private anonymous
-    /// memory nor a shared mapping of a file.
+    /// A region that is not made of whole pages, not writable, or neither private anonymous
+    /// memory nor a shared mapping of a file; huge pages of another size than 2 MiB.
     pub fn from_guest_memory(memory: GuestMemoryMmap) -> Result<Self, RamError> {
         Self::over(memory, Access::Write)
     }
@@ -390,9 +410,12 @@ impl AsRef<[u8]> for FrozenRun {
 }
 
 /// A new file in memory, all of it a hole.
-fn memfd(bytes: u64) -> Result<File, RamError> {
+fn memfd(bytes: u64, huge: bool) -> Result<File, RamError> {
     let failed = |source| RamError::Memfd { bytes, source };
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if huge {
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
     let memfd = memfd_create(c"guest-memory", flags).map_err(failed)?;
     nix::unistd::ftruncate(&memfd, bytes as i64).map_err(failed)?;
     Ok(memfd.into())

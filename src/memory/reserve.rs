@@ -5,6 +5,7 @@
 //! before it comes, a [`Counterweight`] of the same size is held instead, and gets lighter
 //! as pages come.
 
+use super::hugetlb::PoolError;
 use super::limits::{NotEnoughMemory, check_can_hold};
 use super::ram::GuestRam;
 use crate::proto::page::PAGE_SIZE;
@@ -38,6 +39,9 @@ pub enum ReserveError {
     /// kernel may have somebody killed for it.
     #[error(transparent)]
     Limit(#[from] NotEnoughMemory),
+    /// The guest's memory is of huge pages, and they cannot be had.
+    #[error(transparent)]
+    HugePages(#[from] PoolError),
     /// The kernel has none.
     #[error("cannot reserve {bytes} bytes of memory for the guest")]
     Kernel {
@@ -59,6 +63,9 @@ pub enum Reserved {
     Nothing,
     /// Its pages exist in the guest's files, empty.
     InPlace,
+    /// Its huge pages do, all of them: nothing of one is given back for the pages in it that
+    /// are zero.
+    InPool,
     /// As much memory is held elsewhere as is missing here.
     Elsewhere(Counterweight),
 }

@@ -14,10 +14,16 @@
 //! * For private anonymous memory, `/proc/self/pagemap` tells which pages were
 //!   ever touched. Reading one that was not would map the shared zero page, which
 //!   costs page tables only, but for all of memory they add up.
+//! * Of hugetlbfs nothing tells a hole. A huge page is read once, by `pread`, up to its first
+//!   content. One that has none is taken for a hole: reading it through the mapping could
+//!   take a page from the pool.
 
 use super::guarded::{Guarded, Look};
+use super::huge::BLOCK_PAGES;
+use super::hugetlb;
 use super::ram::GuestRam;
 use super::segment::Segment;
+use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -52,12 +58,13 @@ pub struct ScanError {
     source: io::Error,
 }
 
-/// Where guest memory has holes, by the kernel's word: no page is read.
-#[derive(Debug)]
+/// Where guest memory has holes, by the kernel's word: no page is read, but of hugetlbfs.
 pub struct Holes {
     ram: Arc<GuestRam>,
     /// Only if some memory has no file.
     pagemap: Option<File>,
+    /// Pages of those huge pages that were found to have content. Only if there are some.
+    content: Option<AtomicBitmap>,
 }
 
 /// A walk over guest memory, in rising page order, that finds all zero pages.
@@ -86,7 +93,9 @@ impl Holes {
             let opened = File::open("/proc/self/pagemap");
             Some(opened.map_err(|source| ScanError { at, source })?)
         };
-        Ok(Self { ram, pagemap })
+        let huge = ram.segments().iter().any(Segment::is_huge);
+        let content = huge.then(|| AtomicBitmap::new(ram.layout().pages()));
+        Ok(Self { ram, pagemap, content })
     }
 
     /// The first pages of `run` that are alike, and whether they are a hole, which may go on
@@ -109,6 +118,9 @@ impl Holes {
         let segment = self.ram.segment_of(PageIndex::new(page));
         let end = segment.run().end();
         let most = most.min(STEP_PAGES);
+        if let Some(content) = self.content.as_ref().filter(|_| segment.is_huge()) {
+            return Ok(look_in_block(content, segment, page, most));
+        }
         if segment.file().is_some() {
             let start = data_in_file(segment, page)?.unwrap_or(end);
             let data_end = if start < end { resident_until(segment, start, most)? } else { end };
@@ -151,6 +163,10 @@ impl ZeroScan {
                 let data = self.holes.look(self.next, self.ask)?;
                 let whole = data.end - data.start >= self.ask;
                 self.ask = if whole { (2 * self.ask).min(STEP_PAGES) } else { ASK_PAGES };
+                if self.holes.content.is_some() {
+                    // To find a hole there took as long as to look at its pages.
+                    budget = budget.saturating_sub(data.start - self.next);
+                }
                 push(&mut found, self.next, data.start, Kind::Hole);
                 (self.next, self.data_end) = (data.start, data.end);
                 continue;
@@ -175,6 +191,21 @@ impl ZeroScan {
     fn page_is_zero(&self, page: u64) -> bool {
         self.guarded.look(&self.holes.ram, PageIndex::new(page)) == Look::Zero
     }
+}
+
+/// [`Holes::look`] in a segment of huge pages: all of one is data, or a hole.
+fn look_in_block(content: &AtomicBitmap, segment: &Segment, page: u64, most: u64) -> Range<u64> {
+    let first = segment.run().first().get();
+    let begin = page - (page - first) % BLOCK_PAGES;
+    let end = begin + BLOCK_PAGES;
+    if !content.is_set(PageIndex::new(page)) {
+        let block = PageRun::new(PageIndex::new(begin), BLOCK_PAGES);
+        let Some(block) = block.filter(|block| hugetlb::has_content(segment, *block)) else {
+            return end..end;
+        };
+        content.set_run(block);
+    }
+    page..end.min(page + most)
 }
 
 /// The first page of data at or behind `page` in its segment.

@@ -4,9 +4,10 @@
 //! A segment knows an address, a file and a run of page numbers. It does not know its
 //! neighbours; [`GuestRam`](super::ram::GuestRam) does.
 
+use super::huge::BLOCK_BYTES;
+use super::hugetlb;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::sys::stat::fstat;
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -31,11 +32,21 @@ pub enum SegmentError {
     /// Shared memory whose file is not known: nothing tells which of its pages exist.
     #[error("it is shared memory without a file; use a memfd, or private memory")]
     SharedAnonymous,
-    /// Huge pages.
+    /// Huge pages without a file, which are not mapped a second time to write to.
     #[error(
-        "it is made of huge pages (hugetlbfs); only pages of {PAGE_SIZE} bytes are supported as yet"
+        "it is made of huge pages without a file; only those in a shared file of hugetlbfs are \
+         supported"
     )]
     Huge,
+    /// Huge pages of another size.
+    #[error("it is made of huge pages of {actual} bytes; only those of 2 MiB are supported")]
+    HugePageSize {
+        /// The size.
+        actual: u64,
+    },
+    /// A part of a huge page.
+    #[error("it is made of huge pages, and does not begin and end where they do (2 MiB)")]
+    HugeUnaligned,
     /// A file that ends before the region does.
     #[error("its file has {actual} bytes and the region needs {expected}")]
     FileTooShort {
@@ -61,6 +72,7 @@ pub struct Segment {
     run: PageRun,
     start: NonNull<u8>,
     region: Arc<GuestRegionMmap>,
+    huge: bool,
 }
 
 // SAFETY: the pointer is to the mapping of `region`, which lives as long as this value and
@@ -95,11 +107,19 @@ impl Segment {
             Some(file) => check_length(file, region.len())?,
             None => {}
         }
-        let huge = region.flags() & libc::MAP_HUGETLB != 0 || region.is_hugetlbfs() == Some(true);
-        if huge || region.file_offset().map(is_huge).transpose()? == Some(true) {
+        let huge = match region.file_offset() {
+            Some(file) => is_huge(file)?,
+            None => false,
+        };
+        let said = region.flags() & libc::MAP_HUGETLB != 0 || region.is_hugetlbfs() == Some(true);
+        if said && !huge {
             return Err(SegmentError::Huge);
         }
-        Ok(Self { run, start, region })
+        let whole = |value: u64| value.is_multiple_of(BLOCK_BYTES as u64);
+        if huge && ![region.len(), start.as_ptr() as u64, offset].into_iter().all(whole) {
+            return Err(SegmentError::HugeUnaligned);
+        }
+        Ok(Self { run, start, region, huge })
     }
 
     /// The pages that it holds.
@@ -110,6 +130,11 @@ impl Segment {
     /// Where it is mapped.
     pub fn start(&self) -> NonNull<u8> {
         self.start
+    }
+
+    /// Whether it is made of huge pages, of hugetlbfs.
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// The bytes mapped.
@@ -212,8 +237,10 @@ fn check_length(file: &FileOffset, bytes: u64) -> Result<(), SegmentError> {
 
 /// Whether the file is one of huge pages.
 fn is_huge(file: &FileOffset) -> Result<bool, SegmentError> {
-    let system = fstatfs(file.file()).map_err(SegmentError::File)?;
-    Ok(system.filesystem_type() == HUGETLBFS_MAGIC)
+    match hugetlb::page_bytes(file.file()).map_err(SegmentError::File)? {
+        Some(actual) if actual != BLOCK_BYTES as u64 => Err(SegmentError::HugePageSize { actual }),
+        size => Ok(size.is_some()),
+    }
 }
 
 fn same_file(one: &FileOffset, other: &FileOffset) -> Result<bool, SegmentError> {

@@ -6,6 +6,7 @@
 //! the kernel knows. KSM (`MADV_MERGEABLE`) is no obstacle: a merged page is there and has its
 //! content, and a missing one is not merged.
 
+use super::huge::BLOCK_BYTES;
 use super::ram::GuestRam;
 use crate::proto::page::PAGE_SIZE;
 use std::fs;
@@ -66,7 +67,7 @@ pub enum MemoryUserError {
     /// Pages of another size.
     #[error(
         "the memory at host address {start:#x} is made of pages of {actual} bytes; only pages of \
-         {PAGE_SIZE} bytes are supported as yet"
+         {PAGE_SIZE} bytes are supported, and of 2 MiB in a shared file of hugetlbfs"
     )]
     PageSize {
         /// Where the segment is mapped.
@@ -125,13 +126,14 @@ pub fn check_users(declared: &[MemoryUser]) -> Result<(), MemoryUserError> {
 /// be filled: it is empty, so that asking is quick however much it is.
 pub fn check_can_be_trapped(ram: &GuestRam) -> Result<(), MemoryUserError> {
     let maps = parse_smaps(&read("/proc/self/smaps")?);
-    for segment in segments(ram) {
+    for (segment, of) in segments(ram).zip(ram.segments()) {
+        let page_bytes = if of.is_huge() { BLOCK_BYTES } else { PAGE_SIZE };
         for map in maps.iter().filter(|map| overlap(&map.range, &segment)) {
             let start = segment.start;
             if map.locked {
                 return Err(MemoryUserError::Locked { start });
             }
-            if map.page_bytes != PAGE_SIZE as u64 {
+            if map.page_bytes != page_bytes as u64 {
                 return Err(MemoryUserError::PageSize { start, actual: map.page_bytes });
             }
         }

@@ -171,7 +171,8 @@ impl Report {
             return;
         };
         let again = self.pages.resent_after_link_loss.unwrap_or(0);
-        if self.pages.demanded.is_some_and(|demanded| demanded > network.saturating_add(again)) {
+        let asked = network.saturating_mul(self.pages_a_fault.unwrap_or(1));
+        if self.pages.demanded.is_some_and(|demanded| demanded > asked.saturating_add(again)) {
             wrong.push("more pages were demanded than there were network faults".to_owned());
         }
         let waited = u128::from(network) + u128::from(late);

@@ -85,6 +85,9 @@ pub struct DestinationPart {
     /// See [`Report::network_faults`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_faults: Option<u64>,
+    /// See [`Report::pages_a_fault`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pages_a_fault: Option<u64>,
     /// See [`Report::late_hits`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub late_hits: Option<u64>,
@@ -234,6 +237,7 @@ impl Report {
             total_us: None,
             pages: part.pages,
             network_faults: part.network_faults,
+            pages_a_fault: part.pages_a_fault,
             late_hits: part.late_hits,
             unattributed_faults: part.unattributed_faults,
             local_faults: part.local_faults,

@@ -109,6 +109,9 @@ pub struct Report {
     /// Faults that had to ask the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_faults: Option<u64>,
+    /// How many pages one of them asked for, all of a huge page: at most; absent: one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages_a_fault: Option<u64>,
     /// Faults on a page that was already on its way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub late_hits: Option<u64>,

@@ -87,6 +87,7 @@ fn destination() -> DestinationPart {
             ..Pages::default()
         },
         network_faults: Some(1_080),
+        pages_a_fault: None,
         late_hits: Some(311),
         unattributed_faults: Some(3),
         local_faults: Some(140),
@@ -300,6 +301,13 @@ fn each_broken_invariant_is_named() {
     let mut huge = whole();
     huge.huge_pages = Some(HugePages { failed: 1, ..huge_pages() });
     assert_eq!(huge.check(), ["513 of 512 blocks became huge pages or did not"]);
+    let mut many = whole();
+    let moved = |count: &mut Option<u64>, by: i64| *count = count.unwrap().checked_add_signed(by);
+    moved(&mut many.pages.demanded, 924);
+    moved(&mut many.pages.pushed, -924);
+    assert_eq!(many.check(), ["more pages were demanded than there were network faults"]);
+    many.pages_a_fault = Some(512);
+    assert_eq!(many.check(), [""; 0], "each may have asked for a huge page");
     let mut recovered = whole();
     recovered.outcome = Outcome::Recovered;
     recovered.pages.drained = None;

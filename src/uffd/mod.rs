@@ -6,6 +6,7 @@
 //! ledgers in [`proto`](crate::proto) do. Nothing here touches the registered
 //! mapping either: a thread that did so would wait for itself.
 
+mod blocks;
 mod content;
 mod ioctl;
 pub mod open;

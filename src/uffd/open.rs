@@ -6,6 +6,7 @@
 //! it, the system call may still be allowed, so the descriptor is made here.
 
 use super::ioctl;
+use super::register::DestinationBacking;
 use nix::errno::Errno;
 use std::ffi::c_int;
 use std::fs::OpenOptions;
@@ -108,29 +109,24 @@ impl Descriptor {
 }
 
 /// Features of `UFFDIO_API`, with the names that an error shows.
-const FEATURES: [(u64, &str); 5] = [
+const FEATURES: [(u64, &str); 7] = [
     (sys::UFFD_FEATURE_THREAD_ID, "THREAD_ID (Linux 4.14)"),
     (sys::UFFD_FEATURE_EVENT_REMOVE, "EVENT_REMOVE (Linux 4.11)"),
     (sys::UFFD_FEATURE_MISSING_SHMEM, "MISSING_SHMEM (Linux 4.11)"),
     (sys::UFFD_FEATURE_MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
+    (sys::UFFD_FEATURE_MISSING_HUGETLBFS, "MISSING_HUGETLBFS (Linux 4.11)"),
+    (sys::UFFD_FEATURE_MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
     (sys::UFFD_FEATURE_POISON, "POISON (Linux 6.6)"),
 ];
 
-/// Opens a descriptor for private anonymous memory, or for shared memory with
-/// `shmem`, and for minor faults on it with `minor`.
-pub fn open(options: UffdOptions, shmem: bool, minor: bool) -> Result<Descriptor, OpenError> {
+/// Opens a descriptor for memory of this kind.
+pub fn open(options: UffdOptions, backing: DestinationBacking) -> Result<Descriptor, OpenError> {
     if options.kvm_guest && !options.kernel_faults {
         return Err(OpenError::UserModeOnlyForKvm);
     }
-    let mut needed = sys::UFFD_FEATURE_THREAD_ID;
-    for (wanted, feature) in [
-        (options.remove_events, sys::UFFD_FEATURE_EVENT_REMOVE),
-        (shmem, sys::UFFD_FEATURE_MISSING_SHMEM),
-        (minor, sys::UFFD_FEATURE_MINOR_SHMEM),
-    ] {
-        if wanted {
-            needed |= feature;
-        }
+    let mut needed = sys::UFFD_FEATURE_THREAD_ID | backing.needed_features();
+    if options.remove_events {
+        needed |= sys::UFFD_FEATURE_EVENT_REMOVE;
     }
 
     // A handshake can be made once on a descriptor, and one that asks for an
@@ -195,7 +191,7 @@ mod tests {
     #[test]
     fn user_mode_only_is_refused_for_a_kvm_guest() {
         let options = UffdOptions { kernel_faults: false, ..UffdOptions::for_kvm() };
-        let refused = open(options, false, false).unwrap_err();
+        let refused = open(options, DestinationBacking::Anonymous).unwrap_err();
         assert!(matches!(refused, OpenError::UserModeOnlyForKvm), "{refused}");
     }
 

@@ -1,9 +1,10 @@
 //! [`Placer`]: putting pages into registered memory and waking who waits.
 //!
-//! It never touches the registered mapping: content goes in by ioctl, or by
-//! `pwritev` to the memfd. It does not know which pages are placed; whoever calls
+//! It never touches the registered mapping: content goes in by ioctl, by
+//! `pwritev` to the memfd, or through another mapping of it ([`blocks`](super::blocks)). It does not know which pages are placed; whoever calls
 //! it owns the pages of a run exclusively (the ledger's `Placing`) until it returns.
 
+use super::blocks::Blocks;
 use super::content::Content;
 use super::ioctl;
 use super::register::{DestinationBacking, Registration, errno_of};
@@ -93,6 +94,11 @@ impl Placer {
         self.registration.backing()
     }
 
+    /// Its huge pages, if it is made of them.
+    pub(super) fn blocks(&self) -> Option<&Blocks> {
+        self.registration.blocks()
+    }
+
     /// The pages of each region.
     pub fn segments(&self) -> impl Iterator<Item = PageRun> {
         self.registration.ram().segments().iter().map(|segment| segment.run())
@@ -108,7 +114,9 @@ impl Placer {
     /// `UFFDIO_COPY` never changes a page that exists. With
     /// [`DestinationBacking::MemfdContinue`] there is no such protection: the
     /// content is written first, also over pages that the guest has changed
-    /// since. The caller must know that they are not placed.
+    /// since. The caller must know that they are not placed. With
+    /// [`DestinationBacking::Hugetlb`] pages are placed when they are written, and who waits is
+    /// woken with the last one of a huge page.
     ///
     /// # Panics
     /// If the run is not in the layout, or `content` is not of its size.
@@ -120,8 +128,9 @@ impl Placer {
         let content = content.into();
         self.check(run);
         assert_eq!(content.len(), run.bytes(), "content of {run:?}");
-        match self.backing() {
-            DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
+        match (self.backing(), self.blocks()) {
+            (_, Some(blocks)) => self.place_in_blocks(blocks, run, Some(content)),
+            (DestinationBacking::Anonymous | DestinationBacking::MemfdCopy, None) => {
                 let mut page = [0; PAGE_SIZE];
                 self.fill("UFFDIO_COPY", run, |part| {
                     let done = part.first().as_usize() - run.first().as_usize();
@@ -129,7 +138,7 @@ impl Placer {
                     self.copy(part, content.first_pages(&mut page))
                 })
             }
-            DestinationBacking::MemfdContinue => {
+            (DestinationBacking::MemfdContinue | DestinationBacking::Hugetlb, None) => {
                 self.write(run, content)?;
                 self.map(run)
             }
@@ -142,12 +151,16 @@ impl Placer {
     /// memory, so a hole is better left alone until a fault asks for it: it is
     /// zero after [`unregister`](Self::unregister) anyway. A page that is in the
     /// memfd already, mapped or not, gives [`Stop::Exists`]; where its content is
-    /// known to be stale, [`place`](Self::place) zeros.
+    /// known to be stale, [`place`](Self::place) zeros. In a huge page it is left as it is, and
+    /// that is zero where nobody has written to it.
     ///
     /// # Panics
     /// If the run is not in the layout.
     pub fn place_zero(&self, run: PageRun) -> Result<Placed, PlaceError> {
         self.check(run);
+        if let Some(blocks) = self.blocks() {
+            return self.place_in_blocks(blocks, run, None);
+        }
         self.fill("UFFDIO_ZEROPAGE", run, |rest| {
             let mut request =
                 sys::uffdio_zeropage { range: self.range(rest), mode: 0, zeropage: 0 };
@@ -208,8 +221,10 @@ impl Placer {
     /// If the run is not in the layout.
     pub fn wake(&self, run: PageRun) -> Result<(), PlaceError> {
         self.check(run);
-        if self.backing() == DestinationBacking::MemfdContinue {
-            self.map_again(run)?;
+        match self.blocks() {
+            Some(blocks) => self.open_again(blocks, run)?,
+            None if self.backing() == DestinationBacking::MemfdContinue => self.map_again(run)?,
+            None => {}
         }
         self.wake_unplaced(run)
     }
@@ -221,6 +236,10 @@ impl Placer {
     /// If the run is not in the layout.
     pub fn wake_unplaced(&self, run: PageRun) -> Result<(), PlaceError> {
         self.check(run);
+        // A fault in a huge page is one at its beginning.
+        let (first, last) = (self.unit_of(run.first()), run.pages().next_back());
+        let end = last.map_or(run.end(), |last| self.unit_of(last).end());
+        let run = PageRun::new(first.first(), end - first.first().get()).unwrap_or(run);
         for (_, part) in self.registration.ram().parts(run) {
             let woken = self.registration.uffd().wake(self.address(part), part.bytes());
             woken.map_err(|error| {
@@ -233,7 +252,7 @@ impl Placer {
 
     /// Gives the memory of pages back that were reserved in the guest's files and are not
     /// needed, for they are zero: they are holes afterwards. Nobody else may place them
-    /// meanwhile, and none is placed: what is in them is lost.
+    /// meanwhile, and none is placed: what is in them is lost. To be called for whole huge pages.
     ///
     /// # Panics
     /// If the run is not in the layout.
@@ -263,15 +282,24 @@ impl Placer {
     /// is placed gives [`Stop::Exists`].
     ///
     /// It holds for this mapping, and in a memfd only for a hole, which the page stays:
-    /// `UFFDIO_CONTINUE` maps a page that exists in spite of the mark.
+    /// `UFFDIO_CONTINUE` maps a page that exists in spite of the mark. Of a huge page all is given
+    /// up with any page in it.
     ///
     /// # Panics
     /// If the run is not in the layout.
     pub fn poison(&self, run: PageRun) -> Result<Placed, PlaceError> {
-        if !self.registration.can_poison() {
-            return self.cover(run);
-        }
         self.check(run);
+        let poison = |run| match self.registration.can_poison() {
+            true => self.mark(run),
+            false => self.cover(run),
+        };
+        match self.blocks() {
+            Some(blocks) => self.poison_blocks(blocks, run, poison),
+            None => poison(run),
+        }
+    }
+
+    fn mark(&self, run: PageRun) -> Result<Placed, PlaceError> {
         self.fill("UFFDIO_POISON", run, |rest| {
             let mut request = sys::uffdio_poison { range: self.range(rest), mode: 0, updated: 0 };
             // SAFETY: the argument is the structure that the ioctl reads and writes; the
@@ -349,7 +377,7 @@ impl Placer {
     }
 
     /// Maps pages of the memfd and wakes who waits for them.
-    fn map(&self, run: PageRun) -> Result<Placed, PlaceError> {
+    pub(super) fn map(&self, run: PageRun) -> Result<Placed, PlaceError> {
         self.fill("UFFDIO_CONTINUE", run, |rest| {
             let to = self.address(rest);
             let mapped = self.registration.uffd().r#continue(to, rest.bytes(), true);

@@ -3,10 +3,11 @@
 //! One `Registration` is shared by the [`Trap`] and all [`Placer`]s. It does
 //! not read events and places nothing.
 
+use super::blocks::Blocks;
 use super::open::{Descriptor, OpenError, UffdOptions, open};
 use super::place::Placer;
 use super::trap::Trap;
-use crate::memory::ram::{Backing, GuestRam};
+use crate::memory::ram::{Backing, GuestRam, RamError};
 use crate::memory::segment::Segment;
 use crate::memory::users;
 use crate::proto::page::{PAGE_SIZE, PageIndex};
@@ -33,6 +34,10 @@ pub enum DestinationBacking {
     /// A memfd filled by `UFFDIO_COPY`. The file must have no pages before:
     /// those are mapped without a trap.
     MemfdCopy,
+    /// A memfd of huge pages of 2 MiB (hugetlbfs), from the host's pool. Pages are written through
+    /// a second mapping, and those of a huge page appear together, by `UFFDIO_CONTINUE`: a fault
+    /// waits until the last one has come.
+    Hugetlb,
 }
 
 impl DestinationBacking {
@@ -41,20 +46,38 @@ impl DestinationBacking {
         match self {
             Self::Anonymous => Backing::Anonymous,
             Self::MemfdContinue | Self::MemfdCopy => Backing::Memfd,
+            Self::Hugetlb => Backing::Hugetlb,
         }
     }
 
     /// How the pages of memory that is there already get into it: by CONTINUE if it has
-    /// files, else by COPY. (What is only partly in files cannot be registered.)
+    /// files, else by COPY. (What is only partly in files, or partly of huge pages, cannot be
+    /// registered.)
     pub fn of(ram: &GuestRam) -> Self {
-        match ram.segments().iter().any(|segment| segment.file().is_some()) {
-            true => Self::MemfdContinue,
-            false => Self::Anonymous,
+        let any = |is: fn(&Segment) -> bool| ram.segments().iter().any(is);
+        match (any(Segment::is_huge), any(|segment| segment.file().is_some())) {
+            (true, _) => Self::Hugetlb,
+            (false, true) => Self::MemfdContinue,
+            (false, false) => Self::Anonymous,
         }
     }
 
-    const fn is_memfd(self) -> bool {
-        matches!(self.ram(), Backing::Memfd)
+    /// Whether a segment is of the kind of memory that this is.
+    fn fits(self, segment: &Segment) -> bool {
+        segment.file().is_some() == (self != Self::Anonymous)
+            && segment.is_huge() == (self == Self::Hugetlb)
+    }
+
+    /// What userfaultfd must be able to do with it.
+    pub(super) const fn needed_features(self) -> u64 {
+        match self {
+            Self::Anonymous => 0,
+            Self::MemfdCopy => sys::UFFD_FEATURE_MISSING_SHMEM,
+            Self::MemfdContinue => sys::UFFD_FEATURE_MISSING_SHMEM | sys::UFFD_FEATURE_MINOR_SHMEM,
+            Self::Hugetlb => {
+                sys::UFFD_FEATURE_MISSING_HUGETLBFS | sys::UFFD_FEATURE_MINOR_HUGETLBFS
+            }
+        }
     }
 
     /// The faults that are trapped. With CONTINUE both kinds are needed. With
@@ -64,16 +87,18 @@ impl DestinationBacking {
     fn register_mode(self) -> RegisterMode {
         match self {
             Self::Anonymous | Self::MemfdCopy => RegisterMode::MISSING,
-            Self::MemfdContinue => RegisterMode::MISSING | RegisterMode::MINOR,
+            Self::MemfdContinue | Self::Hugetlb => RegisterMode::MISSING | RegisterMode::MINOR,
         }
     }
 
     fn needed_ioctls(self) -> u64 {
+        const ZEROPAGE: u64 = 1 << sys::_UFFDIO_ZEROPAGE;
         let fill = match self {
-            Self::Anonymous | Self::MemfdCopy => sys::_UFFDIO_COPY,
-            Self::MemfdContinue => sys::_UFFDIO_CONTINUE,
+            Self::Anonymous | Self::MemfdCopy => ZEROPAGE | 1 << sys::_UFFDIO_COPY,
+            Self::MemfdContinue => ZEROPAGE | 1 << sys::_UFFDIO_CONTINUE,
+            Self::Hugetlb => 1 << sys::_UFFDIO_CONTINUE,
         };
-        1 << sys::_UFFDIO_WAKE | 1 << sys::_UFFDIO_ZEROPAGE | 1 << fill
+        1 << sys::_UFFDIO_WAKE | fill
     }
 }
 
@@ -83,6 +108,7 @@ impl fmt::Display for DestinationBacking {
             Self::Anonymous => "anonymous",
             Self::MemfdContinue => "memfd-continue",
             Self::MemfdCopy => "memfd-copy",
+            Self::Hugetlb => "hugetlb",
         })
     }
 }
@@ -103,6 +129,12 @@ pub enum RegisterError {
         /// The first of them.
         page: PageIndex,
     },
+    /// Huge pages could not be mapped a second time, to write to them.
+    #[error("cannot map guest memory a second time")]
+    Alias(#[source] RamError),
+    /// Nor could writing there be made safe against a pool that is empty.
+    #[error("cannot handle SIGBUS")]
+    Guard(#[source] std::io::Error),
     /// The mapping could not be inspected or emptied.
     #[error("cannot prepare guest memory for userfaultfd")]
     Prepare(#[source] Errno),
@@ -136,8 +168,9 @@ pub enum RegisterError {
 /// placed waits until a [`Placer`] places it, and the [`Trap`] tells of it.
 ///
 /// What is in the memory already:
-/// * [`DestinationBacking::MemfdContinue`]: pages in the file (from a pre-copy
-///   round) are trapped too, as minor faults, whoever touched them before.
+/// * [`DestinationBacking::MemfdContinue`] and [`DestinationBacking::Hugetlb`]: pages in the file
+///   (from a pre-copy round, or reserved) are trapped too, as minor faults, whoever touched them
+///   before. Huge pages must be zero.
 /// * [`DestinationBacking::MemfdCopy`]: refused, the file must be empty.
 /// * [`DestinationBacking::Anonymous`]: pages touched before stay as they are and
 ///   are not trapped; stale ones must be discarded first (`MADV_DONTNEED`).
@@ -157,14 +190,17 @@ pub unsafe fn register(
     backing: DestinationBacking,
     options: UffdOptions,
 ) -> Result<(Trap, Placer), RegisterError> {
-    if ram.segments().iter().any(|segment| segment.file().is_some() != backing.is_memfd()) {
+    if !ram.segments().iter().all(|segment| backing.fits(segment)) {
         return Err(RegisterError::OtherBacking(backing));
     }
     let huge_pages = users::may_have_huge_pages(&ram);
     prepare(&ram, backing)?;
     let mode = backing.register_mode();
-    let minor = mode.contains(RegisterMode::MINOR);
-    let descriptor = open(options, backing.is_memfd(), minor)?;
+    let blocks = match backing {
+        DestinationBacking::Hugetlb => Some(Blocks::new(&ram)?),
+        _ => None,
+    };
+    let descriptor = open(options, backing)?;
     for segment in ram.segments() {
         let bytes = segment.bytes();
         let offered: IoctlFlags = descriptor
@@ -181,6 +217,7 @@ pub unsafe fn register(
         descriptor: ManuallyDrop::new(descriptor),
         ram: ManuallyDrop::new(ram),
         backing,
+        blocks,
         huge_pages,
         unregistered: AtomicBool::new(false),
     });
@@ -233,6 +270,8 @@ pub(super) struct Registration {
     descriptor: ManuallyDrop<Descriptor>,
     ram: ManuallyDrop<Arc<GuestRam>>,
     backing: DestinationBacking,
+    /// Only with [`DestinationBacking::Hugetlb`].
+    blocks: Option<Blocks>,
     /// Whether each segment could have huge pages before.
     huge_pages: Vec<bool>,
     unregistered: AtomicBool,
@@ -245,6 +284,10 @@ impl Registration {
 
     pub(super) fn can_poison(&self) -> bool {
         self.descriptor.can_poison()
+    }
+
+    pub(super) fn blocks(&self) -> Option<&Blocks> {
+        self.blocks.as_ref()
     }
 
     pub(super) fn ram(&self) -> &GuestRam {

@@ -55,6 +55,9 @@ mod missing_devices;
 mod little_memory;
 // Guests that get huge pages in the end.
 mod huge_pages;
+// Guests whose memory is made of them.
+mod huge_page_pool;
+mod hugetlb;
 // Outputs that are full, and that nobody reads.
 mod stalled_reader;
 // What an operator sees and decides.

@@ -314,7 +314,7 @@ fn a_client_survives_a_server_that_hands_over_the_wrong_things() {
         (&one, vec![pipe, word], "cannot be sealed"),
         (&one, vec![unsealable.as_fd(), word], "cannot be sealed"),
         (&one, vec![short.as_fd(), word], "has 4096 bytes; region 0 ends at 32768"),
-        (&one, vec![huge.as_fd(), word], "made of huge pages"),
+        (&one, vec![huge.as_fd(), word], "region 0 does not begin and end where they do"),
         (&one, vec![memory, memory], "32768 bytes, not 4096"),
         (&one, vec![memory, pipe], "not a memfd"),
         (&two, vec![memory, word], "2 file descriptors with a message that has 3"),

@@ -93,7 +93,8 @@ impl DestinationBuilder {
     /// Takes guests that the host's memory does not hold, and reserves nothing for them. Else
     /// memory for every page is reserved before the guest is paused, and what turns out to be
     /// zero is given back. With it, pages may find no memory after the commit: the guest then
-    /// stands still until there is some, if the kernel does not kill this process.
+    /// stands still until there is some, if the kernel does not kill this process. Huge pages of
+    /// hugetlbfs are reserved all the same.
     pub fn overcommit(mut self, overcommit: bool) -> Self {
         self.config.overcommit = overcommit;
         self

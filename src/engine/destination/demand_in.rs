@@ -121,7 +121,8 @@ async fn send_requests(
     while let Some(request) = queue.recv().await {
         failpoint!("destination::before_request_sent", return Err(broken()));
         stream.write_all(&request.encode()).await.map_err(LaneError::lost)?;
-        installer.book.sent(request.run.first(), Instant::now());
+        let waited_for = installer.placer.unit_of(request.run.first()).first();
+        installer.book.sent(waited_for, Instant::now());
         failpoint!("destination::after_request_sent", return Err(broken()));
     }
     Ok(())

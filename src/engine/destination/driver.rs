@@ -473,7 +473,7 @@ impl Driver {
         let vm = self.guest.end().ok_or(TransportError::ThreadPanicked { name, message })?;
         self.watch.tell(Event::Ended(outcome.clone()));
         let lost = self.installer.filter(|installer| installer.lost.pages() > 0);
-        let poisoned = lost.map(|of| of.ledger.poisoned_set()).unwrap_or_default();
+        let poisoned = lost.map(|of| of.poisoned_set()).unwrap_or_default();
         Ok(DestinationEnd { outcome, vm, ram: self.ram, poisoned, report, recorded, collapsing })
     }
 }

@@ -25,6 +25,8 @@ struct OpenFault {
     asked: bool,
     /// When that was handed to the link.
     sent: Option<Instant>,
+    /// When some of what it waits for came in answer, if that is more than a page.
+    answered: Option<Instant>,
 }
 
 /// How a page came.
@@ -93,7 +95,9 @@ impl FaultBook {
             return false;
         }
         if book.open.len() < OPEN_MAX {
-            book.open.push(OpenFault { page, thread, vcpu, since, asked: false, sent: None });
+            let fault =
+                OpenFault { page, thread, vcpu, since, asked: false, sent: None, answered: None };
+            book.open.push(fault);
             self.open.store(book.open.len(), Ordering::SeqCst);
         }
         true
@@ -115,6 +119,17 @@ impl FaultBook {
         // Its page may have come by itself meanwhile.
         if let Some(fault) = book.open.iter_mut().find(|fault| fault.page == page && fault.asked) {
             fault.sent.get_or_insert(now);
+        }
+    }
+
+    /// Pages of `unit`, whose first page is what is waited for, have come in answer at `now`; the
+    /// others may come by themselves.
+    pub fn answered(&self, unit: PageRun, now: Instant) {
+        if unit.count() == 1 || self.open.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        for fault in self.lock().open.iter_mut().filter(|fault| unit.contains(fault.page)) {
+            fault.answered = Some(now);
         }
     }
 
@@ -142,6 +157,7 @@ impl FaultBook {
             let closed = run.contains(fault.page);
             if closed {
                 let waited = now.saturating_duration_since(fault.since);
+                let came = fault.answered.map_or(came, Came::InAnswer);
                 figures.latency.record(waited);
                 figures.late_answers += u64::from(fault.asked && came == Came::Unasked);
                 if let (Came::InAnswer(arrived), Some(sent)) = (came, fault.sent) {
@@ -251,6 +267,24 @@ mod tests {
         let hops = [figures.hops.ask, figures.hops.answer, figures.hops.place];
         let means = hops.map(|hop| (hop.count(), hop.summary().mean));
         assert_eq!(means, [(1, Some(10_000)), (1, Some(60_000)), (1, Some(30_000))]);
+    }
+
+    #[test]
+    fn a_fault_that_is_answered_in_part_was_none_on_its_way() {
+        let book = FaultBook::new(1);
+        let since = Instant::now();
+        let at = |micros| since + Duration::from_micros(micros);
+        let unit = PageRun::new(PageIndex::new(512), 512).unwrap();
+        book.enter(unit.first(), thread(0), Some(0), since);
+        book.asked(unit.first());
+        book.sent(unit.first(), at(10));
+        book.answered(PageRun::new(PageIndex::new(1024), 512).unwrap(), at(20));
+        book.answered(unit, at(60));
+        // Its last page was pushed.
+        book.placed(unit, Came::Unasked, at(100));
+        let figures = book.figures();
+        assert_eq!((figures.late_answers, figures.hops.answer.summary().mean), (0, Some(50_000)));
+        assert_eq!(figures.latency.summary().mean, Some(100_000));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use crate::engine::error_chain;
 use crate::engine::vm::{DestinationVm, GuestFigures, VmError};
 use crate::failpoint::failpoint;
+use crate::memory::hugetlb;
 use crate::memory::ram::GuestRam;
 use crate::memory::reserve::{Counterweight, ReserveError, Reserved, reserve_files};
 use crate::memory::users::{self, MemoryUser};
@@ -298,7 +299,8 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
             "destination::before_reserved",
             return Err(cannot("memory", "a failpoint".into()))
         );
-        let reserved = match overcommit {
+        // Who touches a huge page that is not there is killed.
+        let reserved = match overcommit && backing != DestinationBacking::Hugetlb {
             true => Reserved::Nothing,
             false => reserve(ram, backing, &self.over).map_err(|error| unfit(&error))?,
         };
@@ -388,6 +390,10 @@ fn reserve(
         DestinationBacking::MemfdContinue => {
             reserve_files(ram, stop)?;
             Reserved::InPlace
+        }
+        DestinationBacking::Hugetlb => {
+            hugetlb::reserve(ram, stop)?;
+            Reserved::InPool
         }
         DestinationBacking::Anonymous | DestinationBacking::MemfdCopy => {
             Reserved::Elsewhere(Counterweight::new(ram.layout().pages(), stop)?)

@@ -12,6 +12,7 @@ use crate::memory::reserve::Reserved;
 use crate::proto::frame::{FrameHeader, Origin, PageKind};
 use crate::proto::ledger::{DestinationLedger, Landing};
 use crate::proto::page::{PAGE_SIZE, PageRun};
+use crate::proto::page_set::PageSet;
 use crate::uffd::{Content, PlaceError, Placer, Stop};
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -238,7 +239,14 @@ impl Installer {
                 self.give_back(frame.run)?;
                 let counter = self.arrivals.of(frame.kind, frame.origin);
                 counter.fetch_add(frame.run.count(), Ordering::Relaxed);
-                for landing in self.ledger.mark_zero(frame.run).map_err(out_of_range)? {
+                let landings = match self.reserved {
+                    // A huge page is mapped when all of it is placed: that waits for no fault.
+                    Reserved::InPool => {
+                        self.ledger.land(frame.run).map_err(out_of_range)?.collect()
+                    }
+                    _ => self.ledger.mark_zero(frame.run).map_err(out_of_range)?,
+                };
+                for landing in landings {
                     failpoint!("destination::after_zeros_landed", return Err(broken()));
                     self.place(landing, Cargo::Zeros, came, again)?;
                 }
@@ -299,7 +307,7 @@ impl Installer {
 
     /// Nobody ran with this memory, nor will: frees what is in a VMM's own files.
     pub fn abandon(&self) {
-        if !self.has_pages() {
+        if !self.has_pages() && !matches!(self.reserved, Reserved::InPool) {
             return;
         }
         for segment in self.placer.segments() {
@@ -307,6 +315,16 @@ impl Installer {
                 tracing::warn!(%error, "memory that was reserved stays reserved");
             }
         }
+    }
+
+    /// The pages that give a memory error, for their content is lost, or that of another one in
+    /// the same huge page.
+    pub fn poisoned_set(&self) -> PageSet {
+        let mut set = PageSet::new();
+        for page in self.ledger.poisoned_set().runs().flat_map(PageRun::pages) {
+            set.insert(self.placer.unit_of(page));
+        }
+        set
     }
 
     /// Wakes who waits for a page that is placed.
@@ -329,6 +347,10 @@ impl Installer {
         again: &mut dyn FnMut(),
     ) -> Result<(), LaneError> {
         let whole = landing.run();
+        if let Came::InAnswer(arrived) = came {
+            // Before it is placed: whoever places the last page of a huge page ends the wait.
+            self.book.answered(self.placer.unit_of(whole.first()), arrived);
+        }
         let mut landing = Some(landing);
         let mut waiting_since = None;
         while let Some(part) = landing.take() {
@@ -370,7 +392,9 @@ impl Installer {
                 Cargo::Poison => part.poisoned_some(pages),
             };
         }
-        self.book.placed(whole, came, Instant::now());
+        for opened in self.placer.opened(whole) {
+            self.book.placed(opened, came, Instant::now());
+        }
         Ok(())
     }
 }

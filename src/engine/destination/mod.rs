@@ -116,7 +116,8 @@ pub struct DestinationEnd {
     pub vm: Box<dyn DestinationVm>,
     /// The guest's memory, if the session came so far.
     pub ram: Option<Arc<GuestRam>>,
-    /// Pages whose content is lost, because the source could not read them: touching one
+    /// Pages whose content is lost, because the source could not read them, and all others of the
+    /// same huge page if the memory is of hugetlbfs: touching one
     /// through this memory is a memory error. It is so in this mapping only; in a file that
     /// is behind it they are holes, which another process, or a later migration from here by
     /// another process, would take for zero.

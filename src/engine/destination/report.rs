@@ -8,6 +8,7 @@ use super::trap_loop::FaultCounts;
 use crate::engine::outage::Outages;
 use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::proto::ledger::DestinationCounts;
+use crate::proto::page::PageIndex;
 use crate::proto::timeline::{Stamp, Timeline};
 use crate::report::merge::DestinationPart;
 use crate::report::schema::{Blocktime, FaultHops, GuestSteps, Pages, WireBytes};
@@ -75,6 +76,7 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
         resume_us: micros(Stamp::Committed, Stamp::Running),
         target_brownout_us: micros(Stamp::Running, Stamp::Drained),
         pages: installer.map(|installer| pages(installer, facts)).unwrap_or_default(),
+        pages_a_fault: installer.and_then(pages_a_fault),
         network_faults: Some(get(&faults.requests).saturating_sub(late)),
         late_hits: Some(get(&faults.waits) + late),
         unattributed_faults: Some(get(&faults.unattributed)),
@@ -107,6 +109,12 @@ pub fn part(sources: &Sources<'_>) -> DestinationPart {
         peak_rss_bytes: peak_rss_bytes(),
         verified: None,
     }
+}
+
+/// If that is more than one.
+fn pages_a_fault(installer: &Installer) -> Option<u64> {
+    let unit = installer.placer.unit_of(PageIndex::new(0)).count();
+    (unit > 1).then_some(unit)
 }
 
 fn pages(installer: &Installer, facts: &Facts) -> Pages {

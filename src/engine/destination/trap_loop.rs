@@ -3,6 +3,8 @@
 //! It runs on the urgent lane's thread, next to what places the answers, so that a
 //! fault costs no hand-over between threads.
 
+mod blocks;
+
 use super::install::Installer;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
@@ -36,6 +38,16 @@ pub struct FaultCounts {
     pub local: AtomicU64,
     /// On a page that was placed by the time the fault was read.
     pub crossed: AtomicU64,
+}
+
+impl FaultCounts {
+    /// One more of `counter`, which are waits for the network.
+    fn wait(&self, counter: &AtomicU64, vcpu: Option<u16>) {
+        counter.fetch_add(1, Ordering::Relaxed);
+        if vcpu.is_none() {
+            self.unattributed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Where requests go: written by the fault loop, sent by the demand streams' tasks.
@@ -135,6 +147,7 @@ impl<R: Requests> TrapLoop<R> {
             TrapEvent::Fault { page, thread, .. } => self.fault(page, thread, now),
             TrapEvent::Removed(run) => {
                 let landings = self.installer.ledger.removed(run).map_err(violation)?;
+                self.installer.placer.removed(run);
                 for landing in landings {
                     self.place_zero(landing)?;
                 }
@@ -150,23 +163,23 @@ impl<R: Requests> TrapLoop<R> {
 
     fn fault(&self, page: PageIndex, thread: Pid, now: Instant) -> Result<(), LaneError> {
         let vcpu = self.vcpus.borrow().get(&thread).copied();
-        let waits = |counter: &AtomicU64| {
-            counter.fetch_add(1, Ordering::Relaxed);
-            if vcpu.is_none() {
-                self.counts.unattributed.fetch_add(1, Ordering::Relaxed);
-            }
-        };
+        let unit = self.installer.placer.unit_of(page);
+        let page = unit.first();
+        let waits = |counter: &AtomicU64| self.counts.wait(counter, vcpu);
         // First the book, then the ledger: see `FaultBook::enter`.
         let new = self.installer.book.enter(page, thread, vcpu, now);
         if let Some(recording) = self.installer.recording.as_ref().filter(|_| new) {
             recording.fault(page, vcpu, now);
         }
         failpoint!("destination::before_fault_answered");
+        if unit.count() > 1 {
+            return self.fault_in_block(unit, vcpu, new);
+        }
         match self.installer.ledger.fault(page).map_err(violation)? {
             FaultAnswer::Request => {
                 waits(&self.counts.requests);
                 self.installer.book.asked(page);
-                self.ask(page, vcpu);
+                self.ask(unit, vcpu);
             }
             FaultAnswer::Wait if new => waits(&self.counts.waits),
             // A wait that goes on is counted, and timed, by its beginning.
@@ -181,7 +194,7 @@ impl<R: Requests> TrapLoop<R> {
                     // Placed after it was entered: its wait is in the figures.
                     waits(&self.counts.waits);
                 }
-                self.wake(PageRun::single(page))?;
+                self.wake(unit)?;
             }
             FaultAnswer::Zero(landing) => {
                 if new {
@@ -223,9 +236,9 @@ impl<R: Requests> TrapLoop<R> {
         Ok(())
     }
 
-    /// Asks the source for a page.
-    pub fn ask(&self, page: PageIndex, vcpu: Option<u16>) {
-        let (run, epoch) = (PageRun::single(page), self.epoch.get());
+    /// Asks the source for pages, no more than a request has.
+    fn ask(&self, run: PageRun, vcpu: Option<u16>) {
+        let epoch = self.epoch.get();
         self.requests.ask(PageRequest { run, vcpu, epoch });
     }
 
@@ -233,12 +246,17 @@ impl<R: Requests> TrapLoop<R> {
     /// wait for pages that it had told to be zero, if it broke before they were placed.
     pub async fn ask_again(&self) -> Result<(), LaneError> {
         let ledger = &self.installer.ledger;
-        super::placed_out::ask_again(ledger, |page| self.ask(page, None)).await;
+        super::placed_out::ask_again(ledger, |run| self.ask(run, None)).await;
         for page in self.installer.book.waited_for() {
+            let unit = self.installer.placer.unit_of(page);
+            if unit.count() > 1 {
+                self.look_after(unit)?;
+                continue;
+            }
             match ledger.fault(page).map_err(violation)? {
                 FaultAnswer::Zero(landing) => self.place_zero(landing)?,
-                FaultAnswer::Wake => self.wake(PageRun::single(page))?,
-                FaultAnswer::Request => self.ask(page, None),
+                FaultAnswer::Wake => self.wake(unit)?,
+                FaultAnswer::Request => self.ask(unit, None),
                 FaultAnswer::Wait => {}
             }
         }

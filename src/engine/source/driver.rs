@@ -14,7 +14,7 @@ use super::guest::{self, GuestCommand, GuestThread};
 use super::journal::{Beginning, Journal};
 use super::link::Link;
 use super::push::{PushShared, lock};
-use super::serve::{SourceShared, send_page};
+use super::serve::{SourceShared, send_pages};
 use super::{SourceConfig, SourceEnd, report};
 use crate::engine::event::{Event, Watch};
 use crate::engine::lane::LaneError;
@@ -409,7 +409,8 @@ impl Driver {
         let epoch = self.machine.epoch();
         if let Some(link) = &mut self.link {
             for page in seeds {
-                let sent = send_page(&self.shared, epoch, &mut link.seeds, page, Origin::Seed);
+                let page = PageRun::single(page);
+                let sent = send_pages(&self.shared, epoch, &mut link.seeds, page, Origin::Seed);
                 if let Err(error) = sent.await {
                     let _ = self.input.send(Input::LinkEnded { epoch, error });
                     return;

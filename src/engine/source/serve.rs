@@ -220,48 +220,77 @@ pub async fn answer_requests(
         requests.read_exact(&mut bytes).await.map_err(LaneError::lost)?;
         let read = Instant::now();
         let request = PageRequest::parse(&bytes, limits)?;
-        for page in request.run.pages() {
-            let sent = send_page(shared, epoch, pages, page, Origin::Demand).await?;
-            if sent {
-                let served = &shared.figures.served;
-                served.lock().unwrap_or_else(PoisonError::into_inner).record(read.elapsed());
-            }
-            note(shared, &request, page, sent);
+        let sent = send_pages(shared, epoch, pages, request.run, Origin::Demand).await?;
+        if sent {
+            let served = &shared.figures.served;
+            served.lock().unwrap_or_else(PoisonError::into_inner).record(read.elapsed());
         }
+        note(shared, &request, request.run.first(), sent);
     }
 }
 
-/// Sends one page unless it is on its way already; tells whether it was sent now.
-pub async fn send_page(
+/// Sends those pages of `run` that are not on their way already; tells whether any was sent now.
+pub async fn send_pages(
     shared: &SourceShared,
     epoch: u32,
     stream: &mut SendStream,
-    page: PageIndex,
+    run: PageRun,
     origin: Origin,
 ) -> Result<bool, LaneError> {
-    failpoint!(
-        origin == Origin::Seed => "source::before_seed_claimed",
-        "source::before_demand_claimed",
-        return Err(broken())
-    );
-    let Some(claim) = shared.ledger.claim(page) else { return Ok(false) };
-    failpoint!(
-        origin == Origin::Seed => "source::after_seed_claimed",
-        "source::after_demand_claimed",
-        return Err(broken())
-    );
-    let kind = match shared.known.first_part(claim.run()) {
-        (_, PageKind::Raw) => match shared.guarded.look(&shared.ram, page) {
-            Look::Zero => PageKind::Zero,
-            Look::Data | Look::Unreadable => PageKind::Raw,
-        },
-        (_, kind) => kind,
-    };
-    match kind {
-        PageKind::Raw => shared.send(stream, claim, origin, epoch).await?,
-        kind => shared.send_as(stream, claim, kind, origin, epoch).await?,
+    let behind = |end: u64| PageRun::new(PageIndex::new(end), run.end().saturating_sub(end));
+    let (mut sent, mut rest) = (false, Some(run));
+    while let Some(left) = rest {
+        failpoint!(
+            origin == Origin::Seed => "source::before_seed_claimed",
+            "source::before_demand_claimed",
+            return Err(broken())
+        );
+        // Pages are sent from where they lie, so a frame's must lie in one piece.
+        let (_, here) = shared.ram.first_part(left);
+        let Some(claim) = shared.ledger.claim_within(here) else {
+            rest = behind(here.end());
+            continue;
+        };
+        failpoint!(
+            origin == Origin::Seed => "source::after_seed_claimed",
+            "source::after_demand_claimed",
+            return Err(broken())
+        );
+        rest = behind(claim.run().end());
+        send_claimed(shared, epoch, stream, claim, origin).await?;
+        sent = true;
     }
-    Ok(true)
+    Ok(sent)
+}
+
+/// Sends claimed pages that lie in one segment, each in the way that is known for it.
+async fn send_claimed(
+    shared: &SourceShared,
+    epoch: u32,
+    stream: &mut SendStream,
+    claim: Claim,
+    origin: Origin,
+) -> Result<(), LaneError> {
+    let mut rest = Some(claim);
+    while let Some(mut claim) = rest {
+        let (part, kind) = shared.known.first_part(claim.run());
+        rest = claim.split_off(part.count().min(claim.run().count()));
+        let kind = match kind {
+            // For one page it is worth a look.
+            PageKind::Raw if claim.run().count() == 1 => {
+                match shared.guarded.look(&shared.ram, claim.run().first()) {
+                    Look::Zero => PageKind::Zero,
+                    Look::Data | Look::Unreadable => PageKind::Raw,
+                }
+            }
+            kind => kind,
+        };
+        match kind {
+            PageKind::Raw => shared.send(stream, claim, origin, epoch).await?,
+            kind => shared.send_as(stream, claim, kind, origin, epoch).await?,
+        }
+    }
+    Ok(())
 }
 
 #[cfg(feature = "failpoints")]
