@@ -271,6 +271,7 @@ mod tests {
     use crate::memory::ram::{Backing, RamError};
     use crate::memory::segment::SegmentError;
     use crate::proto::layout::MemoryLayout;
+    use nix::fcntl::{Flock, FlockArg};
     use std::os::unix::fs::symlink;
     use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -332,21 +333,28 @@ mod tests {
     }
 
     /// One more huge page in the host's pool, where this user may ask for it.
-    struct HugePage(u64);
+    struct HugePage {
+        before: u64,
+        /// As for the tests that have the pool to themselves.
+        _alone: Flock<fs::File>,
+    }
 
     impl HugePage {
         const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
         fn reserve() -> Option<Self> {
+            let lock = std::env::temp_dir().join("postcopy-test-huge-pages");
+            let lock = fs::File::create(lock).ok()?;
+            let _alone = Flock::lock(lock, FlockArg::LockExclusive).ok()?;
             let before = fs::read_to_string(Self::POOL).ok()?.trim().parse().ok()?;
             fs::write(Self::POOL, format!("{}", before + 1)).ok()?;
-            Some(Self(before))
+            Some(Self { before, _alone })
         }
     }
 
     impl Drop for HugePage {
         fn drop(&mut self) {
-            let _ = fs::write(Self::POOL, self.0.to_string());
+            let _ = fs::write(Self::POOL, self.before.to_string());
         }
     }
 
