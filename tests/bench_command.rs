@@ -153,7 +153,7 @@ fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
         format!("--memory 64M --vcpus 2 --link loopback --no-record --workload random,{workload}");
     let ended = bench(&out, &arguments);
     assert!(ended.status.success(), "{ended:?}");
-    let name = "process trace:real_one bubbling 64M 2vcpu memfd-continue loopback";
+    let name = "process trace:real_one bubbling 64M 2vcpu memfd-continue 1lane loopback";
     assert!(text_of(&ended.stderr).contains(name), "{ended:?}");
     let found = results(&out);
     assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 2, "failed": 0}));
@@ -162,7 +162,9 @@ fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
     assert!(page.contains("trace:real_one"), "{page}");
     let before = run_files(&out);
     assert!(
-        before[1].0.ends_with("trace-real-one-bubbling-64M-2vcpu-memfd-continue-loopback.json")
+        before[1]
+            .0
+            .ends_with("trace-real-one-bubbling-64M-2vcpu-memfd-continue-1lane-loopback.json")
     );
 
     // It goes on with the same trace, and with no other one by its name.
@@ -172,6 +174,47 @@ fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
     let refused = text_of(&bench(&out, &arguments).stderr);
     assert!(refused.contains("real_one.trace.touches: 444 there, 445 now"), "{refused}");
     assert_eq!(run_files(&out), before);
+}
+
+#[test]
+fn push_lanes_are_an_axis_and_a_folder_in_which_they_were_none_is_refused_by_name() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let arguments = "--memory 8M --link loopback --no-record --push-lanes 1,3";
+    let ended = bench(folder.path(), arguments);
+    assert!(ended.status.success(), "{ended:?}");
+    let (stdout, files) = (text_of(&ended.stdout), run_files(folder.path()));
+    for (lanes, (name, run)) in [1, 3].iter().zip(&files) {
+        assert!(name.ends_with(&format!("memfd-continue-{lanes}lane-loopback.json")), "{name}");
+        assert!(stdout.contains(&format!("\n{lanes}lane ")), "{stdout}");
+        let run: Value = serde_json::from_slice(run).expect("a run is JSON");
+        // The cell says what was asked for, the report how many there were.
+        assert_eq!(run["cell"]["push_lanes"], *lanes);
+        assert_eq!(run["outcome"]["completed"]["link"]["push_lanes"], *lanes, "{run:#}");
+    }
+    assert_eq!(files.len(), 2);
+
+    // Before they were an axis, all cells had one number of them.
+    let path = folder.path().join("plan.json");
+    let mut plan: Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("a plan")).expect("JSON");
+    plan["conditions"]["push_lanes"] = 1.into();
+    for cell in plan["cells"].as_array_mut().expect("cells") {
+        cell.as_object_mut().expect("a cell").remove("push_lanes");
+    }
+    std::fs::write(&path, plan.to_string()).expect("room for a plan");
+    let refused = bench(folder.path(), arguments);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let why = text_of(&refused.stderr);
+    assert!(
+        why.contains("holds another benchmark")
+            && why.contains("cells[0].push_lanes: null there, 1 now")
+            && why.contains("conditions.push_lanes: 1 there, null now"),
+        "{why}"
+    );
+    assert_eq!(run_files(folder.path()), files);
 }
 
 #[test]

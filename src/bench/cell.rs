@@ -30,6 +30,8 @@ pub struct Cell {
     /// What its memory is made of at the destination.
     #[serde(with = "backing")]
     pub backing: DestinationBacking,
+    /// Push connections.
+    pub push_lanes: u8,
     /// The link.
     pub link: LinkShape,
 }
@@ -70,7 +72,7 @@ impl Cell {
             destination: self.workload.destination_arguments(),
             backing: self.backing,
             huge_pages: conditions.huge_pages,
-            push_lanes: conditions.push_lanes,
+            push_lanes: self.push_lanes,
             link: self.link,
             relayed: false,
             seed: conditions.guest_seed,
@@ -86,9 +88,11 @@ impl Cell {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (workload, memory) = (self.workload.short(), self.memory_name());
-        let Self { guest, policy, vcpus, backing, link, .. } = self;
+        let Self { guest, policy, vcpus, backing, push_lanes, link, .. } = self;
         let guest = guest.name();
-        f.pad(&format!("{guest} {workload} {policy} {memory} {vcpus}vcpu {backing} {link}"))
+        f.pad(&format!(
+            "{guest} {workload} {policy} {memory} {vcpus}vcpu {backing} {push_lanes}lane {link}"
+        ))
     }
 }
 

@@ -30,6 +30,8 @@ pub struct Matrix {
     pub vcpus: Vec<u32>,
     /// What memory is made of at the destination.
     pub backings: Vec<DestinationBacking>,
+    /// Numbers of push connections.
+    pub push_lanes: Vec<u8>,
     /// Links.
     pub links: Vec<LinkShape>,
 }
@@ -59,6 +61,7 @@ impl Matrix {
             ("memory", self.memories.len()),
             ("number of vCPUs", self.vcpus.len()),
             ("backing", self.backings.len()),
+            ("number of push lanes", self.push_lanes.len()),
             ("link", self.links.len()),
         ];
         if let Some((name, _)) = axes.iter().find(|(_, values)| *values == 0) {
@@ -72,7 +75,7 @@ impl Matrix {
         let (guests, workloads) = (unique(&self.guests), unique(&self.workloads));
         let (policies, memories) = (unique(&self.policies), unique(&self.memories));
         let (vcpus, backings) = (unique(&self.vcpus), unique(&self.backings));
-        let links = unique(&self.links);
+        let (push_lanes, links) = (unique(&self.push_lanes), unique(&self.links));
         let mut cells = Vec::with_capacity(count);
         for &guest in &guests {
             for workload in &workloads {
@@ -80,15 +83,18 @@ impl Matrix {
                     for &memory in &memories {
                         for &vcpus in &vcpus {
                             for &backing in &backings {
-                                cells.extend(links.iter().map(|&link| Cell {
-                                    guest,
-                                    workload: workload.clone(),
-                                    policy,
-                                    memory,
-                                    vcpus,
-                                    backing,
-                                    link,
-                                }));
+                                for &push_lanes in &push_lanes {
+                                    cells.extend(links.iter().map(|&link| Cell {
+                                        guest,
+                                        workload: workload.clone(),
+                                        policy,
+                                        memory,
+                                        vcpus,
+                                        backing,
+                                        push_lanes,
+                                        link,
+                                    }));
+                                }
                             }
                         }
                     }
@@ -136,6 +142,7 @@ mod tests {
             memories: vec![8 << 20, 16 << 20],
             vcpus: vec![1],
             backings: vec![DestinationBacking::Anonymous, DestinationBacking::MemfdContinue],
+            push_lanes: vec![1, 4],
             links: vec![LinkShape::default(), "1Gbit:1ms".parse().unwrap()],
         }
     }
@@ -145,15 +152,19 @@ mod tests {
         let cells = matrix().cells().unwrap();
         let names: BTreeSet<String> = cells.iter().map(ToString::to_string).collect();
         let slugs: BTreeSet<String> = cells.iter().map(Cell::slug).collect();
-        assert_eq!((cells.len(), names.len(), slugs.len()), (48, 48, 48));
-        assert_eq!(cells[0].to_string(), "process random demand-only 8M 1vcpu anonymous loopback");
+        assert_eq!((cells.len(), names.len(), slugs.len()), (96, 96, 96));
         assert_eq!(
-            cells[47].to_string(),
-            "process zipf bubbling 16M 1vcpu memfd-continue 1Gbit:1ms"
+            cells[0].to_string(),
+            "process random demand-only 8M 1vcpu anonymous 1lane loopback"
+        );
+        assert_eq!(
+            cells[95].to_string(),
+            "process zipf bubbling 16M 1vcpu memfd-continue 4lane 1Gbit:1ms"
         );
         let mut twice = matrix();
         twice.links.extend(twice.links.clone());
         twice.vcpus = vec![1, 1];
+        twice.push_lanes = vec![1, 4, 1];
         assert_eq!(twice.cells().unwrap(), cells);
     }
 
@@ -165,7 +176,7 @@ mod tests {
         let none = Matrix { backings: vec![], ..matrix() };
         assert_eq!(none.cells(), Err(MatrixError::Empty("backing")));
         let large = Matrix { memories: (1..=10_001).collect(), ..matrix() };
-        assert_eq!(large.cells(), Err(MatrixError::TooLarge(240_024)));
+        assert_eq!(large.cells(), Err(MatrixError::TooLarge(480_048)));
     }
 
     #[test]

@@ -20,8 +20,6 @@ pub struct Conditions {
     pub zero_percent: u64,
     /// The seed of the guests' memory, and of what an emulated link loses.
     pub guest_seed: u64,
-    /// Push connections.
-    pub push_lanes: u8,
     /// Whether huge pages are made of the guests' memory in the end.
     #[serde(default)]
     pub huge_pages: bool,
@@ -88,10 +86,17 @@ impl Plan {
     }
 
     /// What is not the same in another plan, by name, and how it is there and here; empty if
-    /// they are equal.
-    pub fn differences(&self, other: &Plan) -> Vec<String> {
-        let (here, there) = (serde_json::to_value(self), serde_json::to_value(other));
-        let (Ok(here), Ok(there)) = (here, there) else { return vec!["the plan".to_owned()] };
+    /// they are equal. The other one is as it stands in its file: another version's plan may have
+    /// what this one's does not.
+    pub fn differences(&self, other: &Value) -> Vec<String> {
+        // What a file leaves out because it had no name then is what it is by default.
+        let there = match Plan::deserialize(other) {
+            Ok(plan) => serde_json::to_value(plan),
+            Err(_) => Ok(other.clone()),
+        };
+        let (Ok(here), Ok(there)) = (serde_json::to_value(self), there) else {
+            return vec!["the plan".to_owned()];
+        };
         let mut found = Vec::new();
         compare("", &there, &here, &mut found);
         if found.len() > NAMED_MAX {
@@ -149,6 +154,7 @@ pub(super) mod tests {
             memories: vec![8 << 20],
             vcpus: vec![1],
             backings: vec![DestinationBacking::MemfdContinue],
+            push_lanes: vec![1],
             links: vec![LinkShape::default(), "1Gbit:1ms:0.1%".parse().unwrap()],
         };
         Plan {
@@ -158,7 +164,6 @@ pub(super) mod tests {
                 think_ns: 0,
                 zero_percent: 0,
                 guest_seed: 1,
-                push_lanes: 1,
                 huge_pages: false,
                 run_before_ms: 100,
                 run_after_ms: 50,
@@ -197,14 +202,14 @@ pub(super) mod tests {
 
     #[test]
     fn what_differs_is_named() {
-        let here = plan();
-        assert_eq!(here.differences(&plan()), Vec::<String>::new());
+        let (here, value) = (plan(), |plan: &Plan| serde_json::to_value(plan).unwrap());
+        assert_eq!(here.differences(&value(&plan())), Vec::<String>::new());
         let mut there = plan();
         there.seed = 8;
         there.cells[1].memory = 16 << 20;
         there.program.crc32 = None;
         assert_eq!(
-            here.differences(&there),
+            here.differences(&value(&there)),
             [
                 "cells[1].memory: 16777216 there, 8388608 now",
                 "program.crc32: null there, \"00c0ffee\" now",
@@ -212,6 +217,25 @@ pub(super) mod tests {
             ]
         );
         there.cells.pop();
-        assert_eq!(here.differences(&there)[0], "cells: 1 there, 2 now");
+        assert_eq!(here.differences(&value(&there))[0], "cells: 1 there, 2 now");
+    }
+
+    #[test]
+    fn a_plan_of_an_earlier_version_differs_by_name_or_by_nothing() {
+        let mut there = serde_json::to_value(plan()).unwrap();
+        // It had no such condition, and what is done by default is what was always done.
+        there["conditions"].as_object_mut().unwrap().remove("huge_pages");
+        assert_eq!(plan().differences(&there), Vec::<String>::new());
+        // It had one number of push lanes for all cells.
+        there["conditions"]["push_lanes"] = 2.into();
+        for cell in there["cells"].as_array_mut().unwrap() {
+            cell.as_object_mut().unwrap().remove("push_lanes");
+        }
+        let found = plan().differences(&there);
+        for named in
+            ["cells[0].push_lanes: null there, 1 now", "conditions.push_lanes: 2 there, null now"]
+        {
+            assert!(found.iter().any(|of| of == named), "no {named:?} in {found:?}");
+        }
     }
 }

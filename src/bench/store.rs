@@ -99,7 +99,7 @@ impl Store {
             write(&path, &store.plan)?;
             return Ok(store);
         }
-        let there: Plan = read(&path)?;
+        let there: serde_json::Value = read(&path)?;
         let differences = store.plan.differences(&there);
         if !differences.is_empty() {
             let what = differences.join("; ");

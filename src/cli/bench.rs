@@ -56,6 +56,10 @@ pub struct Bench {
     /// What memory is made of at the destination [default: memfd-continue].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "BACKING,..")]
     backing: Vec<DestinationBacking>,
+    /// Push connections, 1 to 8 [default: 1].
+    #[arg(long, value_delimiter = ',', value_name = "N,..",
+          value_parser = clap::value_parser!(u8).range(1..=8))]
+    push_lanes: Vec<u8>,
     /// Links: loopback, or RATE:ROUND-TRIP:LOSS of an emulated one, with - for what is not
     /// limited [default: loopback,1Gbit:1ms].
     #[arg(long, value_delimiter = ',', value_name = "LINK,..")]
@@ -86,9 +90,6 @@ pub struct Bench {
     #[arg(long, default_value_t = 0, value_name = "PERCENT",
           value_parser = clap::value_parser!(u64).range(0..=90))]
     zero: u64,
-    /// Push connections.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
-    push_lanes: u8,
     /// Make huge pages of each guest's memory in the end; it runs on until that is done.
     #[arg(long, conflicts_with = "no_verify")]
     huge_pages: bool,
@@ -142,7 +143,6 @@ impl Bench {
                 think_ns: self.think_ns,
                 zero_percent: self.zero,
                 guest_seed: 1,
-                push_lanes: self.push_lanes,
                 huge_pages: self.huge_pages,
                 run_before_ms: millis(self.run_before),
                 run_after_ms: millis(self.run_after),
@@ -175,6 +175,7 @@ impl Bench {
             memories: vec![128 << 20],
             vcpus: vec![1],
             backings: vec![DestinationBacking::MemfdContinue],
+            push_lanes: vec![1],
             links: vec![LinkShape::default(), link("1Gbit:1ms")],
         };
         let defaults = match self.full {
@@ -190,6 +191,7 @@ impl Bench {
                     DestinationBacking::MemfdContinue,
                     DestinationBacking::MemfdCopy,
                 ],
+                push_lanes: vec![1],
                 links: ["loopback", "10Gbit:100us", "1Gbit:1ms", "1Gbit:10ms:0.1%"]
                     .map(link)
                     .to_vec(),
@@ -206,6 +208,7 @@ impl Bench {
             memories: listed(&self.memory, defaults.memories),
             vcpus: listed(&self.vcpus, defaults.vcpus),
             backings: listed(&self.backing, defaults.backings),
+            push_lanes: listed(&self.push_lanes, defaults.push_lanes),
             links: listed(&self.link, defaults.links),
         }
     }
