@@ -20,7 +20,11 @@
 //!   cores single ones are late by milliseconds without any queue on the link, and a queue delays
 //!   all of them.
 //! * `target` is a quarter of the base round trip, but at least a millisecond, for so
-//!   long are bursts of acknowledgements and scheduling noise, and at most 5 ms.
+//!   long are bursts of acknowledgements and scheduling noise, and at most 5 ms: so at 1 Gbit/s. It
+//!   falls with the fourth root of the rate, because others push over the same link. They all see
+//!   the same queue; with one target for all, whoever has a larger part of the link would keep it.
+//!   Whose part is smaller wants a longer queue, and grows until all have the same, whatever the
+//!   link's rate is (as in Swift, Kumar et al., SIGCOMM 2020).
 //! * A start-up phase doubles the window, as slow start does, until there is a queue
 //!   or the window is twice what the measured rate needs. It looks at every second round only:
 //!   what is delivered in the first one was sent before the doubling.
@@ -28,13 +32,17 @@
 //! * The delivery rate bounds the window on both sides, so that neither a push lane
 //!   with nothing to send opens it without end nor noise closes it: what lies
 //!   between is the controller's.
-//! * A queue that always stands hides the true base. As LEDBAT++ does, the pacer
-//!   cuts its window for two round trips after the start-up and every ten seconds, to look under it.
+//! * A queue that always stands hides the true base, and the queue of others does so from the
+//!   beginning: who comes late and takes it for a part of the base starves those who were there. So
+//!   the pacer cuts its window now and then to look under the queue, and looks along when others
+//!   do: `pacing/look.rs`.
 
+mod look;
 #[cfg(test)]
 mod simulation;
 
 use super::page::{PAGE_SIZE, RUN_PAGES_MAX};
+use look::Looks;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -62,10 +70,19 @@ const SLACK: f64 = 1.25;
 const RTT_UNKNOWN: Duration = Duration::from_millis(1);
 /// How long a base round trip is believed: one to two of these.
 const BASE_EPOCH: Duration = Duration::from_secs(15);
-/// How often the window is cut to find the base, and to which part. After the cut to a
-/// quarter, a base far below the target is found too long by a third of the target at most.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
-const LOOK_DIVISOR: f64 = 4.0;
+/// The part of the window that is left for a look under the queue, and its least size: hardly
+/// any queue may be one's own, or a base far below the target is found too long, and with it one's
+/// part of the link.
+const LOOK_DIVISOR: f64 = 16.0;
+const LOOK_BYTES_MIN: u64 = PAGE_SIZE as u64;
+/// Where others let their queue go it falls at once by their part of it, and by more than noise.
+const FALL_DIVISOR: u32 = 4;
+const FALL_MIN: Duration = Duration::from_micros(200);
+/// The rate at which the queue's target is not scaled, in bits a second, and the least and the
+/// most that it is scaled by: what 16 Gbit/s and 62 Mbit/s give.
+const TARGET_RATE_BPS: f64 = 1e9;
+const TARGET_SCALE_MIN: f64 = 0.5;
+const TARGET_SCALE_MAX: f64 = 2.0;
 /// The least window, as time at the best rate seen for long. When busy cores delay
 /// urgent answers and acknowledgements alike, the window shrinks, and with it the rate that
 /// bounds it: this ends that spiral.
@@ -76,7 +93,7 @@ const PEAK_HALF_LIFE: Duration = Duration::from_secs(10);
 /// Bounds of a [`Pacer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PacerConfig {
-    /// The least window in bytes.
+    /// The least window in bytes, but for looks under the queue.
     pub window_min: u64,
     /// The greatest, in bytes. It limits the rate on long fat links to itself per round trip.
     pub window_max: u64,
@@ -115,9 +132,7 @@ pub struct Pacer {
     recent: Option<Duration>,
     stepped_at: Duration,
     rate: DeliveryRate,
-    /// Since when the window is cut to find the base.
-    looking_since: Option<Duration>,
-    looked_at: Duration,
+    looks: Looks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,17 +156,17 @@ impl Pacer {
             recent: None,
             stepped_at: Duration::ZERO,
             rate: DeliveryRate::default(),
-            looking_since: None,
-            looked_at: Duration::ZERO,
+            looks: Looks::default(),
         }
     }
 
     /// The bytes of push that may be under way now.
     pub fn window_bytes(&self) -> u64 {
-        let window =
-            if self.looking_since.is_some() { self.window / LOOK_DIVISOR } else { self.window };
-        (window as u64)
-            .clamp(self.config.window_min, self.config.window_max.max(self.config.window_min))
+        let max = self.config.window_max.max(self.config.window_min);
+        if self.looks.is_on() {
+            return ((self.window / LOOK_DIVISOR) as u64).max(LOOK_BYTES_MIN).min(max);
+        }
+        (self.window as u64).clamp(self.config.window_min, max)
     }
 
     /// What the push lanes deliver, in bits a second; 0 if not known yet.
@@ -175,7 +190,14 @@ impl Pacer {
 
     /// The queue that is aimed at, as the time that it takes to pass.
     pub fn target(&self) -> Duration {
-        (self.base_rtt() / 4).clamp(TARGET_MIN, TARGET_MAX)
+        let target = (self.base_rtt() / 4).clamp(TARGET_MIN, TARGET_MAX);
+        match self.rate.bytes_a_second() * 8.0 {
+            rate if rate > 0.0 => {
+                let scale = (TARGET_RATE_BPS / rate).sqrt().sqrt();
+                target.mul_f64(scale.clamp(TARGET_SCALE_MIN, TARGET_SCALE_MAX))
+            }
+            _ => target,
+        }
     }
 
     /// How long the runs should be that are claimed at a time: a millisecond of the
@@ -185,10 +207,14 @@ impl Pacer {
         (pages as u32).clamp(16, RUN_PAGES_MAX)
     }
 
-    /// Takes in a round trip of the urgent lane that ended at `now`.
+    /// Takes in a round trip of the urgent lane that ended at `now`. To be called every few
+    /// milliseconds at least.
     pub fn on_urgent_rtt(&mut self, now: Duration, rtt: Duration) {
         let rtt = rtt.max(Duration::from_micros(1));
         self.base.sample(now, rtt);
+        if self.phase == Phase::Steady && !self.looks.is_on() && self.others_let_go(rtt) {
+            self.looks.look_along(now, self.rtt());
+        }
         if self.samples.len() == SAMPLES_MAX {
             self.samples.pop_front();
         }
@@ -220,9 +246,10 @@ impl Pacer {
         let burst = self.target().max(self.base_rtt());
         let queued = self.delay().is_some_and(|delay| delay > burst);
         let bdp = self.rate.bytes_a_second() * (self.base_rtt() + ACK_DELAY / 2).as_secs_f64();
-        if queued || self.window > 2.0 * bdp {
+        let largest = self.window >= self.config.window_max as f64;
+        if queued || largest || self.window > 2.0 * bdp {
             self.phase = Phase::Steady;
-            self.looking_since = Some(now);
+            self.looks.begin(now);
             self.window =
                 self.rate.bytes_a_second() * (self.base_rtt() + self.target()).as_secs_f64();
             return;
@@ -237,8 +264,13 @@ impl Pacer {
             return;
         }
         self.stepped_at = now;
+        if self.looks.is_on() {
+            // What the queue was before, others' looks are known by.
+            self.samples.clear();
+            return;
+        }
         self.recent = self.samples.iter().min().copied();
-        if self.phase == Phase::Steady && self.looking_since.is_none() {
+        if self.phase == Phase::Steady {
             let delay = self.delay().unwrap_or_default().as_secs_f64();
             let error = self.target().as_secs_f64() - delay;
             let change = GAIN * self.rate.bytes_a_second() * error;
@@ -271,7 +303,7 @@ impl Pacer {
             let beyond = if empty {
                 SLACK * (base + target + ACK_DELAY.as_secs_f64())
             } else {
-                base + target
+                base + target.max(TARGET_MIN.as_secs_f64())
             };
             let most = rate * beyond;
             self.window = self.window.min(most).max(least);
@@ -280,20 +312,18 @@ impl Pacer {
         self.window = self.window.min(max).max(min);
     }
 
+    /// Whether this round trip says that others cut their windows: the queue was longer just
+    /// now, and it was not this pacer that cut.
+    fn others_let_go(&self, rtt: Duration) -> bool {
+        let queue = |rtt: Duration| rtt.saturating_sub(self.base_rtt());
+        let Some(before) = self.recent.map(queue) else { return false };
+        before.saturating_sub(queue(rtt)) > (before / FALL_DIVISOR).max(FALL_MIN)
+    }
+
     fn look_under_the_queue(&mut self, now: Duration) {
-        let long = (2 * self.rtt()).max(2 * STEP_MIN);
-        match self.looking_since {
-            Some(since) if now.saturating_sub(since) >= long => {
-                self.looking_since = None;
-                self.looked_at = now;
-                self.samples.clear();
-            }
-            None if now.saturating_sub(self.looked_at) >= LOOK_EVERY
-                && self.phase == Phase::Steady =>
-            {
-                self.looking_since = Some(now);
-            }
-            _ => {}
+        if self.phase == Phase::Steady && self.looks.ended(now, self.rtt()) {
+            // What was seen meanwhile says nothing of the queue that comes now.
+            self.samples.clear();
         }
     }
 }

@@ -12,12 +12,16 @@ use crate::proto::prepaging::{self, LinkState, Policy, Suggestion};
 use crate::proto::rate::RateLimit;
 use crossbeam_channel::Receiver;
 use quinn::{Connection, SendStream};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use tokio::time::MissedTickBehavior;
 
 /// How long an idle lane sleeps at most before it asks the policy again.
 const IDLE: Duration = Duration::from_millis(20);
+/// How often the window is followed while a frame waits for room in it.
+const WINDOW_EVERY: Duration = Duration::from_millis(2);
 
 /// What the push lanes share beyond the source's common part.
 #[derive(Debug)]
@@ -56,44 +60,66 @@ impl PushShared {
         epoch: u32,
     ) -> Result<(), LaneError> {
         let mut overhead = Overhead::default();
+        let mut look_up = tokio::time::interval(WINDOW_EVERY);
+        look_up.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if self.held.load(Ordering::SeqCst) {
-                let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
-                if let Some(error) = connection.close_reason() {
-                    return Err(LaneError::lost(error));
-                }
-                continue;
-            }
             let wait = lock(&self.rate).wait(self.source.began.elapsed());
-            if !wait.is_zero() {
-                tokio::time::sleep(wait.min(IDLE)).await;
+            if self.held.load(Ordering::SeqCst) || !wait.is_zero() {
+                self.idle(connection, wait).await?;
                 continue;
             }
-            let window = lock(&self.pacer).window_bytes();
-            connection.set_send_window((window / self.lanes).max(1));
-            let sent = if !self.round.is_over() {
-                let pages_max = self.pages_max(lock(&self.pacer).run_pages());
-                self.copy(stream, u64::from(pages_max), epoch).await?
-            } else if let Ok((run, kind)) = self.zeros.try_recv() {
-                Some(self.push_zeros(stream, run, kind, epoch).await?)
-            } else if let Some(suggestion) = self.suggestion() {
-                Some(self.push_run(stream, suggestion, epoch).await?)
-            } else {
-                None
-            };
-            if let Some(bytes) = sent {
-                let mut rate = lock(&self.rate);
-                if rate.bps().is_some() {
-                    let bytes = overhead.on_the_wire(bytes, connection);
-                    rate.sent(self.source.began.elapsed(), bytes);
+            self.follow_window(connection);
+            let mut frame = pin!(self.send_one(stream, epoch));
+            // A frame may be far larger than the window of a moment, and would leave through it
+            // bit by bit.
+            let sent = loop {
+                tokio::select! {
+                    biased;
+                    sent = &mut frame => break sent?,
+                    _ = look_up.tick() => self.follow_window(connection),
                 }
+            };
+            let Some(bytes) = sent else {
+                self.round.idle.notify_one();
+                self.idle(connection, Duration::ZERO).await?;
                 continue;
+            };
+            let mut rate = lock(&self.rate);
+            if rate.bps().is_some() {
+                let bytes = overhead.on_the_wire(bytes, connection);
+                rate.sent(self.source.began.elapsed(), bytes);
             }
-            self.round.idle.notify_one();
+        }
+    }
+
+    fn follow_window(&self, connection: &Connection) {
+        let window = lock(&self.pacer).window_bytes();
+        connection.set_send_window((window / self.lanes).max(1));
+    }
+
+    /// Waits until `wait` is over; without one, until somebody says that there is something to do.
+    /// Never for long: the link may end meanwhile.
+    async fn idle(&self, connection: &Connection, wait: Duration) -> Result<(), LaneError> {
+        if wait.is_zero() {
             let _ = tokio::time::timeout(IDLE, self.source.push_wake.notified()).await;
-            if let Some(error) = connection.close_reason() {
-                return Err(LaneError::lost(error));
-            }
+        } else {
+            tokio::time::sleep(wait.min(IDLE)).await;
+        }
+        connection.close_reason().map_or(Ok(()), |error| Err(LaneError::lost(error)))
+    }
+
+    /// Sends what is next; returns the bytes that it took on the stream, `None` if there is nothing.
+    async fn send_one(&self, stream: &mut SendStream, epoch: u32) -> Result<Option<u64>, LaneError> {
+        if !self.round.is_over() {
+            let pages_max = self.pages_max(lock(&self.pacer).run_pages());
+            return self.copy(stream, u64::from(pages_max), epoch).await;
+        }
+        if let Ok((run, kind)) = self.zeros.try_recv() {
+            return self.push_zeros(stream, run, kind, epoch).await.map(Some);
+        }
+        match self.suggestion() {
+            Some(suggestion) => self.push_run(stream, suggestion, epoch).await.map(Some),
+            None => Ok(None),
         }
     }
 
