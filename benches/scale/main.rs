@@ -10,6 +10,7 @@
 //! it runs at the destination. After each migration all data is compared, and the pages that
 //! are there are counted: none may be a hole that was filled.
 
+mod guest;
 mod shape;
 mod side;
 

@@ -1,21 +1,16 @@
 //! The two sides of one migration, each a process of its own, so that what it takes of memory
 //! can be told.
 
-use crate::shape::{Shape, first_word};
+use crate::guest::{Still, Touching};
+use crate::shape::Shape;
 use anyhow::{Context, bail, ensure};
 use postcopy::proto::page::PAGE_SIZE;
-use postcopy::vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use postcopy::{
-    Captured, DestinationBuilder, DestinationVm, Hello, Mismatch, Outcome, SourceBuilder, SourceVm,
-    Ticket, VmError,
-};
+use postcopy::{DestinationBuilder, Outcome, SourceBuilder, Ticket};
 use serde_json::json;
 use std::fs;
 use std::io::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Between two touches of the guest's only vCPU.
 const THINK: Duration = Duration::from_micros(20);
@@ -48,7 +43,7 @@ pub fn destination(shape: Shape) -> anyhow::Result<()> {
     let receiver = builder.build()?;
     println!("{}", receiver.ticket());
     std::io::stdout().flush()?;
-    let vm = Touching { shape, memory: None, over: Arc::default(), wrong: Arc::default() };
+    let vm = Touching::new(shape, THINK);
     let (over, wrong) = (vm.over.clone(), vm.wrong.clone());
     let end = receiver.run(Box::new(vm))?;
     let resident = Resident::now()?;
@@ -64,63 +59,6 @@ pub fn destination(shape: Shape) -> anyhow::Result<()> {
         })
     );
     Ok(())
-}
-
-/// A guest that has nothing to do.
-struct Still;
-
-impl SourceVm for Still {
-    fn pause(&mut self) -> Result<Captured, VmError> {
-        Ok(Captured { state: b"still".to_vec(), ..Captured::default() })
-    }
-    fn resume(&mut self) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn release(&mut self) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn drained(&mut self) -> Result<(), VmError> {
-        Ok(())
-    }
-}
-
-/// One that reads its data pages in no order.
-struct Touching {
-    shape: Shape,
-    memory: Option<GuestMemoryMmap>,
-    over: Arc<AtomicBool>,
-    wrong: Arc<AtomicU64>,
-}
-
-impl DestinationVm for Touching {
-    fn prepare(&mut self, proposal: &Hello, memory: GuestMemoryMmap) -> Result<String, Mismatch> {
-        assert_eq!(proposal.guest, self.shape.to_string().as_bytes());
-        self.memory = Some(memory);
-        Ok("scale".into())
-    }
-    fn restore(&mut self, _: &[u8]) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn resume(&mut self) -> Result<Instant, VmError> {
-        let memory = self.memory.clone().ok_or("not prepared")?;
-        let (shape, over, wrong) = (self.shape, self.over.clone(), self.wrong.clone());
-        thread::spawn(move || {
-            let mut random = 1u64;
-            while !over.load(Ordering::Relaxed) {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                let page = shape.data_page((random >> 16) % shape.data_pages());
-                let read = memory.read_obj::<u64>(GuestAddress(page * PAGE_SIZE as u64));
-                if read.ok() != Some(first_word(page)) {
-                    wrong.fetch_add(1, Ordering::Relaxed);
-                }
-                let until = Instant::now() + THINK;
-                while Instant::now() < until {
-                    std::hint::spin_loop();
-                }
-            }
-        });
-        Ok(Instant::now())
-    }
 }
 
 /// What a process has in memory, in bytes.
