@@ -17,6 +17,7 @@ pub const _UFFDIO_UNREGISTER: u64 = 0x01;
 pub const _UFFDIO_WAKE: u64 = 0x02;
 pub const _UFFDIO_COPY: u64 = 0x03;
 pub const _UFFDIO_ZEROPAGE: u64 = 0x04;
+pub const _UFFDIO_MOVE: u64 = 0x05;
 pub const _UFFDIO_WRITEPROTECT: u64 = 0x06;
 pub const _UFFDIO_CONTINUE: u64 = 0x07;
 pub const _UFFDIO_POISON: u64 = 0x08;
@@ -31,6 +32,8 @@ pub const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
 pub const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
 pub const UFFDIO_COPY_MODE_WP: u64 = 1 << 1;
 pub const UFFDIO_ZEROPAGE_MODE_DONTWAKE: u64 = 1 << 0;
+pub const UFFDIO_MOVE_MODE_DONTWAKE: u64 = 1 << 0;
+pub const UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES: u64 = 1 << 1;
 pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 pub const UFFDIO_WRITEPROTECT_MODE_DONTWAKE: u64 = 1 << 1;
 pub const UFFDIO_CONTINUE_MODE_DONTWAKE: u64 = 1 << 0;
@@ -58,6 +61,7 @@ pub const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
+pub const UFFD_FEATURE_MOVE: u64 = 1 << 16;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -98,6 +102,16 @@ pub struct uffdio_zeropage {
     pub range: uffdio_range,
     pub mode: u64,
     pub zeropage: i64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct uffdio_move {
+    pub dst: u64,
+    pub src: u64,
+    pub len: u64,
+    pub mode: u64,
+    pub move_: i64,
 }
 
 #[repr(C)]

@@ -25,9 +25,10 @@ macro_rules! constants {
 constants! {
     USERFAULTFD_IOC, UFFD_API, UFFD_USER_MODE_ONLY,
     _UFFDIO_REGISTER, _UFFDIO_UNREGISTER, _UFFDIO_WAKE, _UFFDIO_COPY, _UFFDIO_ZEROPAGE,
-    _UFFDIO_WRITEPROTECT, _UFFDIO_CONTINUE, _UFFDIO_POISON, _UFFDIO_API, UFFDIO,
+    _UFFDIO_MOVE, _UFFDIO_WRITEPROTECT, _UFFDIO_CONTINUE, _UFFDIO_POISON, _UFFDIO_API, UFFDIO,
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFDIO_REGISTER_MODE_MINOR,
     UFFDIO_COPY_MODE_DONTWAKE, UFFDIO_COPY_MODE_WP, UFFDIO_ZEROPAGE_MODE_DONTWAKE,
+    UFFDIO_MOVE_MODE_DONTWAKE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
     UFFDIO_WRITEPROTECT_MODE_WP, UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
     UFFDIO_CONTINUE_MODE_DONTWAKE, UFFDIO_POISON_MODE_DONTWAKE,
     UFFD_EVENT_PAGEFAULT, UFFD_EVENT_FORK, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP,
@@ -36,6 +37,7 @@ constants! {
     UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM,
     UFFD_FEATURE_EVENT_UNMAP, UFFD_FEATURE_SIGBUS, UFFD_FEATURE_THREAD_ID,
     UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_POISON,
+    UFFD_FEATURE_MOVE,
 }
 
 /// One value to compare: what we have, how C spells it, and the macro without
@@ -58,7 +60,9 @@ macro_rules! structures {
                 let c = format!("sizeof(struct {name})");
                 items.push(Item { ours: size_of::<sys::$name>() as u64, c, guard });
                 $({
+                    // What is a word of Rust's has an underline behind it.
                     let field = stringify!($($field).+).replace(' ', "");
+                    let field = field.trim_end_matches('_');
                     let c = format!("offsetof(struct {name}, {field})");
                     let ours = offset_of!(sys::$name, $($field).+) as u64;
                     items.push(Item { ours, c, guard });
@@ -75,6 +79,7 @@ structures! {
     uffdio_register { range, mode, ioctls };
     uffdio_copy { dst, src, len, mode, copy };
     uffdio_zeropage { range, mode, zeropage };
+    uffdio_move { dst, src, len, mode, move_ } if _UFFDIO_MOVE;
     uffdio_writeprotect { range, mode };
     uffdio_continue { range, mode, mapped };
     uffdio_poison { range, mode, updated } if _UFFDIO_POISON;
@@ -135,6 +140,11 @@ fn ioctls() -> Vec<Item> {
             number!(request_code_readwrite, _UFFDIO_WRITEPROTECT, uffdio_writeprotect),
         ),
         item("UFFDIO_CONTINUE", number!(request_code_readwrite, _UFFDIO_CONTINUE, uffdio_continue)),
+        newer(
+            "UFFDIO_MOVE",
+            number!(request_code_readwrite, _UFFDIO_MOVE, uffdio_move),
+            "UFFDIO_MOVE",
+        ),
         newer(
             "UFFDIO_POISON",
             number!(request_code_readwrite, _UFFDIO_POISON, uffdio_poison),
