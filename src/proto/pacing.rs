@@ -128,8 +128,9 @@ pub struct Pacer {
     base: BaseRtt,
     /// The urgent samples since the last step, at most `SAMPLES_MAX`.
     samples: VecDeque<Duration>,
-    /// The least of the samples of the last step.
+    /// The least of the samples of the last step, and of the one before.
     recent: Option<Duration>,
+    before: Option<Duration>,
     stepped_at: Duration,
     rate: DeliveryRate,
     looks: Looks,
@@ -154,6 +155,7 @@ impl Pacer {
             base: BaseRtt { now: config.rtt_initial, ..BaseRtt::default() },
             samples: VecDeque::with_capacity(SAMPLES_MAX),
             recent: None,
+            before: None,
             stepped_at: Duration::ZERO,
             rate: DeliveryRate::default(),
             looks: Looks::default(),
@@ -269,6 +271,7 @@ impl Pacer {
             self.samples.clear();
             return;
         }
+        self.before = self.recent;
         self.recent = self.samples.iter().min().copied();
         if self.phase == Phase::Steady {
             let delay = self.delay().unwrap_or_default().as_secs_f64();
@@ -316,7 +319,9 @@ impl Pacer {
     /// now, and it was not this pacer that cut.
     fn others_let_go(&self, rtt: Duration) -> bool {
         let queue = |rtt: Duration| rtt.saturating_sub(self.base_rtt());
-        let Some(before) = self.recent.map(queue) else { return false };
+        // Of two steps: on busy cores all samples of one are late now and then.
+        let Some((recent, before)) = self.recent.zip(self.before) else { return false };
+        let before = queue(recent.min(before));
         before.saturating_sub(queue(rtt)) > (before / FALL_DIVISOR).max(FALL_MIN)
     }
 

@@ -29,10 +29,12 @@ fn guests_share_a_link_whenever_they_begin() {
             let link = link(rate_bps, base_rtt_us);
             for begin_ms in BEGIN {
                 let mut all = guests(link, begin_ms);
-                let first = all.measure(SECOND);
-                let second = all.measure(SECOND);
-                all.measure(2 * SECOND);
-                let later = all.measure(2 * SECOND);
+                // A second, or two hundred round trips.
+                let time = SECOND.max(200 * link.base_rtt);
+                let first = all.measure(time);
+                let second = all.measure(time);
+                all.measure(2 * time);
+                let later = all.measure(2 * time);
                 let [one, two, four] = [&first, &second, &later].map(|of| jain(&of.shares));
                 println!(
                     "{rate_bps:11} bit/s {base_rtt_us:5} us, from {begin_ms:?} ms: \
