@@ -140,6 +140,21 @@ impl DirtyBitmap {
         self.or(page.get() / BITS, 1 << (page.get() % BITS));
     }
 
+    /// Says that all pages of `run` were written.
+    ///
+    /// # Panics
+    /// If the run is not in the bitmap.
+    pub fn set_run(&self, run: PageRun) {
+        assert!(run.end() <= self.pages, "{run:?} has no bits");
+        let mut next = run.first().get();
+        while next < run.end() {
+            let (index, bit) = (next / BITS, next % BITS);
+            let count = (run.end() - next).min(BITS - bit);
+            self.or(index, mask(count) << bit);
+            next += count;
+        }
+    }
+
     /// Says which pages of `run` were written: bit `i` of `bits`, counted as in the bitmap
     /// itself, stands for the run's page `i`. Bits beyond the run are ignored. Returns how
     /// many bits of the run there were, set before or not.
@@ -299,6 +314,20 @@ mod tests {
             let run = PageRun::new(PageIndex::new(first), pages).unwrap();
             prop_assert_eq!(bitmap.fold(run, &bits), set.len() as u64);
             expected.extend(set.iter().map(|i| first + i));
+            prop_assert_eq!(taken(&bitmap), expected);
+        }
+
+        /// Against a set of numbers.
+        #[test]
+        fn setting_a_run_sets_its_pages_and_no_others(
+            (first, count, after) in (0u64..200, 1u64..300, 0u64..70),
+            before in proptest::collection::btree_set(0u64..200, 0..5),
+        ) {
+            let bitmap = bitmap((first + count + after).max(200));
+            let mut expected = before;
+            expected.iter().for_each(|&page| bitmap.set(PageIndex::new(page)));
+            bitmap.set_run(PageRun::new(PageIndex::new(first), count).unwrap());
+            expected.extend(first..first + count);
             prop_assert_eq!(taken(&bitmap), expected);
         }
     }

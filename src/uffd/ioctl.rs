@@ -1,4 +1,4 @@
-//! The userfaultfd ioctls that the `userfaultfd` crate lacks, or offers only with
+//! The ioctls around userfaultfd that the `userfaultfd` crate lacks, or offers only with
 //! a part of the answer.
 
 use userfaultfd_sys as sys;
@@ -10,3 +10,10 @@ nix::ioctl_write_int_bad!(new_descriptor, nix::request_code_none!(sys::USERFAULT
 // The crate drops the count of zero pages that were placed before EAGAIN.
 nix::ioctl_readwrite!(zeropage, sys::UFFDIO, sys::_UFFDIO_ZEROPAGE, sys::uffdio_zeropage);
 nix::ioctl_readwrite!(poison, sys::UFFDIO, sys::_UFFDIO_POISON, sys::uffdio_poison);
+// Of /proc/self/pagemap, not of a userfaultfd: the pages written since they were protected.
+nix::ioctl_readwrite!(
+    pagemap_scan,
+    sys::PAGEMAP_SCAN_TYPE,
+    sys::PAGEMAP_SCAN_NUMBER,
+    sys::pm_scan_arg
+);

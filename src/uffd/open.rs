@@ -108,8 +108,19 @@ impl Descriptor {
     }
 }
 
+/// What the kernel needs to log the writes to a mapping by itself: nobody waits for an answer
+/// (ASYNC), memory with files (SHMEM), and pages that are not there yet (UNPOPULATED).
+const WRITE_LOG: u64 = sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    | sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | sys::UFFD_FEATURE_WP_UNPOPULATED
+    | sys::UFFD_FEATURE_WP_ASYNC;
+
 /// Features of `UFFDIO_API`, with the names that an error shows.
-const FEATURES: [(u64, &str); 7] = [
+const FEATURES: [(u64, &str); 11] = [
+    (sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP, "PAGEFAULT_FLAG_WP (Linux 5.7)"),
+    (sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM, "WP_HUGETLBFS_SHMEM (Linux 5.19)"),
+    (sys::UFFD_FEATURE_WP_UNPOPULATED, "WP_UNPOPULATED (Linux 6.4)"),
+    (sys::UFFD_FEATURE_WP_ASYNC, "WP_ASYNC (Linux 6.7)"),
     (sys::UFFD_FEATURE_THREAD_ID, "THREAD_ID (Linux 4.14)"),
     (sys::UFFD_FEATURE_EVENT_REMOVE, "EVENT_REMOVE (Linux 4.11)"),
     (sys::UFFD_FEATURE_MISSING_SHMEM, "MISSING_SHMEM (Linux 4.11)"),
@@ -129,22 +140,33 @@ pub fn open(options: UffdOptions, backing: DestinationBacking) -> Result<Descrip
         needed |= sys::UFFD_FEATURE_EVENT_REMOVE;
     }
 
+    let (uffd, features) = open_with(options.kernel_faults, needed, sys::UFFD_FEATURE_POISON)?;
+    Ok(Descriptor { uffd, can_poison: features & sys::UFFD_FEATURE_POISON != 0 })
+}
+
+/// Opens a descriptor for the log of what is written to a mapping. No fault waits for whoever
+/// reads it, also none of the kernel's, so it needs no privilege.
+pub(super) fn open_for_write_log() -> Result<Uffd, OpenError> {
+    Ok(open_with(false, WRITE_LOG, 0)?.0)
+}
+
+/// A descriptor with the features `needed`, and those of `wanted` that there are; the
+/// features that it has.
+fn open_with(kernel_faults: bool, needed: u64, wanted: u64) -> Result<(Uffd, u64), OpenError> {
     // A handshake can be made once on a descriptor, and one that asks for an
     // unknown feature fails: what there is must be asked on another descriptor.
-    let offered = handshake(&create(options.kernel_faults)?, 0)?;
+    let offered = handshake(&create(kernel_faults)?, 0)?;
     let missing = needed & !offered;
     if missing != 0 {
         let names = FEATURES.iter().filter(|(bit, _)| missing & bit != 0).map(|(_, name)| *name);
         return Err(OpenError::MissingFeatures(names.collect()));
     }
-    let can_poison = offered & sys::UFFD_FEATURE_POISON != 0;
-    let requested = needed | (offered & sys::UFFD_FEATURE_POISON);
-
-    let fd = create(options.kernel_faults)?;
+    let requested = needed | (offered & wanted);
+    let fd = create(kernel_faults)?;
     handshake(&fd, requested)?;
     // SAFETY: the descriptor is a userfaultfd that nothing else owns.
     let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
-    Ok(Descriptor { uffd, can_poison })
+    Ok((uffd, requested))
 }
 
 /// Asks for `features`; returns those that the kernel has.

@@ -1,7 +1,7 @@
 //! Nothing writes to a guest's memory once it is paused: neither KVM, nor the capture, nor
 //! the VMM's threads and instruments, nor a whole migration, nor the VMM's end.
 
-use super::dirty_rounds::{difference, image};
+use super::dirty_rounds::{difference, has_log, image};
 use super::harness::{Guest, MIGRATION, Receiver, SOON};
 use postcopy::attach::client::{AttachError, Attached};
 use postcopy::engine::attached::AttachedVmm;
@@ -27,7 +27,7 @@ fn stays_frozen(kind: &str, vcpus: &str) {
     let mut attached = guest.attach();
     let ram = attached.ram.clone();
     let log = attached.has_dirty_log().then(|| attached.start_dirty_log().expect("a log"));
-    assert_eq!(log.is_some(), kind == "kvm");
+    assert_eq!(log.is_some(), has_log(kind));
     attached.reset_instruments().expect("a running guest");
     let moving = image(&ram);
     let paused = attached.pause().expect("a paused guest");

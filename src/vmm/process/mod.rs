@@ -6,6 +6,7 @@
 //! this guest, too, has a state to carry over: see `state`.
 
 mod board;
+mod dirty;
 mod state;
 mod walker;
 mod words;
@@ -17,9 +18,12 @@ use super::clock::{GuestClock, tsc_hz};
 use super::content::fill_memory;
 use super::guest::{Guest, GuestError, GuestKind};
 use super::workload::{Pattern, Workload, WorkloadError, control_page, histogram_page};
+use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
+use crate::uffd::{WriteLog, WriteLogError};
 use board::{Board, Job};
+use dirty::DirtyLog;
 use nix::unistd::Pid;
 use state::State;
 use std::sync::{Arc, mpsc};
@@ -60,6 +64,12 @@ pub enum ProcessError {
     /// The memory of a prepared guest is someone else's until the state is restored.
     #[error("the guest was prepared for a state and has none yet")]
     NoState,
+    /// The kernel does not log its writes.
+    #[error(transparent)]
+    WriteLog(#[from] WriteLogError),
+    /// A round of a dirty log that was not started.
+    #[error("its writes are not logged")]
+    NotLogging,
 }
 
 /// Where a guest is in its life.
@@ -85,6 +95,7 @@ pub struct ProcessGuest {
     threads: Vec<(Pid, JoinHandle<()>)>,
     phase: Phase,
     pause_wait: Duration,
+    dirty_log: DirtyLog,
 }
 
 fn guest_error<E: Into<ProcessError>>(action: &str) -> impl FnOnce(E) -> GuestError {
@@ -125,6 +136,7 @@ impl ProcessGuest {
             threads: Vec::new(),
             phase: Phase::Prepared,
             pause_wait: PAUSE_WAIT,
+            dirty_log: DirtyLog::default(),
         };
         for vcpu in 0..guest.workload.vcpus {
             let thread = guest.spawn(vcpu)?;
@@ -280,6 +292,27 @@ impl Guest for ProcessGuest {
 
     fn failure(&self) -> Option<String> {
         self.board.failure()
+    }
+
+    fn has_dirty_log(&self) -> bool {
+        WriteLog::available().is_ok()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), GuestError> {
+        self.dirty_log.start(&self.ram).map_err(guest_error("log its writes"))
+    }
+
+    fn dirty_round(
+        &mut self,
+        by_this_process: &[PageIndex],
+        into: &DirtyBitmap,
+    ) -> Result<u64, GuestError> {
+        let round = self.dirty_log.round(by_this_process, into);
+        round.map_err(guest_error("read the log of its writes"))
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), GuestError> {
+        self.dirty_log.stop().map_err(guest_error("stop logging its writes"))
     }
 }
 

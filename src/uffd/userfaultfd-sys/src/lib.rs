@@ -1,9 +1,11 @@
 //! The constants and structures of `<linux/userfaultfd.h>` that the
-//! `userfaultfd` crate and `postcopy::uffd` use, under the names that bindgen would give them.
+//! `userfaultfd` crate and `postcopy::uffd` use, under the names that bindgen would give them,
+//! and those of `<linux/fs.h>` for `PAGEMAP_SCAN`, which reads and sets the write protection
+//! that userfaultfd has a mapping's pages under.
 //!
 //! It stands in for the published crate of the same name, which needs libclang
 //! to build. `tests/kernel_header.rs` compares every value with the kernel's
-//! header through the C compiler.
+//! headers through the C compiler.
 
 #![allow(non_camel_case_types)]
 #![allow(missing_docs)] // names and meaning are the header's
@@ -60,8 +62,19 @@ pub const UFFD_FEATURE_SIGBUS: u64 = 1 << 7;
 pub const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 pub const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+pub const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+pub const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
+pub const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
 pub const UFFD_FEATURE_MOVE: u64 = 1 << 16;
+
+/// The ioctl type of `PAGEMAP_SCAN`, a bare character in the header.
+pub const PAGEMAP_SCAN_TYPE: u8 = b'f';
+/// The ioctl number of `PAGEMAP_SCAN`, likewise.
+pub const PAGEMAP_SCAN_NUMBER: u8 = 16;
+pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
+pub const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+pub const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -135,6 +148,31 @@ pub struct uffdio_poison {
     pub range: uffdio_range,
     pub mode: u64,
     pub updated: i64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct page_region {
+    pub start: u64,
+    pub end: u64,
+    pub categories: u64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct pm_scan_arg {
+    pub size: u64,
+    pub flags: u64,
+    pub start: u64,
+    pub end: u64,
+    pub walk_end: u64,
+    pub vec: u64,
+    pub vec_len: u64,
+    pub max_pages: u64,
+    pub category_inverted: u64,
+    pub category_mask: u64,
+    pub category_anyof_mask: u64,
+    pub return_mask: u64,
 }
 
 #[repr(C, packed)]
