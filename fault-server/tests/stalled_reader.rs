@@ -12,7 +12,7 @@ use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::{PageIndex, PageRun};
 use postcopy::uffd::UffdOptions;
 use postcopy::uffd::open::open;
-use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::vmm::guest::{DirtyLogChoice, Guest, GuestKind};
 use postcopy::vmm::workload::{MachineForm, Pattern, Workload};
 use postcopy::{DestinationBuilder, Outcome};
 use std::io::{PipeReader, Write};
@@ -84,7 +84,8 @@ fn the_fault_server_program_moves_a_guest_whatever_becomes_of_its_readers() {
     let control = folder.path().join("control");
     let layout = MemoryLayout::pc(PAGES).expect("a layout");
     let ram = Arc::new(GuestRam::new(layout, Backing::Memfd).expect("memory"));
-    let mut guest = new_guest(GuestKind::Process, ram, workload()).expect("a guest");
+    let mut guest =
+        new_guest(GuestKind::Process, ram, workload(), DirtyLogChoice::Auto).expect("a guest");
     guest.resume().expect("it runs");
     let server = Server::bind(&control).expect("a control socket");
     let vmm = thread::spawn(move || {

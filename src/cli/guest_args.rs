@@ -11,7 +11,7 @@ use postcopy::program::units::parse_memory;
 use postcopy::proto::layout::MemoryLayout;
 use postcopy::proto::page::PAGE_SIZE;
 use postcopy::vmm::choice::WorkloadChoice;
-use postcopy::vmm::guest::{Guest, GuestKind};
+use postcopy::vmm::guest::{DirtyLogChoice, Guest, GuestKind};
 use postcopy::vmm::kvm::kvm_available;
 use postcopy::vmm::trace::{Trace, TraceError};
 use postcopy::vmm::workload::{Cpl, MachineForm, PageTables, Pattern, Workload};
@@ -95,7 +95,7 @@ impl GuestArgs {
     }
 
     /// Makes the guest; it does not run yet.
-    pub fn create(&self) -> anyhow::Result<Box<dyn Guest>> {
+    pub fn create(&self, dirty_log: DirtyLogChoice) -> anyhow::Result<Box<dyn Guest>> {
         let kind = self.kind();
         if kind == GuestKind::Kvm {
             kvm_available().map_err(anyhow::Error::msg).context("KVM does not work here")?;
@@ -115,7 +115,7 @@ impl GuestArgs {
             GuestRam::new(layout, Backing::Memfd)?
         };
         let ram = Arc::new(ram);
-        Ok(new_guest(kind, ram, workload)?)
+        Ok(new_guest(kind, ram, workload, dirty_log)?)
     }
 
     /// The same arguments for a child process.

@@ -6,6 +6,7 @@ use clap::Args;
 use postcopy::attach::server::{ServeEnd, Server};
 use postcopy::host::departure::Departure;
 use postcopy::program::output;
+use postcopy::vmm::guest::DirtyLogChoice;
 use std::path::PathBuf;
 
 /// Starts a reference guest and serves its control socket, until the guest has left
@@ -17,6 +18,11 @@ pub struct Run {
     control: PathBuf,
     #[command(flatten)]
     guest: GuestArgs,
+    /// How it is noticed which pages the guest writes, once a client asks for that. auto: for a
+    /// KVM guest manual where KVM has it, else bitmap; a process guest has one log only, the
+    /// kernel's of a mapping (Linux 6.7).
+    #[arg(long, value_enum, default_value = "auto", value_name = "LOG")]
+    dirty_log: DirtyLogChoice,
 }
 
 impl Run {
@@ -25,7 +31,7 @@ impl Run {
         let server = Server::bind(&self.control).with_context(|| {
             format!("cannot make the control socket {}", self.control.display())
         })?;
-        let mut guest = self.guest.create()?;
+        let mut guest = self.guest.create(self.dirty_log)?;
         guest.resume()?;
         // The guest runs: nobody waits for whoever reads this.
         output::out(&format!(

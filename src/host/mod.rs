@@ -6,7 +6,7 @@ pub mod arrival;
 pub mod departure;
 
 use crate::memory::ram::GuestRam;
-use crate::vmm::guest::{Guest, GuestError, GuestKind};
+use crate::vmm::guest::{DirtyLogChoice, Guest, GuestError, GuestKind};
 use crate::vmm::kvm::KvmGuest;
 use crate::vmm::kvm::processor::Processor;
 use crate::vmm::process::ProcessGuest;
@@ -38,15 +38,24 @@ impl GuestDescription {
     }
 }
 
-/// A new guest with its first memory content, ready to start.
+/// A new guest with its first memory content, ready to start, whose writes are logged as
+/// chosen once they are.
+///
+/// # Errors
+/// Also a log that there is not for a guest of this kind.
 pub fn new_guest(
     kind: GuestKind,
     ram: Arc<GuestRam>,
     workload: Workload,
+    dirty_log: DirtyLogChoice,
 ) -> Result<Box<dyn Guest>, GuestError> {
-    Ok(match kind {
-        GuestKind::Kvm => Box::new(KvmGuest::new(ram, workload)?),
-        GuestKind::Process => Box::new(ProcessGuest::new(ram, workload)?),
+    Ok(match (kind, dirty_log) {
+        (GuestKind::Kvm, _) => Box::new(KvmGuest::with_dirty_log(ram, workload, dirty_log)?),
+        (GuestKind::Process, DirtyLogChoice::Auto) => Box::new(ProcessGuest::new(ram, workload)?),
+        (GuestKind::Process, of_kvm) => {
+            let action = format!("log its writes by {:?}", of_kvm.name());
+            return Err(GuestError { kind, action, source: "that log is one of KVM's".into() });
+        }
     })
 }
 

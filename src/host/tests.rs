@@ -37,7 +37,7 @@ fn proposal(form: MachineForm) -> Option<Hello> {
         println!("skipped: {reason}");
         return None;
     }
-    let guest = new_guest(GuestKind::Kvm, memory(), workload(form)).unwrap();
+    let guest = new_guest(GuestKind::Kvm, memory(), workload(form), DirtyLogChoice::Auto).unwrap();
     let told = Departure::new(guest).unwrap().describe();
     let mut hello = Hello::new(SessionId([7; 16]), told.layout, told.machine);
     hello.guest = told.guest.workload_json.into_bytes();
@@ -118,7 +118,7 @@ fn a_trace_is_taken_from_the_destinations_own_file() {
         trace: Some(Arc::clone(&trace)),
         ..workload(MachineForm::default())
     };
-    let guest = new_guest(GuestKind::Process, memory(), workload).unwrap();
+    let guest = new_guest(GuestKind::Process, memory(), workload, DirtyLogChoice::Auto).unwrap();
     let told = Departure::new(guest).unwrap().describe();
     let hello = Hello {
         guest: told.guest.workload_json.into_bytes(),

@@ -31,6 +31,32 @@ impl GuestKind {
     }
 }
 
+/// How a guest's writes are logged, if they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DirtyLogChoice {
+    /// What costs a guest of its kind least: of the process guest the only log that there is.
+    #[default]
+    Auto,
+    /// KVM's bitmaps, read and cleared at once.
+    Bitmap,
+    /// KVM's bitmaps, read at once and cleared in parts (Linux 5.2).
+    Manual,
+    /// KVM's ring of each vCPU (Linux 6.1).
+    Ring,
+}
+
+impl DirtyLogChoice {
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Bitmap => "bitmap",
+            Self::Manual => "manual",
+            Self::Ring => "ring",
+        }
+    }
+}
+
 /// A failure of a guest: what was tried, and the cause.
 #[derive(Debug, thiserror::Error)]
 #[error("{kind:?} guest: cannot {action}")]

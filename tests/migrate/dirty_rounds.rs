@@ -3,6 +3,8 @@
 //! own counts of its visits.
 
 use super::harness::{Guest, SOON, poll};
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2};
+use kvm_ioctls::Kvm;
 use postcopy::attach::client::{Attached, DirtyLog};
 use postcopy::memory::ram::GuestRam;
 use postcopy::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -70,11 +72,21 @@ fn touched(ram: &GuestRam, vcpus: u32, page: u64) -> bool {
     })
 }
 
-/// Whether the writes of such a guest can be logged here; if not, a line says why.
-pub fn has_log(kind: &str) -> bool {
-    let available = if kind == "process" { WriteLog::available() } else { Ok(()) };
+/// Whether the writes of such a guest can be logged so here; if not, a line says why.
+pub fn has_log(kind: &str, log: &str) -> bool {
+    let of_kvm = |capability: u32| match Kvm::new() {
+        Ok(kvm) if kvm.check_extension_raw(capability.into()) > 0 => Ok(()),
+        Ok(_) => Err(format!("KVM lacks capability {capability}")),
+        Err(why) => Err(format!("there is no KVM: {why}")),
+    };
+    let available = match (kind, log) {
+        ("process", _) => WriteLog::available().map_err(|why| why.to_string()),
+        (_, "manual") => of_kvm(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
+        (_, "ring") => of_kvm(KVM_CAP_DIRTY_LOG_RING_ACQ_REL),
+        _ => Ok(()),
+    };
     if let Err(why) = &available {
-        println!("SKIPPED: the writes of a {kind} guest cannot be logged here: {why}");
+        println!("SKIPPED: the writes of a {kind} guest cannot be logged by {log} here: {why}");
     }
     available.is_ok()
 }
@@ -83,14 +95,17 @@ pub fn has_log(kind: &str) -> bool {
 /// that was written may be missing from the rounds. KVM also names a page when it first
 /// maps it, be it for reading; the process guest's log names one also when it is about to be
 /// written, and after that. More than that neither may add.
-fn a_copy_that_follows_the_rounds_is_complete(kind: &str, vcpus: u32, workload: &str) {
-    if !has_log(kind) {
+fn a_copy_that_follows_the_rounds_is_complete(kind: &str, log: &str, vcpus: u32) {
+    if !has_log(kind, log) {
         return;
     }
+    let workload = if vcpus == 1 { "random" } else { "hot-set-with-scan" };
     // So many steps that the scans do not come round.
     let arguments = ["--memory", "64M", "--think-ns", "200000", "--zero", "10", "--steps", "50000"];
-    let guest = ["--guest", kind, "--vcpus", &vcpus.to_string(), "--workload", workload];
-    let guest = Guest::start_with(&[&guest, &arguments[..]].concat());
+    let vcpus_text = vcpus.to_string();
+    let guest = ["--guest", kind, "--dirty-log", log, "--vcpus", &vcpus_text];
+    let guest = [&guest[..], &["--workload", workload], &arguments].concat();
+    let guest = Guest::start_with(&guest);
     let mut attached = guest.attach();
     let ram = attached.ram.clone();
     // Some steps must lie before, that are not to be seen.
@@ -142,30 +157,51 @@ fn makes_steps(attached: &mut Attached, steps: u64) {
 }
 
 #[test]
-fn a_copy_that_follows_the_rounds_of_one_vcpu_is_complete() {
-    a_copy_that_follows_the_rounds_is_complete("kvm", 1, "random");
+fn a_copy_that_follows_the_bitmap_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "bitmap", 1);
 }
 
 #[test]
-fn a_copy_that_follows_the_rounds_of_two_vcpus_is_complete() {
-    a_copy_that_follows_the_rounds_is_complete("kvm", 2, "hot-set-with-scan");
+fn a_copy_that_follows_the_bitmap_of_two_vcpus_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "bitmap", 2);
 }
 
 #[test]
-fn a_copy_that_follows_the_rounds_of_a_process_guest_is_complete() {
-    a_copy_that_follows_the_rounds_is_complete("process", 1, "random");
+fn a_copy_that_follows_the_bitmap_cleared_in_parts_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "manual", 1);
 }
 
 #[test]
-fn a_copy_that_follows_the_rounds_of_a_process_guest_of_two_vcpus_is_complete() {
-    a_copy_that_follows_the_rounds_is_complete("process", 2, "hot-set-with-scan");
+fn a_copy_that_follows_the_bitmap_cleared_in_parts_of_two_vcpus_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "manual", 2);
 }
 
-fn what_the_vmm_itself_writes_is_in_the_round(kind: &str) {
-    if !has_log(kind) {
+#[test]
+fn a_copy_that_follows_the_rings_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "ring", 1);
+}
+
+#[test]
+fn a_copy_that_follows_the_rings_of_two_vcpus_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("kvm", "ring", 2);
+}
+
+#[test]
+fn a_copy_that_follows_a_process_guest_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("process", "auto", 1);
+}
+
+#[test]
+fn a_copy_that_follows_a_process_guest_of_two_vcpus_is_complete() {
+    a_copy_that_follows_the_rounds_is_complete("process", "auto", 2);
+}
+
+fn what_the_vmm_itself_writes_is_in_the_round(kind: &str, log: &str) {
+    if !has_log(kind, log) {
         return;
     }
-    let guest = Guest::start_with(&["--guest", kind, "--memory", "16M", "--steps", "5000"]);
+    let guest = ["--guest", kind, "--dirty-log", log, "--memory", "16M", "--steps", "5000"];
+    let guest = Guest::start_with(&guest);
     let mut attached = guest.attach();
     let ram = attached.ram.clone();
     poll("a guest that has finished", SOON, || {
@@ -183,10 +219,12 @@ fn what_the_vmm_itself_writes_is_in_the_round(kind: &str) {
 
 #[test]
 fn what_the_vmm_of_a_kvm_guest_itself_writes_is_in_the_round() {
-    what_the_vmm_itself_writes_is_in_the_round("kvm");
+    for log in ["bitmap", "manual", "ring"] {
+        what_the_vmm_itself_writes_is_in_the_round("kvm", log);
+    }
 }
 
 #[test]
 fn what_the_vmm_of_a_process_guest_itself_writes_is_in_the_round() {
-    what_the_vmm_itself_writes_is_in_the_round("process");
+    what_the_vmm_itself_writes_is_in_the_round("process", "auto");
 }

@@ -27,7 +27,7 @@ fn stays_frozen(kind: &str, vcpus: &str) {
     let mut attached = guest.attach();
     let ram = attached.ram.clone();
     let log = attached.has_dirty_log().then(|| attached.start_dirty_log().expect("a log"));
-    assert_eq!(log.is_some(), has_log(kind));
+    assert_eq!(log.is_some(), has_log(kind, "auto"));
     attached.reset_instruments().expect("a running guest");
     let moving = image(&ram);
     let paused = attached.pause().expect("a paused guest");

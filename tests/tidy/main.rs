@@ -143,6 +143,8 @@ const UNSAFE: &[&str] = &[
     "src/uffd/write_log.rs",
     "src/vmm/clock.rs",
     "src/vmm/content.rs",
+    "src/vmm/kvm/dirty/bitmap.rs",
+    "src/vmm/kvm/dirty/ring.rs",
     "src/vmm/kvm/machine.rs",
     "src/vmm/kvm/payload.rs",
     "src/vmm/kvm/signals.rs",

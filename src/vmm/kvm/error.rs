@@ -87,6 +87,14 @@ pub enum KvmError {
         /// What it would have to be.
         needed: &'static str,
     },
+    /// An entry of a dirty ring that names no page.
+    #[error("a dirty ring names page {page} of memory slot {slot}, which is not there")]
+    DirtyRing {
+        /// The memory slot.
+        slot: usize,
+        /// The page in it.
+        page: usize,
+    },
     /// A round of a dirty log that was not started.
     #[error("its writes are not logged")]
     NotLogging,

@@ -1,12 +1,14 @@
 //! [`Machine`]: the virtual machine as KVM sees it, without its threads: memory slots,
 //! interrupt controllers and the processors' features.
 
+use super::dirty::Method;
 use super::error::{KvmError, call, of_vcpu};
 use super::processor::{Offer, Processor};
 use super::state::{VcpuShape, usable_msrs};
 use super::{boot, features, payload, tables};
 use crate::memory::ram::GuestRam;
 use crate::proto::page::PageIndex;
+use crate::vmm::guest::DirtyLogChoice;
 use crate::vmm::workload::{MachineForm, Workload};
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -41,7 +43,8 @@ const NEEDED: [(Cap, &str); 14] = [
 
 /// A virtual machine with its memory and interrupt controllers.
 pub struct Machine {
-    vm: VmFd,
+    vm: Arc<VmFd>,
+    dirty_method: Method,
     memory: GuestMemoryMmap,
     ram: Arc<GuestRam>,
     vcpus: u32,
@@ -95,6 +98,7 @@ impl Machine {
         ram: Arc<GuestRam>,
         workload: &Workload,
         processor: Option<&Processor>,
+        dirty_log: DirtyLogChoice,
     ) -> Result<(Self, Vec<VcpuFd>), KvmError> {
         workload.check_under_kvm(ram.layout())?;
         let form = workload.form;
@@ -111,6 +115,7 @@ impl Machine {
         vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(call("KVM_CREATE_PIT2"))?;
         keep_faults_on_vcpus(&vm)?;
+        let dirty_method = Method::settle(&vm, dirty_log, ram.layout().pages())?;
         let memory = ram.guest_memory();
         set_slots(&vm, &memory, 0)?;
 
@@ -152,9 +157,20 @@ impl Machine {
         };
         let (clock, steal_time) = features::offers_clock_and_steal_time(cpuid.as_slice());
         let xcr0 = boot::xcr0(&cpuid);
-        let vcpus = workload.vcpus;
-        let machine =
-            Self { vm, memory, ram, vcpus, form, processor, cpuid, xcr0, clock, steal_time, seeds };
+        let machine = Self {
+            vm: Arc::new(vm),
+            dirty_method,
+            memory,
+            ram,
+            vcpus: workload.vcpus,
+            form,
+            processor,
+            cpuid,
+            xcr0,
+            clock,
+            steal_time,
+            seeds,
+        };
         Ok((machine, fds))
     }
 
@@ -174,6 +190,16 @@ impl Machine {
     /// KVM's handle of the machine.
     pub fn vm(&self) -> &VmFd {
         &self.vm
+    }
+
+    /// The same for whoever needs it as long as a vCPU's thread lives.
+    pub fn shared_vm(&self) -> Arc<VmFd> {
+        Arc::clone(&self.vm)
+    }
+
+    /// How its writes are logged.
+    pub fn dirty_method(&self) -> Method {
+        self.dirty_method
     }
 
     /// Gives every memory slot these flags. The slots are the layout's regions in order.

@@ -40,7 +40,7 @@ mod vcpu;
 pub use error::KvmError;
 pub use tables::LayoutUnsupported;
 
-use super::guest::{Guest, GuestError, GuestKind};
+use super::guest::{DirtyLogChoice, Guest, GuestError, GuestKind};
 use super::workload::Workload;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
@@ -107,13 +107,27 @@ pub struct KvmGuest {
 impl KvmGuest {
     /// A guest at its beginning: memory filled, vCPUs set up, to be started by `resume`.
     pub fn new(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
-        Self::make(ram, workload, None, Phase::Paused).map_err(failed("create the machine"))
+        Self::with_dirty_log(ram, workload, DirtyLogChoice::Auto)
+    }
+
+    /// The same, its writes logged as chosen, once they are.
+    ///
+    /// # Errors
+    /// Also if KVM does not have that log.
+    pub fn with_dirty_log(
+        ram: Arc<GuestRam>,
+        workload: Workload,
+        dirty_log: DirtyLogChoice,
+    ) -> Result<Self, GuestError> {
+        Self::make(ram, workload, None, Phase::Paused, dirty_log)
+            .map_err(failed("create the machine"))
     }
 
     /// A guest to put a state into: everything exists, and neither this nor anything
     /// before `restore` touches guest memory. It sees this host's processor.
     pub fn prepare(ram: Arc<GuestRam>, workload: Workload) -> Result<Self, GuestError> {
-        Self::make(ram, workload, None, Phase::Prepared).map_err(failed("prepare the machine"))
+        Self::make(ram, workload, None, Phase::Prepared, DirtyLogChoice::Auto)
+            .map_err(failed("prepare the machine"))
     }
 
     /// The same for a guest that has seen `processor` so far, and goes on seeing it.
@@ -125,7 +139,7 @@ impl KvmGuest {
         workload: Workload,
         processor: &Processor,
     ) -> Result<Self, GuestError> {
-        Self::make(ram, workload, Some(processor), Phase::Prepared)
+        Self::make(ram, workload, Some(processor), Phase::Prepared, DirtyLogChoice::Auto)
             .map_err(failed("prepare the machine"))
     }
 
@@ -134,19 +148,21 @@ impl KvmGuest {
         workload: Workload,
         processor: Option<&Processor>,
         phase: Phase,
+        dirty_log: DirtyLogChoice,
     ) -> Result<Self, KvmError> {
-        let (machine, fds) = Machine::create(Arc::clone(&ram), &workload, processor)?;
+        let (machine, fds) = Machine::create(Arc::clone(&ram), &workload, processor, dirty_log)?;
         if phase == Phase::Paused {
             image::write(&ram, &workload, machine.tsc_hz())?;
             machine.set_up(&fds)?;
         }
+        let dirty_log = DirtyLog::new(&machine, &fds)?;
         let first_entry = Arc::new(FirstEntry::new());
         let start = |(vcpu, fd)| {
             let (ram, first_entry) = (Arc::clone(&ram), Arc::clone(&first_entry));
-            Vcpu::start(vcpu, fd, machine.shape(vcpu), ram, first_entry)
+            Vcpu::start(vcpu, fd, machine.shape(vcpu), ram, first_entry, dirty_log.rings())
         };
         let vcpus = (0..).zip(fds).map(start).collect::<Result<_, _>>()?;
-        Ok(Self { vcpus, machine, workload, first_entry, phase, dirty_log: DirtyLog::default() })
+        Ok(Self { vcpus, machine, workload, first_entry, phase, dirty_log })
     }
 
     fn require(&self, phases: &[Phase], needed: &'static str) -> Result<(), KvmError> {
@@ -282,7 +298,13 @@ impl Guest for KvmGuest {
         by_this_process: &[PageIndex],
         into: &DirtyBitmap,
     ) -> Result<u64, GuestError> {
-        let round = self.dirty_log.round(&self.machine, by_this_process, into);
+        let nudge = || match self.dirty_log.rings() {
+            // KVM sees to it by itself when a bitmap is read.
+            None => Ok(()),
+            Some(_) => self.vcpus.iter().try_for_each(Vcpu::nudge),
+        };
+        let round =
+            nudge().and_then(|()| self.dirty_log.round(&self.machine, by_this_process, into));
         round.map_err(failed("read the log of its writes"))
     }
 

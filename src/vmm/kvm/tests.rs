@@ -14,6 +14,7 @@ use std::sync::mpsc::{Sender, channel};
 
 mod bad_states;
 mod clock;
+mod dirty;
 mod forms;
 mod on_demand;
 mod samples;

@@ -8,6 +8,7 @@
 //! A program that has nothing more to do stores to the doorbell. Its thread then waits
 //! in the loop, outside KVM, until it is stopped; after `resume` the guest rings again.
 
+use super::dirty::Rings;
 use super::error::{KvmError, call, of_vcpu};
 use super::signals;
 use super::state::{VcpuShape, VcpuState, tell_of_pause};
@@ -15,6 +16,7 @@ use super::tables::{DOORBELL_EXCEPTIONS, DOORBELL_PHYSICAL};
 use crate::memory::ram::GuestRam;
 use crate::proto::layout::GuestAddress;
 use crate::proto::page::PAGE_SIZE;
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::unistd::Pid;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -98,6 +100,7 @@ struct Shared {
     first_entry: Arc<FirstEntry>,
     shape: VcpuShape,
     ram: Arc<GuestRam>,
+    rings: Option<Arc<Rings>>,
 }
 
 /// A vCPU with its thread.
@@ -116,6 +119,7 @@ impl Vcpu {
         shape: VcpuShape,
         ram: Arc<GuestRam>,
         first_entry: Arc<FirstEntry>,
+        rings: Option<Arc<Rings>>,
     ) -> Result<Self, KvmError> {
         signals::install()?;
         let immediate_exit = &raw mut fd.get_kvm_run().immediate_exit as usize;
@@ -130,6 +134,7 @@ impl Vcpu {
             first_entry,
             shape,
             ram,
+            rings,
         });
         let (commands, received) = channel();
         let (tid_sender, tid) = sync_channel(1);
@@ -183,6 +188,12 @@ impl Vcpu {
             self.shared.immediate_exit().store(1, Ordering::SeqCst);
             self.shared.changed.notify_all();
         }
+        signals::kick(self.tid)
+    }
+
+    /// Has it leave the guest and go on at once, so that KVM logs what its processor has
+    /// written down of its writes.
+    pub fn nudge(&self) -> Result<(), KvmError> {
         signals::kick(self.tid)
     }
 
@@ -313,6 +324,7 @@ impl Shared {
             match self.enter(fd)? {
                 Ok(VcpuExit::MmioWrite(DOORBELL_PHYSICAL, _)) => self.wait_for_stop(),
                 Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.empty_rings()?,
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
                 other => {
                     let exit = self.name(other);
@@ -321,6 +333,15 @@ impl Shared {
             }
         }
         self.complete_access(fd)
+    }
+
+    /// KVM does not let a vCPU into the guest whose dirty ring has no room for its writes.
+    fn empty_rings(&self) -> Result<(), String> {
+        let emptied = self.rings.as_ref().map_or(Ok(()), |rings| rings.empty());
+        emptied.map_err(|error| {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            format!("vCPU {}: {error}{}", self.vcpu, cause.unwrap_or_default())
+        })
     }
 
     fn wait_for_stop(&self) {
@@ -341,6 +362,7 @@ impl Shared {
                 Err(error) if error.errno() == libc::EINTR => return Ok(true),
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Ok(VcpuExit::MmioWrite(DOORBELL_PHYSICAL, _) | VcpuExit::Intr) => {}
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.empty_rings()?,
                 other => {
                     let exit = self.name(other);
                     return Err(format!("vCPU {}: {exit}{}", self.vcpu, whereabouts(fd)));

@@ -144,7 +144,8 @@ fn a_processor_is_shown_or_refused_by_what_it_lacks() {
     assert_eq!(prepared.machine.processor().msrs, older.msrs);
     assert_ne!(prepared.machine(), guest.machine());
     let shown = |processor: &Processor| {
-        let made = machine::Machine::create(memory(flat()), &one(), Some(processor)).unwrap();
+        let log = DirtyLogChoice::Auto;
+        let made = machine::Machine::create(memory(flat()), &one(), Some(processor), log).unwrap();
         let table = made.1[0].get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
         let mut entries = table.as_slice().iter();
         entries.find(|entry| (entry.function, entry.index) == (7, 0)).unwrap().ebx
