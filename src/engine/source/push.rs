@@ -109,7 +109,11 @@ impl PushShared {
     }
 
     /// Sends what is next; returns the bytes that it took on the stream, `None` if there is nothing.
-    async fn send_one(&self, stream: &mut SendStream, epoch: u32) -> Result<Option<u64>, LaneError> {
+    async fn send_one(
+        &self,
+        stream: &mut SendStream,
+        epoch: u32,
+    ) -> Result<Option<u64>, LaneError> {
         if !self.round.is_over() {
             let pages_max = self.pages_max(lock(&self.pacer).run_pages());
             return self.copy(stream, u64::from(pages_max), epoch).await;
