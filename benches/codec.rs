@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Pages of a 4 GiB guest.
 const PAGES: u64 = 1 << 20;
-const LIMITS: FrameLimits = FrameLimits { pages: PAGES, epoch: 1 };
+const LIMITS: FrameLimits = FrameLimits { pages: PAGES, epoch: 1, compressed: true };
 
 fn headers(c: &mut Criterion) {
     let mut group = c.benchmark_group("header");

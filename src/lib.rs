@@ -45,7 +45,8 @@
 //! assert!(source.claim(page).is_none());
 //!
 //! // It arrives, and is placed.
-//! let header = FrameHeader::parse(&header, FrameLimits { pages: 1024, epoch: 0 })?;
+//! let limits = FrameLimits { pages: 1024, epoch: 0, compressed: false };
+//! let header = FrameHeader::parse(&header, limits)?;
 //! for landing in destination.land(header.run)? {
 //!     // Here its content is put into the guest's memory.
 //!     landing.placed();
@@ -168,6 +169,7 @@ pub use engine::{
 pub use memory::users::MemoryUser;
 #[cfg(feature = "io")]
 pub use proto::{
+    compression::CompressMode,
     message::{Hello, Mismatch},
     page::PageIndex,
     prepaging::PolicyKind,

@@ -72,6 +72,7 @@ fn a_source_that_is_cancelled_while_nobody_answers_ends_at_once() {
         pivots: None,
         drain_after: None,
         switchover: Default::default(),
+        compress: Default::default(),
         machine: "none".into(),
         guest: Vec::new(),
         vcpus: 1,

@@ -57,6 +57,7 @@ impl Cell {
             // It has no other end: a benchmark's guest works for as long as it runs.
             policy.extend(["--drain-after".to_owned(), written(conditions.drain_after())]);
         }
+        policy.extend(["--compress".to_owned(), text(&conditions.compress)]);
         let guest = [
             ("--guest", self.guest.name().to_owned()),
             ("--memory", text(&self.memory)),

@@ -3,6 +3,7 @@
 
 use super::cell::Cell;
 use super::machine::{Machine, Program};
+use crate::proto::compression::CompressMode;
 use crate::vmm::trace::TraceId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,6 +21,9 @@ pub struct Conditions {
     pub zero_percent: u64,
     /// The seed of the guests' memory, and of what an emulated link loses.
     pub guest_seed: u64,
+    /// Whether pushed pages are compressed.
+    #[serde(default)]
+    pub compress: CompressMode,
     /// Whether huge pages are made of the guests' memory in the end.
     #[serde(default)]
     pub huge_pages: bool,
@@ -164,6 +168,7 @@ pub(super) mod tests {
                 think_ns: 0,
                 zero_percent: 0,
                 guest_seed: 1,
+                compress: CompressMode::Auto,
                 huge_pages: false,
                 run_before_ms: 100,
                 run_after_ms: 50,

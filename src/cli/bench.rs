@@ -9,6 +9,7 @@ use postcopy::bench::{self, Display, table};
 use postcopy::program::output;
 use postcopy::program::signals::complain;
 use postcopy::program::units::{parse_memory, parse_time};
+use postcopy::proto::compression::CompressMode;
 use postcopy::proto::prepaging::PolicyKind;
 use postcopy::trial::LinkShape;
 use postcopy::uffd::DestinationBacking;
@@ -90,6 +91,9 @@ pub struct Bench {
     #[arg(long, default_value_t = 0, value_name = "PERCENT",
           value_parser = clap::value_parser!(u64).range(0..=90))]
     zero: u64,
+    /// Compress pushed pages: auto, always or never.
+    #[arg(long, default_value_t, value_name = "MODE")]
+    compress: CompressMode,
     /// Make huge pages of each guest's memory in the end; it runs on until that is done.
     #[arg(long, conflicts_with = "no_verify")]
     huge_pages: bool,
@@ -143,6 +147,7 @@ impl Bench {
                 think_ns: self.think_ns,
                 zero_percent: self.zero,
                 guest_seed: 1,
+                compress: self.compress,
                 huge_pages: self.huge_pages,
                 run_before_ms: millis(self.run_before),
                 run_after_ms: millis(self.run_after),

@@ -7,6 +7,7 @@ use crate::engine::event::Event;
 use crate::program::exit::{Failure, Side, both, write_report};
 use crate::program::signals::{complain, on_interrupt};
 use crate::program::units::{parse_rate, parse_time};
+use crate::proto::compression::CompressMode;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
 use crate::proto::switchover::{Mode, SwitchoverConfig};
@@ -37,8 +38,8 @@ pub struct ServeArgs {
     /// its own patience is over; if not, it is told that the guest stayed in its VMM. Needed
     /// only if the keeper does not do it: after --no-supervise, after a session that was lost,
     /// or if fault servers have died 10 times within a minute.
-    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "no_keeper",
-                                      "patience", "mode", "rounds", "max_downtime",
+    #[arg(long, conflicts_with_all = ["ticket", "policy", "pivots", "drain_after", "compress",
+                                      "no_keeper", "patience", "mode", "rounds", "max_downtime",
                                       "max_bandwidth", "max_postcopy_bandwidth"])]
     resume: bool,
     /// The keeper that has started this process is at the other end of standard input.
@@ -47,7 +48,7 @@ pub struct ServeArgs {
     /// Have the keeper of a guest that is lost end, and free the memory that it holds:
     /// nobody can go on with the session then.
     #[arg(long, conflicts_with_all = ["ticket", "resume", "policy", "pivots", "drain_after",
-                                      "no_keeper", "no_supervise", "report", "patience", "mode",
+                                      "compress", "no_keeper", "no_supervise", "report", "patience", "mode",
                                       "rounds", "max_downtime", "max_bandwidth",
                                       "max_postcopy_bandwidth"])]
     discard: bool,
@@ -95,6 +96,16 @@ pub struct PolicyArgs {
     /// without it the demand-only policy waits for the end of the workload.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     pub drain_after: Option<Duration>,
+    /// Compress pushed pages: while it saves time, as measured (auto), all that become smaller
+    /// (always), or none (never). A destination that cannot decompress takes the guest only
+    /// with never.
+    #[arg(long, default_value_t, value_parser = compress_modes(), value_name = "MODE")]
+    pub compress: CompressMode,
+}
+
+fn compress_modes() -> impl TypedValueParser<Value = CompressMode> {
+    PossibleValuesParser::new(CompressMode::ALL.map(CompressMode::name))
+        .try_map(|name| name.parse::<CompressMode>())
 }
 
 /// How much is copied before the guest moves.
@@ -165,6 +176,7 @@ impl PolicyArgs {
             let after = humantime::format_duration(after).to_string();
             arguments.extend(["--drain-after".to_owned(), after]);
         }
+        arguments.extend(["--compress".to_owned(), self.compress.to_string()]);
         arguments
     }
 }
@@ -275,6 +287,7 @@ impl ServeArgs {
             policy: self.policy.policy,
             pivots: self.policy.pivots,
             drain_after: self.policy.drain_after,
+            compress: self.policy.compress,
             patience: self.patience,
             switchover: self.switchover.config(),
         };
@@ -346,15 +359,18 @@ mod tests {
 
     #[test]
     fn every_policy_can_be_named_and_passed_on() {
-        for kind in PolicyKind::ALL {
+        for (kind, mode) in PolicyKind::ALL.into_iter().zip(CompressMode::ALL) {
             let text = ["x", "--policy", kind.name(), "--pivots", "3", "--drain-after", "2s"];
+            let text = text.into_iter().chain(["--compress", mode.name()]);
             let line = Line::try_parse_from(text).unwrap();
-            assert_eq!(line.policy.policy, kind);
+            assert_eq!((line.policy.policy, line.policy.compress), (kind, mode));
             let passed_on = [vec!["x".to_owned()], line.policy.to_arguments()].concat();
             let again = Line::try_parse_from(passed_on).unwrap();
             assert_eq!(format!("{again:?}"), format!("{line:?}"));
         }
         let error = Line::try_parse_from(["x", "--policy", "best"]).unwrap_err().to_string();
         assert!(error.contains("bubbling"), "{error}");
+        let error = Line::try_parse_from(["x", "--compress", "yes"]).unwrap_err().to_string();
+        assert!(error.contains("never"), "{error}");
     }
 }

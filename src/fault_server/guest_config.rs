@@ -55,6 +55,7 @@ pub(super) fn config(
         pivots: plan.pivots,
         drain_after: plan.drain_after,
         switchover: plan.switchover,
+        compress: plan.compress,
         machine,
         workload: workload_name(&guest.workload_json),
         guest: guest.workload_json.into_bytes(),

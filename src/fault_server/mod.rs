@@ -29,6 +29,7 @@ use crate::failpoint::failpoint;
 use crate::memory::ram::GuestRam;
 use crate::operator::desk::Desk;
 use crate::operator::socket_path;
+use crate::proto::compression::CompressMode;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::Outcome;
 use crate::proto::switchover::SwitchoverConfig;
@@ -58,6 +59,9 @@ pub struct PushPlan {
     /// When to push all that is left, counted from the guest's first instruction at the
     /// destination.
     pub drain_after: Option<Duration>,
+    /// Whether pushed pages are compressed. The destination was told when the session began,
+    /// so whoever goes on with it keeps to this.
+    pub compress: CompressMode,
     /// How long a committed guest whose link is lost is waited for;
     /// [`SessionLimits::recovery`](crate::proto::source::SessionLimits::recovery)'s default if it is not said.
     pub patience: Option<Duration>,

@@ -345,10 +345,10 @@ mod tests {
     fn a_record_of_another_version_is_refused_by_name() {
         let file = RecordFile::create(record()).unwrap();
         for slot in 0..SLOTS {
-            file.file.write_all_at(b"pc-rec01", slot * SLOT_BYTES as u64).unwrap();
+            file.file.write_all_at(b"pc-rec02", slot * SLOT_BYTES as u64).unwrap();
         }
         let error = reader(&file).unwrap_err();
-        assert!(error.to_string().contains("of version 01, and this is version 03"), "{error}");
+        assert!(error.to_string().contains("of version 02, and this is version 03"), "{error}");
     }
 
     #[test]

@@ -27,7 +27,8 @@ pub enum PageKind {
     Zero = 1,
     /// Not at all: nothing was ever written there. Reads as zero.
     Hole = 2,
-    /// Compressed. Reserved: refused as long as no feature bit offers it.
+    /// As an LZ4 block, see [`codec`](super::compression::codec): if the proposal says that
+    /// there may be some, and of pushed pages only.
     Compressed = 3,
     /// Not at all: the source cannot read them. Whoever touches one gets a memory error.
     Poison = 4,
@@ -72,6 +73,8 @@ pub struct FrameLimits {
     pub pages: u64,
     /// The current link epoch.
     pub epoch: u32,
+    /// Whether pages may come compressed.
+    pub compressed: bool,
 }
 
 /// A header that no honest peer of this version sends.
@@ -119,11 +122,24 @@ pub enum FrameError {
 
 impl FrameHeader {
     /// The header of a frame that carries the claimed pages: only who holds a claim
-    /// can make one, so no page is framed twice.
+    /// can make one, so no page is framed twice. `kind` is not [`PageKind::Compressed`].
     pub fn for_claim(claim: &Claim, kind: PageKind, origin: Origin, epoch: u32) -> Self {
+        debug_assert!(kind != PageKind::Compressed, "its length is not known");
         let run = claim.run();
         let content_len = if kind == PageKind::Raw { run.bytes() } else { 0 };
         Self { kind, origin, epoch, run, content_len }
+    }
+
+    /// The header of a frame that carries the claimed pages in so many bytes: at least one, and
+    /// fewer than the pages have.
+    pub fn for_compressed(claim: &Claim, content_len: usize, origin: Origin, epoch: u32) -> Self {
+        debug_assert!((1..claim.run().bytes()).contains(&content_len), "{content_len} bytes");
+        Self { kind: PageKind::Compressed, origin, epoch, run: claim.run(), content_len }
+    }
+
+    /// The header of the same frame once its pages are decompressed.
+    pub fn decompressed(&self) -> Self {
+        Self { kind: PageKind::Raw, content_len: self.run.bytes(), ..*self }
     }
 
     /// The same in two, of which the first has at most so many pages; in one, if it has
@@ -159,6 +175,7 @@ impl FrameHeader {
             0 => PageKind::Raw,
             1 => PageKind::Zero,
             2 => PageKind::Hole,
+            3 if limits.compressed => PageKind::Compressed,
             4 => PageKind::Poison,
             other => return Err(FrameError::Kind(other)),
         };
@@ -178,12 +195,16 @@ impl FrameHeader {
         let count = u32_at(bytes, 16);
         let run = run_in(u64_at(bytes, 8), count, limits.pages)?;
         let length = u32_at(bytes, 20);
-        let expected = match kind {
-            PageKind::Raw if count > RUN_PAGES_MAX => return Err(FrameError::TooManyPages(count)),
-            PageKind::Raw => count * PAGE_SIZE as u32,
-            PageKind::Zero | PageKind::Hole | PageKind::Compressed | PageKind::Poison => 0,
+        let bytes = || match count {
+            ..=RUN_PAGES_MAX => Ok(count * PAGE_SIZE as u32),
+            _ => Err(FrameError::TooManyPages(count)),
         };
-        if length != expected {
+        let fits = match kind {
+            PageKind::Raw => length == bytes()?,
+            PageKind::Compressed => (1..bytes()?).contains(&length),
+            PageKind::Zero | PageKind::Hole | PageKind::Poison => length == 0,
+        };
+        if !fits {
             return Err(FrameError::Length { count, length });
         }
         let epoch = limits.epoch;
@@ -259,11 +280,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LIMITS: FrameLimits = FrameLimits { pages: 1000, epoch: 7 };
+    const LIMITS: FrameLimits = FrameLimits { pages: 1000, epoch: 7, compressed: true };
 
     fn header(kind: PageKind, first: u64, count: u64) -> FrameHeader {
         let run = PageRun::new(PageIndex::new(first), count).unwrap();
-        let content_len = if kind == PageKind::Raw { run.bytes() } else { 0 };
+        let content_len = match kind {
+            PageKind::Raw => run.bytes(),
+            PageKind::Compressed => run.bytes() / 3,
+            _ => 0,
+        };
         FrameHeader { kind, origin: Origin::Demand, epoch: 7, run, content_len }
     }
 
@@ -308,7 +333,6 @@ mod tests {
             edit(&mut bytes);
             FrameHeader::parse(&bytes, LIMITS).unwrap_err()
         };
-        assert_eq!(parse(|b| b[0] = 3), FrameError::Kind(3));
         assert_eq!(parse(|b| b[0] = 5), FrameError::Kind(5));
         assert!(matches!(parse(|b| b[0] = 4), FrameError::Length { length: 8192, .. }));
         assert_eq!(parse(|b| b[1] = 9), FrameError::Origin(9));
@@ -321,14 +345,38 @@ mod tests {
         assert!(matches!(parse(|b| b[20] = 1), FrameError::Length { .. }));
     }
 
+    #[test]
+    fn compressed_frames_are_smaller_than_their_pages_and_there_only_if_agreed_upon() {
+        let parse = |count: u64, length: u32, limits: FrameLimits| {
+            let mut bytes = header(PageKind::Compressed, 0, count).encode();
+            bytes[20..24].copy_from_slice(&length.to_le_bytes());
+            FrameHeader::parse(&bytes, limits)
+        };
+        for (count, length) in [(1, 1), (1, 4095), (64, 1), (64, 64 * 4096 - 1)] {
+            let frame = parse(count, length, LIMITS).unwrap();
+            assert_eq!((frame.content_len, frame.kind), (length as usize, PageKind::Compressed));
+            let pages = frame.decompressed();
+            let expected = (PageKind::Raw, frame.run, 4096 * count as usize);
+            assert_eq!((pages.kind, pages.run, pages.content_len), expected);
+            let not_agreed = FrameLimits { compressed: false, ..LIMITS };
+            assert_eq!(parse(count, length, not_agreed), Err(FrameError::Kind(3)));
+        }
+        for (count, length) in [(1, 0), (1, 4096), (64, 64 * 4096), (2, u32::MAX)] {
+            let count_named = count as u32;
+            let refused = FrameError::Length { count: count_named, length };
+            assert_eq!(parse(count, length, LIMITS), Err(refused));
+        }
+        assert_eq!(parse(65, 100, LIMITS), Err(FrameError::TooManyPages(65)));
+    }
+
     proptest! {
         #[test]
         fn what_is_encoded_is_parsed_again(
-            first in 0u64..1000, count in 1u64..=64, kind in 0usize..4, vcpu in proptest::option::of(0u16..8)
+            first in 0u64..1000, count in 1u64..=64, kind in 0usize..5, vcpu in proptest::option::of(0u16..8)
         ) {
             prop_assume!(first + count <= LIMITS.pages);
-            let kinds = [PageKind::Raw, PageKind::Zero, PageKind::Hole, PageKind::Poison];
-            let frame = header(kinds[kind], first, count);
+            use PageKind::{Compressed, Hole, Poison, Raw, Zero};
+            let frame = header([Raw, Zero, Hole, Compressed, Poison][kind], first, count);
             prop_assert_eq!(FrameHeader::parse(&frame.encode(), LIMITS), Ok(frame));
             let request = PageRequest { run: frame.run, vcpu, epoch: 7 };
             prop_assert_eq!(PageRequest::parse(&request.encode(), LIMITS), Ok(request));
@@ -339,6 +387,7 @@ mod tests {
             if let Ok(frame) = FrameHeader::parse(&bytes, LIMITS) {
                 prop_assert!(frame.run.end() <= LIMITS.pages);
                 prop_assert!(frame.content_len <= RUN_PAGES_MAX as usize * PAGE_SIZE);
+                prop_assert!(frame.content_len <= frame.run.bytes());
             }
             if let Ok(request) = PageRequest::parse(&bytes, LIMITS) {
                 prop_assert!(request.run.end() <= LIMITS.pages);

@@ -24,6 +24,11 @@ pub const TEXT_MAX: usize = 4096;
 /// The most bytes of the VMM's own description of the guest.
 pub const GUEST_INFO_MAX: usize = 32 << 10;
 
+/// The feature bit of a source that may send pages compressed.
+pub const FEATURE_COMPRESSION: u64 = 2;
+/// All feature bits that a destination of this version takes.
+pub const FEATURES: u64 = FEATURE_COPY | FEATURE_COMPRESSION;
+
 /// Names one migration; drawn at random by the source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SessionId(pub [u8; 16]);
@@ -51,7 +56,7 @@ pub struct Hello {
     pub session: SessionId,
     /// Bytes in a page.
     pub page_size: u32,
-    /// Feature bits that the sender insists on: [`FEATURE_COPY`].
+    /// Feature bits that the sender insists on: some of [`FEATURES`].
     pub features: u64,
     /// The guest's memory.
     pub layout: MemoryLayout,
@@ -81,6 +86,11 @@ impl Hello {
             vcpus: 1,
             push_lanes: 1,
         }
+    }
+
+    /// Whether its pages may come compressed.
+    pub fn compressed(&self) -> bool {
+        self.features & FEATURE_COMPRESSION != 0
     }
 }
 
@@ -211,8 +221,8 @@ pub enum ToSource {
         settled: u64,
         /// Network faults so far.
         network_faults: u64,
-        /// Bytes of page content that the push lanes have delivered: what the
-        /// source's pacer measures the link by.
+        /// Bytes of page content, compressed as it came, that the push lanes have delivered:
+        /// what the source's pacer measures the link by.
         pushed_bytes: u64,
     },
     /// The guest's workload came to its end (for policies that wait for it).

@@ -3,6 +3,7 @@
 //! time and randomness are passed in.
 
 pub mod bitmap;
+pub mod compression;
 pub mod destination;
 pub mod frame;
 pub mod layout;

@@ -171,6 +171,11 @@ impl Pacer {
         (self.window as u64).clamp(self.config.window_min, max)
     }
 
+    /// Whether the start-up is over: the window is about as large as the link wants it.
+    pub fn is_steady(&self) -> bool {
+        self.phase == Phase::Steady
+    }
+
     /// What the push lanes deliver, in bits a second; 0 if not known yet.
     pub fn rate_bps(&self) -> u64 {
         (self.rate.bytes_a_second() * 8.0) as u64

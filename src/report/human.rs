@@ -4,11 +4,13 @@
 //! does not appear. Text in a report may come from elsewhere, so control characters
 //! are replaced before it can reach a terminal.
 
-use super::schema::{Distribution, Outcome, Report, Side};
+use super::schema::{CompressionSwitch, Distribution, Outcome, Report, Side};
 use indicatif::{HumanBytes, HumanCount};
 
 /// Columns of a line.
 const WIDTH: usize = 80;
+/// The most times that compression was turned on or off that are shown.
+const SWITCHES_SHOWN: usize = 4;
 /// Columns of the labels.
 const INDENT: usize = 17;
 
@@ -26,6 +28,7 @@ pub fn render(report: &Report) -> String {
     huge_pages(report, &mut page);
     page.gap();
     cost(report, &mut page);
+    compression(report, &mut page);
     page.gap();
     verdict(report, &mut page);
     page.text
@@ -250,6 +253,35 @@ fn cost(report: &Report, page: &mut Paper) {
         "Peak memory",
         [bytes("source", rss.source), bytes("destination", rss.destination)].into_iter().flatten(),
     );
+}
+
+fn compression(report: &Report, page: &mut Paper) {
+    let Some(of) = &report.compression else { return };
+    let count =
+        |count: u64, what: &str| (count > 0).then(|| format!("{} {what}", HumanCount(count)));
+    let frames = of.frames > 0;
+    let shrunk = || {
+        let [before, after] = [of.bytes_before, of.bytes_after].map(HumanBytes);
+        format!("{} pages from {before} to {after}", HumanCount(of.pages))
+    };
+    page.row(
+        "Compression",
+        [
+            Some(clean(&of.mode)),
+            Some(if frames { shrunk() } else { "no page compressed".to_owned() }),
+            count(of.unshrunk_frames, "frames did not become smaller"),
+            (of.cpu_us > 0).then(|| format!("processor time {}", micros(of.cpu_us))),
+            count(of.probes, "probes"),
+        ]
+        .into_iter()
+        .flatten(),
+    );
+    let switch = |switch: &CompressionSwitch| {
+        let (on, why) = (if switch.on { "on" } else { "off" }, clean(&switch.why));
+        format!("{on} after {}: {why}", micros(switch.at_us))
+    };
+    page.row("  turned", of.switches.iter().take(SWITCHES_SHOWN).map(switch));
+    page.row("  in the end", of.why.as_deref().map(clean));
 }
 
 fn verdict(report: &Report, page: &mut Paper) {

@@ -6,8 +6,8 @@
 //! terminal, and its numbers are added without overflow.
 
 use super::schema::{
-    Blocktime, Distribution, DowntimeParts, FaultHops, Guest, GuestSteps, Link, Mode, Outage,
-    Outcome, Pages, PerSide, Phases, Report, SCHEMA, Side, Switchover, WireBytes,
+    Blocktime, Compression, Distribution, DowntimeParts, FaultHops, Guest, GuestSteps, Link, Mode,
+    Outage, Outcome, Pages, PerSide, Phases, Report, SCHEMA, Side, Switchover, WireBytes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +61,8 @@ pub struct SourcePart {
     pub wire_bytes: WireBytes,
     /// See [`FaultHops::serve`].
     pub serve_ns: Option<Distribution>,
+    /// See [`Report::compression`].
+    pub compression: Option<Compression>,
     /// Processor time.
     pub cpu_us: Option<u64>,
     /// The most memory resident.
@@ -205,6 +207,7 @@ impl Report {
         wire.to_source = source.wire_bytes.to_source.or(wire.to_source);
         // Only the source knows it, whatever the peer says.
         report.fault_hops_ns.serve = source.serve_ns;
+        report.compression = source.compression;
         report.cpu_us.source = source.cpu_us;
         report.peak_rss_bytes.source = source.peak_rss_bytes;
         report
@@ -248,6 +251,7 @@ impl Report {
             wire_bytes: part.wire_bytes,
             cpu_us: PerSide { source: None, destination: part.cpu_us },
             peak_rss_bytes: PerSide { source: None, destination: part.peak_rss_bytes },
+            compression: None,
             outages: part.outages,
             huge_pages: None,
             verified: part.verified,

@@ -4,6 +4,7 @@
 //! It decides nothing and stamps no times of its own; the engine hands them in.
 
 mod check;
+mod compression;
 pub mod human;
 pub mod latency;
 pub mod merge;

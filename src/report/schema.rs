@@ -4,6 +4,7 @@
 //! bytes. What was not measured is `None` here and absent there, never 0; what was
 //! measured and is 0 is there. Who fills which field in is in [`merge`](super::merge).
 
+pub use super::compression::{Compression, CompressionSwitch};
 use serde::{Deserialize, Serialize};
 
 /// The value of `schema`.
@@ -138,6 +139,10 @@ pub struct Report {
     pub cpu_us: PerSide,
     /// The most memory resident, guest memory included.
     pub peak_rss_bytes: PerSide,
+    /// What compressing pushed pages came to, and when it was on; absent if it was not wanted,
+    /// or nothing was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
     /// The losses of the link after the commit, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub outages: Vec<Outage>,

@@ -38,7 +38,7 @@ fn a_peer_of_another_version_is_refused_by_that_field() {
 #[test]
 fn a_proposal_that_does_not_fit_is_refused_by_its_field() {
     refused(|hello| hello.page_size = 65536, &["the page size: source 65536, destination 4096"]);
-    refused(|hello| hello.features = 4, &["features: source 0x4, destination none"]);
+    refused(|hello| hello.features = 4, &["features: source 0x4, destination 0x1"]);
     refused(|hello| hello.vcpus = 3, &["vCPUs: source 3, destination 1"]);
     refused(|hello| hello.vcpus = u16::MAX, &["vCPUs: source 65535"]);
     refused(
@@ -143,6 +143,34 @@ fn a_bad_page_frame_ends_the_session_with_its_reason() {
     // The same after good ones.
     let bytes = [frame(0), frame(1), frame(PAGES)].concat();
     ends_after_accepting(|source| source.push(&bytes), &["pages 4096+1 are not in a guest"]);
+}
+
+#[test]
+fn a_bad_compressed_frame_ends_the_session_with_its_reason() {
+    // An offset of 5 after 4 bytes: it copies from before the block.
+    let before_it: &[u8] = &[0x44, 1, 2, 3, 4, 5, 0];
+    let cases: [(u32, u32, &[u8], &str); 5] = [
+        (1, 0, &[], "says its content has 0 bytes"),
+        (1, 4096, &[0; 4096], "says its content has 4096 bytes"),
+        (65, 100, &[0; 100], "a page frame carries 65 pages"),
+        (2, 5, &[0x40, 1, 2, 3, 4], "holds 4 bytes of pages; its header says 8192"),
+        (2, 7, before_it, "the offset to copy is not contained"),
+    ];
+    let accepted = || {
+        let receiver = Receiver::start();
+        let hello = Hello { features: message::FEATURE_COMPRESSION, ..proposal(PAGES) };
+        let source = FakeSource::accepted(&receiver.ticket, hello);
+        (receiver, source)
+    };
+    for (count, length, content, why) in cases {
+        let (receiver, mut source) = accepted();
+        source.push(&[&frame_header(3, 2, 0, 0, count, length)[..], content].concat());
+        receiver.fails_with(3, &[why]);
+    }
+    // What somebody waits for is not compressed, whatever was agreed upon.
+    let (receiver, mut source) = accepted();
+    source.send_seeds(&frame_header(3, 0, 0, 0, 1, 100));
+    receiver.fails_with(3, &["unknown or not negotiated kind 3"]);
 }
 
 /// Nothing more may come on the other streams: the source waits for an answer, say.

@@ -68,6 +68,7 @@ fn migrate(guest: &Guest, ticket: &str, alter: Alter) -> Outcome {
         pivots: None,
         drain_after: None,
         switchover: Default::default(),
+        compress: Default::default(),
         machine: attached.machine.clone(),
         guest: info.workload_json.into_bytes(),
         vcpus: info.vcpus as u16,

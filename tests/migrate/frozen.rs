@@ -117,6 +117,7 @@ fn config(attached: &Attached, receiver: &Receiver) -> SourceConfig {
         pivots: None,
         drain_after: None,
         switchover: Default::default(),
+        compress: Default::default(),
         machine: attached.machine.clone(),
         guest: attached.guest.workload_json.clone().into_bytes(),
         vcpus: attached.guest.vcpus as u16,

@@ -429,7 +429,7 @@ impl<L: Ledger> World<L> {
 
     fn take_frame_of(&mut self, epoch: u32, header: [u8; 24], versions: Vec<u64>) {
         self.checker.takes_frame(epoch);
-        let limits = FrameLimits { pages: self.pages, epoch };
+        let limits = FrameLimits { pages: self.pages, epoch, compressed: false };
         let header = match FrameHeader::parse(&header, limits) {
             Ok(header) => header,
             Err(error) => return self.checker.fail(format!("to the destination: {error}")),

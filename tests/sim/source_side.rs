@@ -481,7 +481,7 @@ impl<L: Ledger> World<L> {
     /// The urgent server: answers on the lane that the request came on.
     fn serve(&mut self, lane: Lane, request: [u8; 24]) {
         let Some(session) = &self.source.session else { return };
-        let limits = FrameLimits { pages: self.pages, epoch: session.epoch() };
+        let limits = FrameLimits { pages: self.pages, epoch: session.epoch(), compressed: false };
         let request = match PageRequest::parse(&request, limits) {
             Ok(request) => request,
             Err(error) => return self.checker.fail(format!("to the source: {error}")),

@@ -23,7 +23,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "proto",
         modules: &[],
-        crates: Some(&["serde", "thiserror", "postcard", "loom", "std", "core"]),
+        crates: Some(&["serde", "thiserror", "postcard", "loom", "lz4_flex", "std", "core"]),
     },
     // Judges the others, so it shares no code with them.
     Layer { name: "checker", modules: &[], crates: Some(&["std", "serde", "thiserror"]) },

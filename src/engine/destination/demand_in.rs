@@ -91,7 +91,9 @@ impl DemandLanes {
     fn receive(&self, stream: RecvStream) -> impl Future<Output = Result<(), LaneError>> + 'static {
         let (installer, traps, epoch) = (self.installer.clone(), self.traps.clone(), self.epoch);
         async move {
-            let limits = FrameLimits { pages: installer.ledger.pages(), epoch };
+            // Somebody waits for these pages: they are never compressed.
+            let pages = installer.ledger.pages();
+            let limits = FrameLimits { pages, epoch, compressed: false };
             let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
             let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
             loop {

@@ -9,7 +9,7 @@ use crate::memory::ram::GuestRam;
 use crate::memory::reserve::{Counterweight, ReserveError, Reserved, reserve_files};
 use crate::memory::users::{self, MemoryUser};
 use crate::proto::layout::MemoryLayout;
-use crate::proto::message::{FEATURE_COPY, Hello, Mismatch};
+use crate::proto::message::{FEATURE_COPY, FEATURES, Hello, Mismatch};
 use crate::uffd::{DestinationBacking, Placer, Trap, UffdOptions, register};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use nix::unistd::Pid;
@@ -240,9 +240,9 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
         if hello.page_size != page_size {
             return Err(Mismatch::new("the page size", hello.page_size, page_size));
         }
-        if hello.features & !FEATURE_COPY != 0 {
-            let ours = format!("at most {FEATURE_COPY:#x}");
-            return Err(Mismatch::new("features", format!("{:#x}", hello.features), ours));
+        if hello.features & !FEATURES != 0 {
+            let [theirs, ours] = [hello.features, FEATURES].map(|bits| format!("{bits:#x}"));
+            return Err(Mismatch::new("features", theirs, ours));
         }
         let bytes = hello.layout.bytes();
         let cannot = |field: &str, why: String| Mismatch::new(field, format!("{bytes} bytes"), why);

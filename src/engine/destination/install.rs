@@ -235,7 +235,12 @@ impl Installer {
                     self.place(landing, Cargo::Poison, came, again)?;
                 }
             }
-            PageKind::Zero | PageKind::Hole | PageKind::Compressed => {
+            // Whoever reads frames has it decompressed.
+            PageKind::Compressed => {
+                let why = format!("{:?} came compressed", frame.run);
+                return Err(LaneError::Local(why));
+            }
+            PageKind::Zero | PageKind::Hole => {
                 self.give_back(frame.run)?;
                 let counter = self.arrivals.of(frame.kind, frame.origin);
                 counter.fetch_add(frame.run.count(), Ordering::Relaxed);

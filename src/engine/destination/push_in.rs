@@ -3,7 +3,8 @@
 use super::install::Installer;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
-use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN};
+use crate::proto::compression::codec::Decompressor;
+use crate::proto::frame::{FrameHeader, FrameLimits, HEADER_LEN, PageKind};
 use crate::proto::message::SessionId;
 use crate::proto::page::{PAGE_SIZE, RUN_PAGES_MAX};
 use crate::transport::wire_io::FrameReader;
@@ -27,19 +28,29 @@ pub const CLOSE_USED: u32 = 2;
 /// What push lanes wait for before they take anything in, and what they count.
 #[derive(Debug)]
 pub struct PushGate {
-    /// Where pages go, and the link epoch of those that are welcome; `None` until the
-    /// proposal was accepted.
-    pub open: watch::Sender<Option<(Arc<Installer>, u32)>>,
+    /// Which pages are welcome, and where they go; `None` until the proposal was accepted.
+    pub open: watch::Sender<Option<Opened>>,
     /// The migration whose links are welcome, once it is known.
     pub session: watch::Sender<Option<SessionId>>,
     /// Tells the lanes to end.
     pub over: watch::Sender<bool>,
-    /// Content bytes received.
+    /// Content bytes received, compressed as they came.
     pub pushed_bytes: AtomicU64,
     /// Each lane's link.
     links: Mutex<HashMap<u8, Connection>>,
     /// Bytes in UDP datagrams received and sent, of links that were replaced.
     replaced: [AtomicU64; 2],
+}
+
+/// Pages that are welcome.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// Where they go.
+    pub installer: Arc<Installer>,
+    /// The link epoch that they are of.
+    pub epoch: u32,
+    /// Whether they may be compressed.
+    pub compressed: bool,
 }
 
 impl Default for PushGate {
@@ -181,16 +192,25 @@ async fn receive_frames(stream: RecvStream, epoch: u32, gate: Arc<PushGate>) -> 
     let received = async {
         let mut open = gate.open.subscribe();
         // Nothing of a peer is looked at before its proposal, or its return, was accepted.
-        let is_open = |gate: &Option<(_, u32)>| gate.as_ref().is_some_and(|of| of.1 >= epoch);
+        let is_open = |gate: &Option<Opened>| gate.as_ref().is_some_and(|of| of.epoch >= epoch);
         let opened = open.wait_for(is_open).await.map(|gate| gate.clone());
-        let Ok(Some((installer, _))) = opened else { return Ok(()) };
-        let limits = FrameLimits { pages: installer.ledger.pages(), epoch };
+        let Ok(Some(Opened { installer, compressed, .. })) = opened else { return Ok(()) };
+        let limits = FrameLimits { pages: installer.ledger.pages(), epoch, compressed };
         let content_max = RUN_PAGES_MAX as usize * PAGE_SIZE;
         let mut frames = FrameReader::new(stream, HEADER_LEN, content_max);
+        let mut decompressor: Option<Box<Decompressor>> = None;
         while let Some(frame) = frames.next(|header| parse(header, limits)).await.map_err(wire)? {
-            let content = Content::of_pieces(frame.payload.pieces());
+            let (mut header, pieces) = (frame.header, frame.payload.pieces());
+            let mut content = Content::of_pieces(pieces);
+            if header.kind == PageKind::Compressed {
+                header = header.decompressed();
+                let decompressor = decompressor.get_or_insert_default();
+                let pages = decompressor.decompress(content.pieces(), header.content_len);
+                let hostile = |error| LaneError::Violation(crate::engine::error_chain(&error));
+                content = Content::from(pages.map_err(hostile)?);
+            }
             // The thread that reads events clears what is pending meanwhile.
-            installer.install(&frame.header, content, Instant::now(), &mut || {}).await?;
+            installer.install(&header, content, Instant::now(), &mut || {}).await?;
             gate.pushed_bytes.fetch_add(frame.payload.len() as u64, Ordering::Relaxed);
         }
         Ok(())

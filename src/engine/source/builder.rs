@@ -7,6 +7,7 @@ use crate::engine::config::{
 use crate::engine::event::Event;
 use crate::memory::ram::GuestRam;
 use crate::memory::users::{self, MemoryUser};
+use crate::proto::compression::CompressMode;
 use crate::proto::message::{GUEST_INFO_MAX, TEXT_MAX};
 use crate::proto::prepaging::{PIVOTS_MAX, PolicyKind};
 use crate::proto::source::SessionLimits;
@@ -45,6 +46,7 @@ impl SourceBuilder {
             pivots: None,
             drain_after: None,
             switchover: SwitchoverConfig::default(),
+            compress: CompressMode::default(),
             machine: String::new(),
             guest: Vec::new(),
             vcpus: 1,
@@ -110,6 +112,13 @@ impl SourceBuilder {
     /// destination's memory must be in files.
     pub fn switchover(mut self, switchover: SwitchoverConfig) -> Self {
         self.config.switchover = switchover;
+        self
+    }
+
+    /// Whether pushed pages are compressed: while it saves time, all that become smaller, or
+    /// none. Unless it is none, a destination that cannot decompress refuses the guest.
+    pub fn compress(mut self, mode: CompressMode) -> Self {
+        self.config.compress = mode;
         self
     }
 

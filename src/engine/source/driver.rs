@@ -23,9 +23,10 @@ use crate::engine::vm::{Captured, SourceVm};
 use crate::failpoint::failpoint;
 use crate::memory::dirty_bitmap::DirtyBitmap;
 use crate::memory::ram::GuestRam;
+use crate::proto::compression::{CompressMode, Compression};
 use crate::proto::frame::{Origin, PageKind};
 use crate::proto::ledger::LinkEpoch;
-use crate::proto::message::{Hello, ToDestination, ToSource};
+use crate::proto::message::{FEATURE_COMPRESSION, Hello, ToDestination, ToSource};
 use crate::proto::pacing::{Pacer, PacerConfig};
 use crate::proto::page::{PAGE_SIZE, PageRun};
 use crate::proto::prepaging::PolicyConfig;
@@ -133,7 +134,9 @@ impl Driver {
         let push_ports = config.ticket.push_lanes();
         let machine = match beginning {
             Beginning::New(session) => {
+                let compresses = config.compress != CompressMode::Never;
                 let hello = Hello {
+                    features: if compresses { FEATURE_COMPRESSION } else { 0 },
                     guest: config.guest.clone(),
                     vcpus: config.vcpus,
                     push_lanes: push_ports as u16,
@@ -159,6 +162,7 @@ impl Driver {
             source: shared.clone(),
             policy: std::sync::Mutex::new(config.policy.build(policy)),
             pacer: std::sync::Mutex::new(Pacer::new(PacerConfig::default())),
+            compression: std::sync::Mutex::new(Compression::new(config.compress)),
             notes,
             zeros,
             lanes: push_ports.max(1) as u64,
@@ -289,6 +293,7 @@ impl Driver {
                 let rtt_initial = Some(link.transport.connection.rtt());
                 let config = PacerConfig { rtt_initial, ..PacerConfig::default() };
                 *lock(&self.push.pacer) = Pacer::new(config);
+                lock(&self.push.compression).new_link(now);
                 self.rtt = rtt_initial;
                 self.link = Some(*link);
                 if self.machine.state() == SourceState::Connecting {
@@ -457,6 +462,7 @@ impl Driver {
             machine: &self.machine,
             shared: &self.shared,
             pacer: &lock(&self.push.pacer),
+            compression: &lock(&self.push.compression),
             captured: self.captured.as_ref(),
             observed: &self.figures,
             outcome: &outcome,

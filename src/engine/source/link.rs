@@ -3,6 +3,7 @@
 
 use super::SourceConfig;
 use super::push::PushShared;
+use super::shrink::Shrinker;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::message::SessionId;
@@ -132,6 +133,7 @@ pub async fn push_lane(
     let mut connecting: Option<Connecting> = None;
     let mut linked_epoch = 0;
     let mut pushing = false;
+    let mut shrinker = Shrinker::new();
     loop {
         let connected = async {
             match &mut connecting {
@@ -142,7 +144,7 @@ pub async fn push_lane(
         let push = async {
             match &mut link {
                 Some((link, stream)) if pushing => {
-                    shared.push(&link.connection, stream, linked_epoch).await
+                    shared.push(&link.connection, stream, linked_epoch, &mut shrinker).await
                 }
                 // One that ends before it is needed is told at once: the guest is here still.
                 Some((link, _)) => Err(LaneError::lost(link.connection.closed().await)),
@@ -261,6 +263,7 @@ mod tests {
             pivots: None,
             drain_after: None,
             switchover: Default::default(),
+            compress: Default::default(),
             machine: String::new(),
             guest: Vec::new(),
             vcpus: 1,

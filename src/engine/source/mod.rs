@@ -13,6 +13,7 @@ mod push;
 mod report;
 mod said;
 mod serve;
+mod shrink;
 mod zero_scan;
 
 use super::event::{Event, Watch};
@@ -20,6 +21,7 @@ use super::operator::Operator;
 use super::room::Room;
 use super::vm::SourceVm;
 use crate::memory::ram::GuestRam;
+use crate::proto::compression::CompressMode;
 use crate::proto::message::SessionId;
 use crate::proto::prepaging::PolicyKind;
 use crate::proto::source::{Outcome, SessionLimits};
@@ -52,6 +54,9 @@ pub struct SourceConfig {
     pub drain_after: Option<Duration>,
     /// How much is copied before the guest moves.
     pub switchover: SwitchoverConfig,
+    /// Whether pushed pages are compressed. Unless it is never, the destination must know how to
+    /// decompress them.
+    pub compress: CompressMode,
     /// The machine configuration, see [`Hello::machine`](crate::proto::message::Hello::machine).
     pub machine: String,
     /// The VMM's description of the guest, see [`Hello::guest`](crate::proto::message::Hello::guest).

@@ -3,8 +3,10 @@
 
 use super::copy::Round;
 use super::serve::{FaultNote, SourceShared};
+use super::shrink::Shrinker;
 use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
+use crate::proto::compression::Compression;
 use crate::proto::frame::{HEADER_LEN, Origin, PageKind};
 use crate::proto::pacing::Pacer;
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
@@ -32,6 +34,8 @@ pub struct PushShared {
     pub policy: Mutex<Box<dyn Policy>>,
     /// Decides how much may be outstanding.
     pub pacer: Mutex<Pacer>,
+    /// Decides what is compressed.
+    pub compression: Mutex<Compression>,
     /// Faults on their way to the policy.
     pub notes: Receiver<FaultNote>,
     /// Holes and zero pages found by the scan.
@@ -58,18 +62,24 @@ impl PushShared {
         connection: &Connection,
         stream: &mut SendStream,
         epoch: u32,
+        shrinker: &mut Shrinker,
     ) -> Result<(), LaneError> {
         let mut overhead = Overhead::default();
         let mut look_up = tokio::time::interval(WINDOW_EVERY);
         look_up.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        shrinker.idle(&self.compression);
         loop {
             let wait = lock(&self.rate).wait(self.source.began.elapsed());
-            if self.held.load(Ordering::SeqCst) || !wait.is_zero() {
+            let held = self.held.load(Ordering::SeqCst);
+            if held || !wait.is_zero() {
+                if held {
+                    shrinker.idle(&self.compression);
+                }
                 self.idle(connection, wait).await?;
                 continue;
             }
             self.follow_window(connection);
-            let mut frame = pin!(self.send_one(stream, epoch));
+            let mut frame = pin!(self.send_one(stream, epoch, shrinker));
             // A frame may be far larger than the window of a moment, and would leave through it
             // bit by bit.
             let sent = loop {
@@ -80,6 +90,7 @@ impl PushShared {
                 }
             };
             let Some(bytes) = sent else {
+                shrinker.idle(&self.compression);
                 self.round.idle.notify_one();
                 self.idle(connection, Duration::ZERO).await?;
                 continue;
@@ -113,6 +124,7 @@ impl PushShared {
         &self,
         stream: &mut SendStream,
         epoch: u32,
+        shrinker: &mut Shrinker,
     ) -> Result<Option<u64>, LaneError> {
         if !self.round.is_over() {
             let pages_max = self.pages_max(lock(&self.pacer).run_pages());
@@ -122,7 +134,7 @@ impl PushShared {
             return self.push_zeros(stream, run, kind, epoch).await.map(Some);
         }
         match self.suggestion() {
-            Some(suggestion) => self.push_run(stream, suggestion, epoch).await.map(Some),
+            Some(suggestion) => self.push_run(stream, suggestion, epoch, shrinker).await.map(Some),
             None => Ok(None),
         }
     }
@@ -155,6 +167,7 @@ impl PushShared {
         stream: &mut SendStream,
         suggestion: Suggestion,
         epoch: u32,
+        shrinker: &mut Shrinker,
     ) -> Result<u64, LaneError> {
         let origin = match suggestion.origin {
             prepaging::Origin::Push => Origin::Push,
@@ -168,12 +181,21 @@ impl PushShared {
             let (part, kind) = self.source.known.first_part(run);
             if let Some(claim) = self.source.ledger.claim_within(part) {
                 failpoint!("source::after_push_claimed", return Err(broken()));
-                let bytes = frame_bytes(claim.run(), kind);
-                match kind {
-                    PageKind::Raw => self.source.send(stream, claim, origin, epoch).await?,
-                    kind => self.source.send_as(stream, claim, kind, origin, epoch).await?,
+                let (began, bytes) = (self.source.began, claim.run().bytes());
+                let mut on_stream = frame_bytes(claim.run(), kind);
+                if kind != PageKind::Raw {
+                    self.source.send_as(stream, claim, kind, origin, epoch).await?;
+                    return Ok(on_stream);
                 }
-                return Ok(bytes);
+                let compress = |pages: &[u8]| {
+                    let block = shrinker.shrink(&self.compression, began, pages);
+                    on_stream -= block.as_ref().map_or(0, |block| pages.len() - block.len()) as u64;
+                    block
+                };
+                self.source.send(stream, claim, origin, epoch, compress).await?;
+                let steady = || lock(&self.pacer).is_steady();
+                shrinker.sent(&self.compression, began, bytes, steady);
+                return Ok(on_stream);
             }
             let left = run.end().saturating_sub(part.end());
             rest = PageRun::new(PageIndex::new(part.end()), left);

@@ -5,6 +5,7 @@ use super::serve::SourceShared;
 use crate::engine::outage::Outages;
 use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::engine::vm::Captured;
+use crate::proto::compression::{Compression, Switch};
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::source::{Outcome, SourceSession};
@@ -56,6 +57,8 @@ pub struct Facts<'a> {
     pub shared: &'a SourceShared,
     /// The link as measured.
     pub pacer: &'a Pacer,
+    /// What was compressed, and why.
+    pub compression: &'a Compression,
     /// The pause.
     pub captured: Option<&'a Captured>,
     /// See [`Observed`].
@@ -184,8 +187,35 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
         },
         outages: facts.observed.outages.of_source(),
         serve_ns: Some(served.summary()),
+        compression: compression(facts.compression),
         cpu_us: cpu_us(),
         peak_rss_bytes: peak_rss_bytes(),
         ..SourcePart::default()
     }
+}
+
+fn compression(of: &Compression) -> Option<schema::Compression> {
+    let figures = of.figures()?;
+    let switch = |switch: &Switch| schema::CompressionSwitch {
+        at_us: switch.at.as_micros() as u64,
+        on: switch.on,
+        why: switch.why.text().into(),
+        shrunk_to_percent: switch.ratio.map(|ratio| (ratio * 100.0).round() as u64),
+        page_cpu_ns: switch.cost_ns.map(|cost| (cost * PAGE_SIZE as f64).round() as u64),
+        link_bytes_per_second: switch.speed.map(|speed| speed as u64),
+    };
+    Some(schema::Compression {
+        mode: of.mode().name().into(),
+        pages: figures.page_bytes / PAGE_SIZE as u64,
+        frames: figures.frames,
+        bytes_before: figures.page_bytes,
+        bytes_after: figures.sent_bytes,
+        unshrunk_frames: figures.unshrunk,
+        cpu_us: figures.took.as_micros() as u64,
+        probes: figures.probes,
+        probes_cpu_us: figures.probes_took.as_micros() as u64,
+        why: of.why().map(|why| why.text().into()),
+        switched: figures.switched,
+        switches: figures.switches.iter().map(switch).collect(),
+    })
 }

@@ -96,16 +96,9 @@ impl SourceShared {
         })
     }
 
-    /// What a frame or request of `epoch` is checked against.
+    /// What a request of `epoch` is checked against.
     pub fn limits(&self, epoch: u32) -> FrameLimits {
-        FrameLimits { pages: self.ram.layout().pages(), epoch }
-    }
-
-    /// The claimed pages as a frame: header and content, which must be readable.
-    fn frame(&self, claim: &Claim, kind: PageKind, origin: Origin, epoch: u32) -> [Bytes; 2] {
-        let header = FrameHeader::for_claim(claim, kind, origin, epoch);
-        let content = if kind == PageKind::Raw { self.content(claim) } else { Bytes::new() };
-        [Bytes::copy_from_slice(&header.encode()), content]
+        FrameLimits { pages: self.ram.layout().pages(), epoch, compressed: false }
     }
 
     fn content(&self, claim: &Claim) -> Bytes {
@@ -118,22 +111,33 @@ impl SourceShared {
     }
 
     /// Sends claimed pages that lie in one segment: with content, or as lost where they
-    /// cannot be read, in as many frames as that takes.
+    /// cannot be read, in as many frames as that takes. `compress` is shown the content of each,
+    /// and may return it compressed.
     pub async fn send(
         &self,
         stream: &mut SendStream,
         claim: Claim,
         origin: Origin,
         epoch: u32,
+        mut compress: impl FnMut(&[u8]) -> Option<Bytes>,
     ) -> Result<(), LaneError> {
         let mut rest = Some(claim);
         while let Some(mut claim) = rest {
-            let (kind, pages) = match self.guarded.readable(&self.ram, claim.run()) {
-                0 => (PageKind::Poison, self.unreadable(claim.run())),
-                pages => (PageKind::Raw, pages),
+            let readable = self.guarded.readable(&self.ram, claim.run());
+            if readable == 0 {
+                rest = claim.split_off(self.unreadable(claim.run()));
+                self.send_as(stream, claim, PageKind::Poison, origin, epoch).await?;
+                continue;
+            }
+            rest = claim.split_off(readable);
+            let content = self.content(&claim);
+            let (header, content) = match compress(&content) {
+                Some(block) => {
+                    (FrameHeader::for_compressed(&claim, block.len(), origin, epoch), block)
+                }
+                None => (FrameHeader::for_claim(&claim, PageKind::Raw, origin, epoch), content),
             };
-            rest = claim.split_off(pages);
-            self.send_as(stream, claim, kind, origin, epoch).await?;
+            self.send_frame(stream, claim, header, content).await?;
         }
         Ok(())
     }
@@ -145,7 +149,7 @@ impl SourceShared {
         1 + lost.count() as u64
     }
 
-    /// Sends the claimed pages in one frame.
+    /// Announces the claimed pages in one frame, without content.
     pub async fn send_as(
         &self,
         stream: &mut SendStream,
@@ -157,7 +161,19 @@ impl SourceShared {
         if kind == PageKind::Poison {
             self.lost.note(claim.run(), self.ram.layout());
         }
-        let mut frame = self.frame(&claim, kind, origin, epoch);
+        let header = FrameHeader::for_claim(&claim, kind, origin, epoch);
+        self.send_frame(stream, claim, header, Bytes::new()).await
+    }
+
+    async fn send_frame(
+        &self,
+        stream: &mut SendStream,
+        claim: Claim,
+        header: FrameHeader,
+        content: Bytes,
+    ) -> Result<(), LaneError> {
+        let (kind, origin) = (header.kind, header.origin);
+        let mut frame = [Bytes::copy_from_slice(&header.encode()), content];
         stream.write_all_chunks(&mut frame).await.map_err(LaneError::lost)?;
         match (origin, kind) {
             (Origin::Seed, _) => failpoint!("source::after_seed_sent"),
@@ -286,7 +302,8 @@ async fn send_claimed(
             kind => kind,
         };
         match kind {
-            PageKind::Raw => shared.send(stream, claim, origin, epoch).await?,
+            // Somebody waits for it, or will at once: it is not worth a delay.
+            PageKind::Raw => shared.send(stream, claim, origin, epoch, |_| None).await?,
             kind => shared.send_as(stream, claim, kind, origin, epoch).await?,
         }
     }

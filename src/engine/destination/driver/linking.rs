@@ -6,7 +6,7 @@ use crate::engine::control::ControlError;
 use crate::engine::destination::demand_in::DemandLanes;
 use crate::engine::destination::links::{NewLink, last_words, spawn_listener};
 use crate::engine::destination::placed_out;
-use crate::engine::destination::push_in::CLOSE_USED;
+use crate::engine::destination::push_in::{CLOSE_USED, Opened};
 use crate::engine::destination::said;
 use crate::engine::lane::LaneError;
 use crate::proto::destination::{DestinationEvent, DestinationSession};
@@ -130,7 +130,9 @@ impl Driver {
         traps.set_epoch(epoch);
         installer.begin(epoch, &mut || traps.again());
         self.facts.outages.up(epoch, 0);
-        self.gate.open.send_replace(Some((installer.clone(), epoch)));
+        let compressed = hello.compressed();
+        let opened = Opened { installer: installer.clone(), epoch, compressed };
+        self.gate.open.send_replace(Some(opened));
         let lanes = DemandLanes {
             connection: link.connection.clone(),
             installer: installer.clone(),
