@@ -148,7 +148,9 @@ fn main() -> ExitCode {
 }
 
 fn measure(arguments: &Arguments) -> anyhow::Result<()> {
-    if let Err(error) = open(UffdOptions::for_process(), true, true) {
+    if let Err(error) =
+        open(UffdOptions::for_process(), postcopy::DestinationBacking::MemfdContinue)
+    {
         println!("SKIPPED: no guest can be taken in here: {error}");
         return Ok(());
     }

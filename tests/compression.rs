@@ -31,7 +31,7 @@ fn watchdog() -> Sender<()> {
 }
 
 fn can_receive() -> bool {
-    let opened = open(UffdOptions::for_process(), true, true);
+    let opened = open(UffdOptions::for_process(), postcopy::DestinationBacking::MemfdContinue);
     if let Err(error) = &opened {
         println!("SKIPPED: {error}");
     }

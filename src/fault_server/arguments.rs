@@ -345,10 +345,14 @@ mod tests {
             ];
             let line = Line::try_parse_from(text).unwrap();
             let max_downtime = Duration::from_millis(50);
-            assert_eq!(
-                line.switchover.config(),
-                SwitchoverConfig { mode, rounds: 3, max_downtime }
-            );
+            let wanted = SwitchoverConfig {
+                mode,
+                rounds: 3,
+                max_downtime,
+                max_bandwidth: Some(2_000_000_000),
+                max_postcopy_bandwidth: None,
+            };
+            assert_eq!(line.switchover.config(), wanted);
             let passed_on = [vec!["x".to_owned()], line.switchover.to_arguments()].concat();
             let again = Line::try_parse_from(passed_on).unwrap();
             assert_eq!(again.switchover.config(), line.switchover.config());

@@ -13,8 +13,6 @@ use std::fmt;
 pub const PROTOCOL_VERSION: u16 = 1;
 /// First bytes of a [`Hello`].
 pub const MAGIC: [u8; 4] = *b"PCPY";
-/// Feature bit of a [`Hello`]: pages come before the machine state, too.
-pub const FEATURE_COPY: u64 = 1;
 /// The most bytes of a guest's machine state.
 pub const STATE_MAX: usize = 16 << 20;
 /// The most bytes of a message: a machine state and its envelope.
@@ -24,6 +22,8 @@ pub const TEXT_MAX: usize = 4096;
 /// The most bytes of the VMM's own description of the guest.
 pub const GUEST_INFO_MAX: usize = 32 << 10;
 
+/// The feature bit of a source that sends pages before the machine state, too.
+pub const FEATURE_COPY: u64 = 1;
 /// The feature bit of a source that may send pages compressed.
 pub const FEATURE_COMPRESSION: u64 = 2;
 /// All feature bits that a destination of this version takes.

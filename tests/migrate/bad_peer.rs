@@ -38,7 +38,7 @@ fn a_peer_of_another_version_is_refused_by_that_field() {
 #[test]
 fn a_proposal_that_does_not_fit_is_refused_by_its_field() {
     refused(|hello| hello.page_size = 65536, &["the page size: source 65536, destination 4096"]);
-    refused(|hello| hello.features = 4, &["features: source 0x4, destination 0x1"]);
+    refused(|hello| hello.features = 4, &["features: source 0x4, destination 0x3"]);
     refused(|hello| hello.vcpus = 3, &["vCPUs: source 3, destination 1"]);
     refused(|hello| hello.vcpus = u16::MAX, &["vCPUs: source 65535"]);
     refused(

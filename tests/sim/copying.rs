@@ -30,7 +30,7 @@ pub fn draw(random: &mut Random) -> SwitchoverConfig {
     let rounds = random.between(1, 4) as u32;
     // One that is never kept has pre-copy give up.
     let max_downtime = Duration::from_millis(random.pick(&[1, 20, 1000]));
-    SwitchoverConfig { mode, rounds, max_downtime }
+    SwitchoverConfig { mode, rounds, max_downtime, ..SwitchoverConfig::default() }
 }
 
 /// Whether it comes to no end: no pause is as short as that.

@@ -79,14 +79,16 @@ impl PushShared {
                 continue;
             }
             self.follow_window(connection);
-            let mut frame = pin!(self.send_one(stream, epoch, shrinker));
-            // A frame may be far larger than the window of a moment, and would leave through it
-            // bit by bit.
-            let sent = loop {
-                tokio::select! {
-                    biased;
-                    sent = &mut frame => break sent?,
-                    _ = look_up.tick() => self.follow_window(connection),
+            let sent = {
+                let mut frame = pin!(self.send_one(stream, epoch, shrinker));
+                // A frame may be far larger than the window of a moment, and would leave through
+                // it bit by bit.
+                loop {
+                    tokio::select! {
+                        biased;
+                        sent = &mut frame => break sent?,
+                        _ = look_up.tick() => self.follow_window(connection),
+                    }
                 }
             };
             let Some(bytes) = sent else {
