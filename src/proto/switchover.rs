@@ -20,12 +20,16 @@
 //! * Another round is run as long as it takes more faults off the guest than it costs: of `r`
 //!   pages it settles `r (1 - q)`, each of which is a fault less, and costs a share of the link and
 //!   the processors for `r s`, and a trap for each page that is written again.
+//! * And as long as what goes over the link in all stays below [`AUTO_SENT`] times the guest's
+//!   memory.
 //! * Else the guest moves, and what is left follows.
 
 use std::time::Duration;
 
 /// The longest that the automatic mode pauses the guest for copying, whatever the user allows.
 pub const AUTO_STOP: Duration = Duration::from_millis(20);
+/// How much the automatic mode sends in all, in guests, as far as a round can be foreseen.
+pub const AUTO_SENT: f64 = 2.0;
 /// What a pause costs beside the copying: capture, restore, and some round trips.
 const FIXED: Duration = Duration::from_millis(5);
 /// Rounds after which pre-copy is taken not to come to an end.
@@ -178,6 +182,7 @@ pub struct RoundEnd {
 #[derive(Clone, Debug)]
 pub struct Planner {
     config: SwitchoverConfig,
+    pages: u64,
     rtt: Duration,
     /// Pages that were stale when the round began.
     before: u64,
@@ -197,7 +202,7 @@ impl Planner {
             Mode::PreCopy | Mode::Hybrid | Mode::Auto => Next::Round,
         };
         let (rtt, ended, looked) = (Duration::ZERO, Vec::new(), None);
-        Self { config, rtt, before: pages, last, ordered: false, ended, looked }
+        Self { config, pages, rtt, before: pages, last, ordered: false, ended, looked }
     }
 
     /// What was asked for.
@@ -318,6 +323,15 @@ impl Planner {
         }
         let again = self.again(round.stale as f64);
         let share = format!("{:.0} % are to be sent again", again * 100.0);
+        let before: u64 = self.ended.iter().map(|ended| ended.round.sent).sum();
+        // What was sent, what is left, and what of that would be sent once more.
+        let sent = (before + round.sent) as f64 + round.stale as f64 * (1.0 + again);
+        if sent > AUTO_SENT * self.pages as f64 {
+            let sent = sent / self.pages as f64;
+            let why =
+                format!("{share}: a round more makes {sent:.1} guests sent, the rest follows");
+            return (Next::PostCopy, why);
+        }
         if count < ROUNDS_MAX && self.pays(s, again) {
             return (Next::Round, format!("{share}: another round pays"));
         }
