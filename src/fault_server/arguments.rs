@@ -154,7 +154,8 @@ impl SwitchoverArgs {
             ("--max-bandwidth", self.max_bandwidth),
             ("--max-postcopy-bandwidth", self.max_postcopy_bandwidth),
         ] {
-            arguments.extend(limit.into_iter().flat_map(|bps| [name.into(), format!("{bps}bit")]));
+            let written = |bps| format!("{}kbit", bps as f64 / 1e3);
+            arguments.extend(limit.into_iter().flat_map(|bps: u64| [name.into(), written(bps)]));
         }
         arguments
     }

@@ -308,7 +308,7 @@ fn each_broken_invariant_is_named() {
         ("resent_after_link_loss is 9", |r| r.pages.resent_after_link_loss = Some(9)),
         ("parts of the downtime", |r| r.downtime_parts_us.pause = Some(181)),
         ("not the downtime", |r| r.phases_us.blackout = None),
-        ("hole + poisoned is 262145, not 262144", |r| r.pages.zero = Some(20_001)),
+        ("poisoned + precopied is 262145, not 262144", |r| r.pages.zero = Some(20_001)),
         ("a count of pages is absent", |r| r.pages.drained = None),
         ("1391 fault latencies for 1390", |r| r.late_hits = Some(310)),
         ("more unattributed", |r| r.unattributed_faults = Some(1_532)),

@@ -129,7 +129,7 @@ fn a_bad_page_frame_ends_the_session_with_its_reason() {
         (frame_header(0, 0, 0, 0, 65, 65 * 4096), "a page frame carries 65 pages"),
         (frame_header(0, 0, 0, 0, 1, u32::MAX), "says its content has 4294967295 bytes"),
         (frame_header(3, 0, 0, 0, 1, 4096), "unknown or not negotiated kind 3"),
-        (frame_header(0, 4, 0, 0, 1, 4096), "unknown origin 4"),
+        (frame_header(0, 5, 0, 0, 1, 4096), "unknown origin 5"),
         (frame_header(0, 0, 1, 0, 1, 4096), "link epoch 1; this is epoch 0"),
     ];
     for (index, (bytes, why)) in cases.into_iter().enumerate() {
@@ -140,6 +140,11 @@ fn a_bad_page_frame_ends_the_session_with_its_reason() {
             ends_after_accepting(|source| source.push(&bytes), &[why]);
         }
     }
+    // A page that comes before the machine state, of which the proposal said nothing; and lost.
+    let copied = [&frame_header(0, 4, 0, 0, 1, 4096)[..], &[7; 4096]].concat();
+    ends_after_accepting(|source| source.push(&copied), &["which was not agreed upon"]);
+    let lost = frame_header(4, 4, 0, 0, 1, 0);
+    ends_after_accepting(|source| source.push(&lost), &["unknown origin 4"]);
     // The same after good ones.
     let bytes = [frame(0), frame(1), frame(PAGES)].concat();
     ends_after_accepting(|source| source.push(&bytes), &["pages 4096+1 are not in a guest"]);
