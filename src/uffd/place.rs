@@ -1,7 +1,7 @@
 //! [`Placer`]: putting pages into registered memory and waking who waits.
 //!
 //! It never touches the registered mapping: content goes in by ioctl, by
-//! `pwritev` to the memfd, or through another mapping of it ([`blocks`](super::blocks)). It does not know which pages are placed; whoever calls
+//! `pwritev` to the memfd, or through another mapping of it (`blocks`). It does not know which pages are placed; whoever calls
 //! it owns the pages of a run exclusively (the ledger's `Placing`) until it returns.
 
 use super::blocks::Blocks;
