@@ -84,7 +84,9 @@ fn migrates(seed: u64) -> &'static str {
     match source.wait_code_within(MIGRATION) {
         Some(0) => {
             let report = read_report(&report);
-            assert_eq!(report["pages"]["placed_twice"], 0, "seed {seed}: {report:#}");
+            // The destination's part may not have come, if the link was cut at the very end.
+            let twice = report["pages"]["placed_twice"].as_u64().unwrap_or(0);
+            assert_eq!(twice, 0, "seed {seed}: {report:#}");
             assert_eq!(receiver.report()["verified"], true, "seed {seed}: {report:#}");
             guest.has_left();
             "there"
