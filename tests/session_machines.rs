@@ -203,6 +203,7 @@ mod source {
             written: PAGES / 2,
             stale: PAGES / 2,
             took: Duration::from_secs(1),
+            rtt: Duration::from_millis(1),
         })
     }
 
@@ -408,6 +409,7 @@ mod source {
                     written: sent,
                     stale: PAGES - sent,
                     took: Duration::from_millis(100) * tenth as u32,
+                    rtt: Duration::ZERO,
                 }),
             );
         }

@@ -13,7 +13,7 @@ use super::listener::{ListenError, PrivateListener};
 use super::message::{GuestInfo, Paused, Reply, Status};
 use super::session::{Attempt, Ending, Session, SessionError};
 use super::socket::{Connection, SocketError, poll_timeout};
-use crate::memory::dirty_bitmap::DirtyBitmap;
+use crate::memory::dirty_bitmap::{DirtyBitmap, NO_DIRTY_LOG};
 use crate::proto::layout::MemoryLayout;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -69,9 +69,6 @@ pub trait AttachedVm {
         None
     }
 }
-
-/// What a VMM says that cannot tell which pages were written.
-pub(super) const NO_DIRTY_LOG: &str = "this VMM cannot tell which pages were written";
 
 /// What a guest is, and where its memory lies for it.
 #[derive(Clone, Debug)]

@@ -12,10 +12,10 @@ use super::message::{
     Message, MessageError, Paused, REQUEST_BYTES_MAX, Reply, Request, VERSION, Welcome, reason,
 };
 use super::monotonic_ns;
-use super::server::{AttachedVm, NO_DIRTY_LOG, Server, ServerError, Wake, one_line};
+use super::server::{AttachedVm, Server, ServerError, Wake, one_line};
 use super::socket::{Connection, SocketError};
 use crate::failpoint::failpoint;
-use crate::memory::dirty_bitmap::DirtyBitmap;
+use crate::memory::dirty_bitmap::{DirtyBitmap, NO_DIRTY_LOG};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 

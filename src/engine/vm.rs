@@ -1,6 +1,6 @@
 //! What the engine asks of a VMM, on either side.
 
-use crate::memory::dirty_bitmap::DirtyBitmap;
+use crate::memory::dirty_bitmap::{DirtyBitmap, NO_DIRTY_LOG};
 use crate::proto::message::{Hello, Mismatch};
 use crate::proto::page::PageIndex;
 use crate::report::schema::Distribution;
@@ -40,7 +40,7 @@ pub trait SourceVm: Any + Send {
     /// # Errors
     /// This VMM cannot tell.
     fn start_dirty_log(&mut self) -> Result<Arc<DirtyBitmap>, VmError> {
-        Err("this VMM cannot tell which pages were written".into())
+        Err(NO_DIRTY_LOG.into())
     }
     /// Puts the pages that were written since the last round into the bitmap; after
     /// [`pause`](SourceVm::pause), all that ever were.
@@ -48,7 +48,7 @@ pub trait SourceVm: Any + Send {
     /// # Errors
     /// What was written is not known any more, and the log has ended.
     fn dirty_round(&mut self) -> Result<(), VmError> {
-        Err("this VMM cannot tell which pages were written".into())
+        Err(NO_DIRTY_LOG.into())
     }
     /// Stops every vCPU and takes the machine state out. After an error the guest
     /// runs on.

@@ -9,6 +9,7 @@
 //! It is no log: it knows neither who wrote nor when, and how writes are noticed is the
 //! VMM's.
 
+use crate::proto::bitmap::low_bits;
 use crate::proto::layout::{MemoryLayout, PAGES_MAX};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -19,6 +20,9 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What a VMM says that cannot tell which pages were written.
+pub(crate) const NO_DIRTY_LOG: &str = "this VMM cannot tell which pages were written";
 
 const BITS: u64 = u64::BITS as u64;
 
@@ -150,7 +154,7 @@ impl DirtyBitmap {
         while next < run.end() {
             let (index, bit) = (next / BITS, next % BITS);
             let count = (run.end() - next).min(BITS - bit);
-            self.or(index, mask(count) << bit);
+            self.or(index, low_bits(count) << bit);
             next += count;
         }
     }
@@ -167,7 +171,7 @@ impl DirtyBitmap {
         let (first, shift) = (run.first().get() / BITS, run.first().get() % BITS);
         let mut count = 0;
         for (index, &word) in (0..len.div_ceil(BITS)).zip(bits) {
-            let word = word & mask(len - index * BITS);
+            let word = word & low_bits(len - index * BITS);
             count += u64::from(word.count_ones());
             self.or(first + index, word << shift);
             if shift != 0 {
@@ -191,7 +195,7 @@ impl DirtyBitmap {
     /// # Panics
     /// If there is no such word.
     pub fn look(&self, index: u64) -> u64 {
-        self.word(index).load(Ordering::Acquire) & mask(self.pages - index * BITS)
+        self.word(index).load(Ordering::Acquire) & low_bits(self.pages - index * BITS)
     }
 
     /// Whether `page` was written; `false` if there is no such page.
@@ -215,7 +219,7 @@ impl DirtyBitmap {
         // Acquires what the writer of the bits knew, and is itself not moved behind the
         // reads of the pages' content.
         let bits = word.swap(0, Ordering::AcqRel);
-        match bits & !mask(self.pages - index * BITS) {
+        match bits & !low_bits(self.pages - index * BITS) {
             0 => Ok(bits),
             bits => Err(StrayBits { bits }),
         }
@@ -238,11 +242,6 @@ impl DirtyBitmap {
         // is a valid `u64`.
         unsafe { self.start.cast::<AtomicU64>().add(index as usize).as_ref() }
     }
-}
-
-/// The lowest `pages` bits, or all of them.
-const fn mask(pages: u64) -> u64 {
-    if pages >= BITS { u64::MAX } else { (1 << pages) - 1 }
 }
 
 // SAFETY: the mapping is owned, and its words are only used atomically.

@@ -187,9 +187,10 @@ fn bit(page: PageIndex) -> u64 {
     1 << (page.get() % WORD_PAGES)
 }
 
-/// A word whose lowest `count` bits are set, for a `count` of 1 to 64.
-fn low_bits(count: u64) -> u64 {
-    u64::MAX >> (WORD_PAGES - count)
+/// A word whose lowest `count` bits are set, or all of them if it has no more. `count`
+/// is not 0.
+pub(crate) fn low_bits(count: u64) -> u64 {
+    u64::MAX >> (WORD_PAGES - count.min(WORD_PAGES))
 }
 
 #[cfg(all(test, not(loom)))]

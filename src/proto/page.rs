@@ -107,10 +107,37 @@ impl PageRun {
     pub fn pages(self) -> impl DoubleEndedIterator<Item = PageIndex> {
         (self.first.0..self.end()).map(PageIndex)
     }
+
+    /// The same run in pieces of `most` pages, the last of which may be shorter.
+    ///
+    /// # Panics
+    /// If `most` is 0.
+    pub fn pieces(self, most: u64) -> impl Iterator<Item = Self> {
+        let pieces = (0..self.count.div_ceil(most)).map(move |piece| piece * most);
+        pieces.map(move |behind| Self {
+            first: PageIndex(self.first.0 + behind),
+            count: most.min(self.count - behind),
+        })
+    }
 }
 
 impl fmt::Debug for PageRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "p{}+{}", self.first.0, self.count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_runs_pieces_are_its_pages_in_order_and_none_is_too_long() {
+        let run = |first, count| PageRun::new(PageIndex::new(first), count).unwrap();
+        let pieces = |most| run(10, 7).pieces(most).collect::<Vec<_>>();
+        assert_eq!(pieces(3), [run(10, 3), run(13, 3), run(16, 1)]);
+        assert_eq!(pieces(1).len(), 7);
+        assert_eq!(pieces(7), [run(10, 7)]);
+        assert_eq!(pieces(u64::MAX), [run(10, 7)]);
     }
 }

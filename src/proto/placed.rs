@@ -24,7 +24,7 @@
 //! part has the shortest of the forms, the bitmap among equals. So a set has one
 //! encoding, and a part is neither taken twice nor left out.
 
-use super::bitmap::AtomicBitmap;
+use super::bitmap::{AtomicBitmap, low_bits};
 use super::page::{PageIndex, PageRun};
 use std::fmt;
 
@@ -128,7 +128,7 @@ impl PlacedPages {
     pub(super) fn of_words(pages: u64, mut words: Vec<u64>) -> Self {
         words.resize(pages.div_ceil(WORD_PAGES) as usize, 0);
         if let Some(last) = words.last_mut().filter(|_| !pages.is_multiple_of(WORD_PAGES)) {
-            *last &= (1 << (pages % WORD_PAGES)) - 1;
+            *last &= low_bits(pages % WORD_PAGES);
         }
         let count = count_bits(&words);
         Self { words, pages, count, parts_taken: parts_of(pages) }

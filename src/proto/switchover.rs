@@ -167,6 +167,8 @@ pub struct RoundSoFar {
     pub stale: u64,
     /// How long it has gone on.
     pub took: Duration,
+    /// The round trip, as far as it is known.
+    pub rtt: Duration,
 }
 
 /// A round that is over, for the report.
@@ -183,10 +185,9 @@ pub struct RoundEnd {
 pub struct Planner {
     config: SwitchoverConfig,
     pages: u64,
-    rtt: Duration,
     /// Pages that were stale when the round began.
     before: u64,
-    last: Next,
+    next: Next,
     ordered: bool,
     ended: Vec<RoundEnd>,
     /// Pages written by the first look at a round, and when that was.
@@ -196,13 +197,13 @@ pub struct Planner {
 impl Planner {
     /// For a guest of so many pages.
     pub fn new(config: SwitchoverConfig, pages: u64) -> Self {
-        let last = match config.mode {
+        let next = match config.mode {
             Mode::PostCopy => Next::PostCopy,
             Mode::StopAndCopy => Next::StopAndCopy,
             Mode::PreCopy | Mode::Hybrid | Mode::Auto => Next::Round,
         };
-        let (rtt, ended, looked) = (Duration::ZERO, Vec::new(), None);
-        Self { config, pages, rtt, before: pages, last, ordered: false, ended, looked }
+        let (ended, looked) = (Vec::new(), None);
+        Self { config, pages, before: pages, next, ordered: false, ended, looked }
     }
 
     /// What was asked for.
@@ -220,11 +221,6 @@ impl Planner {
         self.ordered = true;
     }
 
-    /// The round trip, as far as it is known.
-    pub fn set_rtt(&mut self, rtt: Duration) {
-        self.rtt = rtt;
-    }
-
     /// Whether it is to move now.
     pub fn is_ordered(&self) -> bool {
         self.ordered
@@ -232,7 +228,7 @@ impl Planner {
 
     /// How the guest was moved, as far as that is decided: never [`Mode::Auto`].
     pub fn moved(&self) -> Mode {
-        match (self.ended.is_empty(), &self.last) {
+        match (self.ended.is_empty(), &self.next) {
             (true, Next::StopAndCopy) => Mode::StopAndCopy,
             (true, _) => Mode::PostCopy,
             (false, Next::PostCopy) => Mode::Hybrid,
@@ -245,9 +241,9 @@ impl Planner {
         &self.ended
     }
 
-    /// What comes first.
-    pub fn begin(&self) -> Next {
-        self.last.clone()
+    /// What comes next, as far as that is decided.
+    pub fn next(&self) -> &Next {
+        &self.next
     }
 
     /// Whether a round that goes on is to be cut short, since it is not worth what it sends: the
@@ -264,7 +260,7 @@ impl Planner {
         let end = round.took.as_secs_f64() + round.unsent as f64 * s;
         let now = (round.took.as_secs_f64(), round.written as f64);
         let written = extrapolated((at.as_secs_f64(), written as f64), now, end);
-        !self.pays(s, self.again(written))
+        !pays(round, self.again(written))
     }
 
     /// What comes after a round. `cut` if it was cut short.
@@ -273,7 +269,7 @@ impl Planner {
         let count = self.ended.len() as u32 + 1;
         let s = per_page(&round);
         let copying = Duration::from_secs_f64(round.stale as f64 * s);
-        let rest = copying + FIXED + 2 * self.rtt;
+        let rest = copying + FIXED + 2 * round.rtt;
         let limit = self.config.max_downtime;
         let (next, why) = match self.config.mode {
             _ if self.ordered => (Next::PostCopy, "the operator wants the guest to move".into()),
@@ -305,14 +301,13 @@ impl Planner {
             Mode::Auto => self.weigh(&round, cut, rest, count),
         };
         self.before = round.stale;
-        self.last = next.clone();
+        self.next = next.clone();
         self.ended.push(RoundEnd { round, why });
         next
     }
 
     fn weigh(&self, round: &RoundSoFar, cut: bool, rest: Duration, count: u32) -> (Next, String) {
         let limit = self.config.max_downtime.min(AUTO_STOP);
-        let s = per_page(round);
         if rest <= limit {
             let why = format!("the rest takes {rest:.1?} of {limit:.1?}: it is copied");
             return (Next::StopAndCopy, why);
@@ -332,7 +327,7 @@ impl Planner {
                 format!("{share}: a round more makes {sent:.1} guests sent, the rest follows");
             return (Next::PostCopy, why);
         }
-        if count < ROUNDS_MAX && self.pays(s, again) {
+        if count < ROUNDS_MAX && pays(round, again) {
             return (Next::Round, format!("{share}: another round pays"));
         }
         (Next::PostCopy, format!("{share}: another round does not pay, the rest follows"))
@@ -342,15 +337,15 @@ impl Planner {
     fn again(&self, stale: f64) -> f64 {
         (stale / self.before.max(1) as f64).min(1.0)
     }
+}
 
-    /// Whether a round of pages of which the share `again` is written again takes off the guest
-    /// more than it costs, page by page.
-    fn pays(&self, s: f64, again: f64) -> bool {
-        let fault = FAULT_S + self.rtt.as_secs_f64() + s;
-        let saves = (1.0 - again) * fault;
-        let costs = s * ROUND_SHARE + again * (WRITE_TRAP_S + s);
-        saves > costs
-    }
+/// Whether a round as this one, of pages of which the share `again` is written again, takes off
+/// the guest more than it costs, page by page.
+fn pays(round: &RoundSoFar, again: f64) -> bool {
+    let s = per_page(round);
+    let saves = (1.0 - again) * (FAULT_S + round.rtt.as_secs_f64() + s);
+    let costs = s * ROUND_SHARE + again * (WRITE_TRAP_S + s);
+    saves > costs
 }
 
 /// Seconds on the link that a page of this round took.

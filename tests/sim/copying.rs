@@ -142,6 +142,7 @@ impl<L: Ledger> World<L> {
             written: counts.written,
             stale: self.pages - counts.sent,
             took: self.now - copying.began,
+            rtt: Duration::from_millis(1),
         };
         self.source_event(SourceEvent::Looked(round));
     }

@@ -11,7 +11,6 @@ use crate::engine::lane::LaneError;
 use crate::failpoint::failpoint;
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::frame::{FrameHeader, PageKind};
-use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::placed::PlacedPages;
 use crate::uffd::Content;
 use std::sync::Arc;
@@ -151,7 +150,7 @@ impl Installer {
         let installer = self.clone();
         let map = move || {
             crate::engine::defer();
-            for run in data.runs().flat_map(pieces) {
+            for run in data.runs().flat_map(|run| run.pieces(MAP_PAGES)) {
                 if over.load(Ordering::Relaxed) {
                     return;
                 }
@@ -166,11 +165,4 @@ impl Installer {
             warn!(%error, "no thread to map pages: they are mapped when they are touched");
         }
     }
-}
-
-/// The same run in pieces of [`MAP_PAGES`].
-fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
-    (run.first().get()..run.end()).step_by(MAP_PAGES as usize).filter_map(move |first| {
-        PageRun::new(PageIndex::new(first), MAP_PAGES.min(run.end() - first))
-    })
 }

@@ -15,7 +15,7 @@ use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use bytes::Bytes;
 use quinn::SendStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::Notify;
 
 /// How far a round is.
@@ -28,20 +28,21 @@ pub struct Round {
     /// The next page to look at.
     next: AtomicU64,
     /// Which pages were written, if somebody remembers.
-    written: Mutex<Option<Arc<DirtyBitmap>>>,
+    written: OnceLock<Arc<DirtyBitmap>>,
     /// Told by a lane that finds nothing more to send.
     pub idle: Notify,
 }
 
 impl Round {
-    /// From now on these pages are told to be written.
+    /// From now on these pages are told to be written: the log begins once in a migration.
     pub fn log(&self, written: Arc<DirtyBitmap>) {
-        *self.lock() = Some(written);
+        let first = self.written.set(written);
+        debug_assert!(first.is_ok(), "a second log");
     }
 
     /// What is told to be written, if anything is.
-    pub fn written(&self) -> Option<Arc<DirtyBitmap>> {
-        self.lock().clone()
+    pub fn written(&self) -> Option<&DirtyBitmap> {
+        self.written.get().map(Arc::as_ref)
     }
 
     /// Begins a round.
@@ -69,10 +70,6 @@ impl Round {
     /// Whether it goes on.
     fn is_on(&self) -> bool {
         self.on.load(Ordering::SeqCst)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<DirtyBitmap>>> {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,7 +134,7 @@ impl PushShared {
     ) -> Result<u64, LaneError> {
         let mut bytes = 0;
         let written = self.round.written();
-        let is_written = |page: &PageIndex| written.as_ref().is_some_and(|of| of.contains(*page));
+        let is_written = |page: &PageIndex| written.is_some_and(|of| of.contains(*page));
         let mut pages = part.pages().peekable();
         while let Some(first) = pages.next() {
             if is_written(&first) {

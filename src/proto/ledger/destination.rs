@@ -1,7 +1,7 @@
 //! The destination's ledger: every page is placed exactly once.
 //!
-//! `Missing -> Requested -> Placing -> Placed`, and pages known to be zero,
-//! stale pages and removed ones. `Placing` is exclusive: who lands a page has a
+//! `Missing -> Requested -> Placing -> Placed`, and pages known to be zero and
+//! removed ones. `Placing` is exclusive: who lands a page has a
 //! [`Landing`], which cannot be copied, and nobody else gets one until it is
 //! placed or handed back. On memory that is written through an alias nothing
 //! else keeps two threads from writing one page.
@@ -45,14 +45,14 @@
 //!
 //! A known zero page over memory that was never written need not be placed:
 //! once the memory is unregistered it reads as zero by itself. So it counts as
-//! settled. A known zero page over stale bytes does not, until it is placed.
+//! settled.
 //!
 //! A poisoned page, whose bytes the source could not read, is landed as any other and then
 //! marked so that touching it is an error. It is settled: nothing better will come.
 
 use super::landing::{Cargo, Landing, Landings, Taken};
 use super::page_state::{Kind, OnFault, PageState, Refusal};
-use super::state_table::{StateTable, change_each_word, word_end};
+use super::state_table::{StateTable, StateWord, change_each_word, word_end};
 use crate::proto::bitmap::AtomicBitmap;
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::page_set::PageSet;
@@ -78,18 +78,6 @@ pub struct OutOfRange {
     pub run: PageRun,
     /// How many pages there are.
     pub pages: u64,
-}
-
-/// Why pages are not discarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DiscardError {
-    /// There are no such pages.
-    #[error("cannot discard pages")]
-    OutOfRange(#[from] OutOfRange),
-    /// Somebody is placing this page. What came before it in the run is
-    /// discarded; when it is placed, the run can be discarded again.
-    #[error("{0} is being placed and cannot be discarded")]
-    InHand(PageIndex),
 }
 
 /// What to do about a fault.
@@ -222,17 +210,6 @@ impl DestinationLedger {
         Ok(Landings::new(self, run, Cargo::Nothing))
     }
 
-    /// Yields the maximal stretches inside `within` that are known to be zero and
-    /// not placed, to place zeros in the background or to retry what was handed
-    /// back.
-    ///
-    /// # Errors
-    /// [`OutOfRange`] if some of it is no page of the guest.
-    pub fn land_zeros(&self, within: PageRun) -> Result<Landings<'_>, OutOfRange> {
-        self.check(within)?;
-        Ok(Landings::new(self, within, Cargo::Zeros))
-    }
-
     /// The source says that the pages of `run` are zero. They are no longer
     /// missing, and faults on them are answered here. Returns those that
     /// somebody waits for already: the caller places zeros there now. Pages that
@@ -283,24 +260,6 @@ impl DestinationLedger {
         Ok(waited_for.runs().map(|run| Landing::new(self, run)).collect())
     }
 
-    /// The pages of `run` have changed at the source after they were placed, or
-    /// marked as zero, here: they are missing again, over stale bytes. Not to be
-    /// called once [`finish`](Self::finish) may be.
-    ///
-    /// # Errors
-    /// [`DiscardError`] if some of it is no page of the guest, or is in hand.
-    pub fn discard(&self, run: PageRun) -> Result<(), DiscardError> {
-        self.check(run)?;
-        let mut in_hand = None;
-        change_each_word(run, |run| {
-            if in_hand.is_none() {
-                let (before, _) = self.states.change(run, |state| state.discard().unwrap_or(state));
-                in_hand = before.pages(run).find(|(_, state)| state.placing).map(|(page, _)| page);
-            }
-        });
-        in_hand.map_or(Ok(()), |page| Err(DiscardError::InHand(page)))
-    }
-
     /// How many pages are not settled: they keep the ledger from being full.
     /// Constant time; what is under way may still be in it.
     pub fn missing(&self) -> u64 {
@@ -320,7 +279,7 @@ impl DestinationLedger {
     /// For a consistent answer nothing may be in hand that will be handed back; a page
     /// in hand is not in the set and would come twice.
     pub fn fill_placed(&self, first: PageIndex, bits: &mut [u64]) {
-        self.states.fill(first.get(), bits, PageState::is_known);
+        self.states.fill(first.get(), bits, PageState::is_settled);
     }
 
     /// The pages that are lost: whoever touches one gets a memory error. It reads the
@@ -353,9 +312,8 @@ impl DestinationLedger {
     /// requests, so they are to be made again. A fault that comes meanwhile requests
     /// its page itself.
     pub fn fill_requested(&self, first: PageIndex, bits: &mut [u64]) {
-        self.states.fill(first.get(), bits, |state| {
-            matches!(state.kind, Kind::Requested | Kind::StaleRequested) && !state.placing
-        });
+        self.states
+            .fill(first.get(), bits, |state| state.kind == Kind::Requested && !state.placing);
     }
 
     /// How many pages are in which state. It reads the whole ledger (a word for
@@ -370,12 +328,12 @@ impl DestinationLedger {
         self.states.each_stretch(|state, pages| {
             counts.in_hand += u64::from(state.placing) * pages;
             match state.kind {
-                Kind::Missing | Kind::Stale => counts.missing += pages,
-                Kind::Requested | Kind::StaleRequested => {
+                Kind::Missing => counts.missing += pages,
+                Kind::Requested => {
                     counts.missing += pages;
                     counts.requested += pages;
                 }
-                Kind::Zero | Kind::StaleZero => counts.zero += pages,
+                Kind::Zero => counts.zero += pages,
                 Kind::Placed => counts.placed += pages,
                 Kind::Removed => counts.removed += pages,
                 Kind::Poisoned => counts.poisoned += pages,
@@ -419,17 +377,17 @@ impl DestinationLedger {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes in hand the first stretch of pages from `next` on that `cargo` can
-    /// land on, inside one word and before `end`; counts what it skips.
+    /// Takes in hand the first stretch of pages from `next` on that can be landed on, inside
+    /// one word and before `end`; counts what `cargo` skips.
     pub(super) fn take(&self, next: u64, end: u64, cargo: Cargo) -> Taken {
         let end = word_end(next).min(end);
         let mut taken = Taken::default();
         let (before, _) = self.states.change_word(next, |before| {
-            let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
+            let landable = |page: &u64| before.get(PageIndex::new(*page)).land().is_ok();
             taken.skipped = (next..end).take_while(|page| !landable(page)).count() as u64;
             let first = next + taken.skipped;
             taken.count = (first..end).take_while(landable).count() as u64;
-            cargo.landed(before, first, taken.count)
+            landed(before, first, taken.count)
         });
         if let Cargo::Bytes = cargo {
             for page in (next..next + taken.skipped).map(PageIndex::new) {
@@ -443,13 +401,13 @@ impl DestinationLedger {
 
     /// As [`take`](Self::take), but only a stretch that begins at `next`; returns
     /// how many pages it has, and skips none.
-    pub(super) fn take_at(&self, next: u64, end: u64, cargo: Cargo) -> u64 {
+    pub(super) fn take_at(&self, next: u64, end: u64) -> u64 {
         let end = word_end(next).min(end);
         let mut count = 0;
         self.states.change_word(next, |before| {
-            let landable = |page: &u64| cargo.land(before.get(PageIndex::new(*page))).is_ok();
+            let landable = |page: &u64| before.get(PageIndex::new(*page)).land().is_ok();
             count = (next..end).take_while(landable).count() as u64;
-            cargo.landed(before, next, count)
+            landed(before, next, count)
         });
         count
     }
@@ -459,7 +417,8 @@ impl DestinationLedger {
         change_each_word(run, |part| {
             let (before, _) = self.states.change(part, PageState::placed);
             for (page, state) in before.pages(part) {
-                if !self.witness.set(page) && !state.may_be_placed_again() {
+                // One that the guest gave back is rightly placed again.
+                if !self.witness.set(page) && state.kind != Kind::Removed {
                     self.placed_twice.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -479,6 +438,16 @@ impl DestinationLedger {
             self.states.change(part, PageState::hand_back);
         });
     }
+}
+
+/// The word with `count` pages from `first` on in hand.
+fn landed(mut word: StateWord, first: u64, count: u64) -> StateWord {
+    for page in (first..first + count).map(PageIndex::new) {
+        if let Ok(state) = word.get(page).land() {
+            word.set(page, state);
+        }
+    }
+    word
 }
 
 impl fmt::Debug for DestinationLedger {

@@ -2,8 +2,7 @@
 //! of the [`DestinationLedger`]; and what they are landed for. Placing them is the holder's business.
 
 use super::DestinationLedger;
-use super::page_state::{PageState, Refusal};
-use super::state_table::{StateWord, is_word_border};
+use super::state_table::is_word_border;
 use crate::proto::page::{PageIndex, PageRun};
 use std::fmt;
 
@@ -129,7 +128,7 @@ impl<'a> Iterator for Landings<'a> {
             }
             // A stretch goes on over the border of a word if it begins at once.
             while self.next < self.end && is_word_border(self.next) {
-                match self.ledger.take_at(self.next, self.end, self.cargo) {
+                match self.ledger.take_at(self.next, self.end) {
                     0 => break,
                     more => self.next += more,
                 }
@@ -147,8 +146,6 @@ pub(super) enum Cargo {
     Bytes,
     /// Nothing: pages are only held.
     Nothing,
-    /// Zeros, on pages that are known to be zero.
-    Zeros,
 }
 
 /// The stretch that was taken in hand, and how many pages came before it.
@@ -156,23 +153,4 @@ pub(super) enum Cargo {
 pub(super) struct Taken {
     pub(super) skipped: u64,
     pub(super) count: u64,
-}
-
-impl Cargo {
-    pub(super) fn land(self, state: PageState) -> Result<PageState, Refusal> {
-        match self {
-            Self::Bytes | Self::Nothing => state.land(),
-            Self::Zeros => state.land_zero().ok_or(Refusal::Duplicate),
-        }
-    }
-
-    /// The word with `count` pages from `first` on in hand.
-    pub(super) fn landed(self, mut word: StateWord, first: u64, count: u64) -> StateWord {
-        for page in (first..first + count).map(PageIndex::new) {
-            if let Ok(state) = self.land(word.get(page)) {
-                word.set(page, state);
-            }
-        }
-        word
-    }
 }

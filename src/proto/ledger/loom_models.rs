@@ -287,30 +287,6 @@ fn loom_a_zero_page_is_answered_whichever_comes_first() {
 }
 
 #[test]
-fn loom_a_zero_page_that_is_swept_meanwhile_is_placed_once() {
-    loom::model(|| {
-        let kernel = Arc::new(Kernel::default());
-        let ledger = Arc::new(DestinationLedger::new(1));
-        assert!(ledger.mark_zero(PageRun::single(PAGE)).unwrap().is_empty());
-        let sweeper = {
-            let (kernel, ledger) = (kernel.clone(), ledger.clone());
-            thread::spawn(move || {
-                for landing in ledger.land_zeros(PageRun::single(PAGE)).unwrap() {
-                    kernel.place();
-                    landing.placed();
-                }
-            })
-        };
-        if kernel.touch() {
-            answer_fault(&kernel, &ledger);
-        }
-        sweeper.join().unwrap();
-        kernel.assert_done();
-        assert_eq!(ledger.counts().placed_twice, 0);
-    });
-}
-
-#[test]
 fn loom_one_of_two_faults_requests() {
     loom::model(|| {
         let ledger = Arc::new(DestinationLedger::new(1));

@@ -3,7 +3,7 @@
 //! ```text
 //! source       Unsent -> Claimed -> Sent
 //! destination  Missing -> Requested -> Placing -> Placed
-//!              and known zero, Stale (to be fetched again), Removed, Poisoned
+//!              and known zero, Removed, Poisoned
 //! ```
 //!
 //! A ledger holds no page, sends nothing and waits for nothing. It is shared by
@@ -23,8 +23,7 @@ mod state_table;
 mod tests;
 
 pub use destination::{
-    DestinationCounts, DestinationLedger, DiscardError, Drained, FaultAnswer, OutOfRange,
-    Unfinished,
+    DestinationCounts, DestinationLedger, Drained, FaultAnswer, OutOfRange, Unfinished,
 };
 pub use landing::{Landing, Landings};
 pub use source::{Claim, Claims, ResumeError, SourceCounts, SourceLedger, StaleEpoch, Unwritten};

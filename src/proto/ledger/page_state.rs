@@ -10,22 +10,16 @@ pub(super) enum Kind {
     Missing = 0,
     /// Its bytes are not here and somebody waits for them.
     Requested = 1,
-    /// As `Missing`, but the memory holds old bytes.
-    Stale = 2,
-    /// As `Requested`, but the memory holds old bytes.
-    StaleRequested = 3,
     /// Known to be zero, over memory that was never written.
-    Zero = 4,
-    /// Known to be zero, but the memory holds old bytes.
-    StaleZero = 5,
-    /// Its bytes are in place.
-    Placed = 6,
+    Zero = 2,
+    /// Its bytes are in place. It is never in hand.
+    Placed = 3,
     /// Given back by the guest: it reads as zero and is never fetched again.
     /// Whether it is mapped at the moment, the ledger does not know.
-    Removed = 7,
+    Removed = 4,
     /// Its bytes are lost: the source could not read them, and whoever touches it gets a
-    /// memory error. It is never in hand, and uses the bits that a placed page in hand would.
-    Poisoned = 14,
+    /// memory error. It is never in hand.
+    Poisoned = 5,
 }
 
 /// The state of a page: four bits.
@@ -52,7 +46,7 @@ pub(super) enum Refusal {
     Unwanted,
 }
 
-use Kind::{Missing, Placed, Poisoned, Removed, Requested, Stale, StaleRequested, StaleZero, Zero};
+use Kind::{Missing, Placed, Poisoned, Removed, Requested, Zero};
 
 impl PageState {
     pub(super) const BITS: u32 = 4;
@@ -67,15 +61,18 @@ impl PageState {
         Self { kind, placing: true }
     }
 
-    /// The state of the lowest four bits.
+    /// The state of the lowest four bits, which [`bits`](Self::bits) has made.
     pub(super) fn from_bits(bits: u64) -> Self {
-        const KINDS: [Kind; 8] =
-            [Missing, Requested, Stale, StaleRequested, Zero, StaleZero, Placed, Removed];
         let bits = bits as u8 & Self::MASK as u8;
-        if bits == Poisoned as u8 {
-            return Self::at_rest(Poisoned);
-        }
-        Self { kind: KINDS[usize::from(bits & 7)], placing: bits & Self::PLACING != 0 }
+        let kind = match bits & !Self::PLACING {
+            0 => Missing,
+            1 => Requested,
+            2 => Zero,
+            3 => Placed,
+            4 => Removed,
+            _ => Poisoned,
+        };
+        Self { kind, placing: bits & Self::PLACING != 0 }
     }
 
     pub(super) fn bits(self) -> u64 {
@@ -87,15 +84,11 @@ impl PageState {
     pub(super) fn fault(self) -> (Self, OnFault) {
         match (self.kind, self.placing) {
             (Missing, false) => (Self::at_rest(Requested), OnFault::Request),
-            (Stale, false) => (Self::at_rest(StaleRequested), OnFault::Request),
-            (Requested | StaleRequested, false) => (self, OnFault::Wait),
-            (Zero | StaleZero | Removed, false) => (Self::in_hand(self.kind), OnFault::Zero),
+            (Requested, false) => (self, OnFault::Wait),
+            (Zero | Removed, false) => (Self::in_hand(self.kind), OnFault::Zero),
             // In hand: remembered, for the case that it is handed back.
             (Missing, true) => (Self::in_hand(Requested), OnFault::Wait),
-            (Stale, true) => (Self::in_hand(StaleRequested), OnFault::Wait),
-            (Requested | StaleRequested | Zero | StaleZero | Removed, true) => {
-                (self, OnFault::Wait)
-            }
+            (Requested | Zero | Removed, true) => (self, OnFault::Wait),
             (Placed | Poisoned, _) => (self, OnFault::Wake),
         }
     }
@@ -103,16 +96,10 @@ impl PageState {
     /// The page's bytes are here, to be placed by the caller.
     pub(super) fn land(self) -> Result<Self, Refusal> {
         match (self.kind, self.placing) {
-            (Missing | Requested | Stale | StaleRequested, false) => Ok(Self::in_hand(self.kind)),
+            (Missing | Requested, false) => Ok(Self::in_hand(self.kind)),
             (Removed, _) => Err(Refusal::Unwanted),
             _ => Err(Refusal::Duplicate),
         }
-    }
-
-    /// The caller would place zeros for a page that is known to be zero.
-    pub(super) fn land_zero(self) -> Option<Self> {
-        matches!(self, Self { kind: Zero | StaleZero, placing: false })
-            .then_some(Self::in_hand(self.kind))
     }
 
     /// The source says that the page is zero. Where somebody waits for it, the
@@ -120,9 +107,7 @@ impl PageState {
     pub(super) fn mark_zero(self) -> Result<Self, Refusal> {
         match (self.kind, self.placing) {
             (Missing, false) => Ok(Self::at_rest(Zero)),
-            (Stale, false) => Ok(Self::at_rest(StaleZero)),
             (Requested, false) => Ok(Self::in_hand(Zero)),
-            (StaleRequested, false) => Ok(Self::in_hand(StaleZero)),
             (Removed, _) => Err(Refusal::Unwanted),
             _ => Err(Refusal::Duplicate),
         }
@@ -131,18 +116,7 @@ impl PageState {
     /// The guest has given the page back. Where somebody waits for it, the new
     /// state is one in hand that was not, and the caller's to place.
     pub(super) fn remove(self) -> Self {
-        let waited_for = matches!(self.kind, Requested | StaleRequested);
-        Self { kind: Removed, placing: self.placing || waited_for }
-    }
-
-    /// The page is to be fetched again; `None` if it is in hand.
-    pub(super) fn discard(self) -> Option<Self> {
-        match (self.kind, self.placing) {
-            (_, true) => None,
-            (Placed | StaleZero, _) => Some(Self::at_rest(Stale)),
-            (Zero, _) => Some(Self::at_rest(Missing)),
-            (Missing | Requested | Stale | StaleRequested | Removed | Poisoned, _) => Some(self),
-        }
+        Self { kind: Removed, placing: self.placing || self.kind == Requested }
     }
 
     /// Who had the page in hand has placed it. A page that was removed
@@ -168,19 +142,10 @@ impl PageState {
         Self::at_rest(self.kind)
     }
 
-    /// Whether nothing remains to be done for the page but to answer faults.
+    /// Whether nothing remains to be done for the page but to answer faults: the source need
+    /// not send it again.
     pub(super) fn is_settled(self) -> bool {
         matches!(self.kind, Zero | Placed | Removed | Poisoned)
-    }
-
-    /// Whether the source need not send the page again.
-    pub(super) fn is_known(self) -> bool {
-        matches!(self.kind, Zero | StaleZero | Placed | Removed | Poisoned)
-    }
-
-    /// Whether the page may have been placed before and is rightly placed again.
-    pub(super) fn may_be_placed_again(self) -> bool {
-        matches!(self.kind, Stale | StaleRequested | StaleZero | Removed)
     }
 }
 
@@ -190,7 +155,9 @@ mod tests {
     use std::fmt::Write;
 
     fn all() -> impl Iterator<Item = PageState> {
-        (0..16).map(PageState::from_bits)
+        let kinds = [Missing, Requested, Zero, Placed, Removed, Poisoned];
+        let at_rest = kinds.map(PageState::at_rest);
+        at_rest.into_iter().chain([Missing, Requested, Zero, Removed].map(PageState::in_hand))
     }
 
     fn name(state: PageState) -> String {
@@ -199,8 +166,9 @@ mod tests {
 
     #[test]
     fn every_state_has_its_own_four_bits() {
-        for (bits, state) in (0..).zip(all()) {
-            assert_eq!(state.bits(), bits);
+        for state in all() {
+            assert!(state.bits() <= PageState::MASK);
+            assert_eq!(PageState::from_bits(state.bits()), state);
         }
         assert_eq!(PageState::from_bits(0), PageState::at_rest(Missing), "a new ledger's words");
     }
@@ -209,14 +177,11 @@ mod tests {
     #[test]
     fn the_table_of_states_is_this() {
         let mut table = String::new();
-        let mut line = |cells: [String; 8]| {
+        let mut line = |cells: [String; 6]| {
             let cells = cells.map(|cell| format!("{cell:<16}")).concat();
             writeln!(table, "{}", cells.trim_end()).unwrap();
         };
-        line(
-            ["state", "fault", "", "land", "mark_zero", "land_zero", "remove", "discard"]
-                .map(String::from),
-        );
+        line(["state", "fault", "", "land", "mark_zero", "remove"].map(String::from));
         for state in all() {
             let refused = |refusal: Refusal| format!("{refusal:?}!");
             let (next, answer) = state.fault();
@@ -226,29 +191,21 @@ mod tests {
                 format!("{answer:?}"),
                 state.land().map_or_else(refused, name),
                 state.mark_zero().map_or_else(refused, name),
-                state.land_zero().map_or("-".into(), name),
                 name(state.remove()),
-                state.discard().map_or("InHand!".into(), name),
             ]);
         }
         insta::assert_snapshot!(table, @r"
-        state           fault                           land            mark_zero       land_zero       remove          discard
-        Missing         Requested       Request         Missing*        Zero            -               Removed         Missing
-        Requested       Requested       Wait            Requested*      Zero*           -               Removed*        Requested
-        Stale           StaleRequested  Request         Stale*          StaleZero       -               Removed         Stale
-        StaleRequested  StaleRequested  Wait            StaleRequested* StaleZero*      -               Removed*        StaleRequested
-        Zero            Zero*           Zero            Duplicate!      Duplicate!      Zero*           Removed         Missing
-        StaleZero       StaleZero*      Zero            Duplicate!      Duplicate!      StaleZero*      Removed         Stale
-        Placed          Placed          Wake            Duplicate!      Duplicate!      -               Removed         Stale
-        Removed         Removed*        Zero            Unwanted!       Unwanted!       -               Removed         Removed
-        Missing*        Requested*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        Requested*      Requested*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        Stale*          StaleRequested* Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        StaleRequested* StaleRequested* Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        Zero*           Zero*           Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        StaleZero*      StaleZero*      Wait            Duplicate!      Duplicate!      -               Removed*        InHand!
-        Poisoned        Poisoned        Wake            Duplicate!      Duplicate!      -               Removed         Poisoned
-        Removed*        Removed*        Wait            Unwanted!       Unwanted!       -               Removed*        InHand!
+        state           fault                           land            mark_zero       remove
+        Missing         Requested       Request         Missing*        Zero            Removed
+        Requested       Requested       Wait            Requested*      Zero*           Removed*
+        Zero            Zero*           Zero            Duplicate!      Duplicate!      Removed
+        Placed          Placed          Wake            Duplicate!      Duplicate!      Removed
+        Removed         Removed*        Zero            Unwanted!       Unwanted!       Removed
+        Poisoned        Poisoned        Wake            Duplicate!      Duplicate!      Removed
+        Missing*        Requested*      Wait            Duplicate!      Duplicate!      Removed*
+        Requested*      Requested*      Wait            Duplicate!      Duplicate!      Removed*
+        Zero*           Zero*           Wait            Duplicate!      Duplicate!      Removed*
+        Removed*        Removed*        Wait            Unwanted!       Unwanted!       Removed*
         ");
     }
 }

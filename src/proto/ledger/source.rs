@@ -19,7 +19,7 @@
 //! ([`Claim::epoch`] says which).
 
 use super::LinkEpoch;
-use crate::proto::bitmap::AtomicBitmap;
+use crate::proto::bitmap::{AtomicBitmap, low_bits};
 use crate::proto::page::{PageIndex, PageRun};
 use crate::proto::placed::{PlacedError, PlacedPages};
 use crate::proto::prepaging::Unsent;
@@ -210,7 +210,7 @@ impl SourceLedger {
         let mut counts = Unwritten::default();
         for (index, (sent, claimed)) in (0..).zip(epoch.sent.loads().zip(epoch.claimed.loads())) {
             let written = written(index);
-            let here = word_mask(self.pages - index * 64);
+            let here = low_bits(self.pages - index * 64);
             counts.written += u64::from((written & here).count_ones());
             counts.sent += u64::from((sent & !written).count_ones());
             counts.unsent += u64::from((!claimed & !written & here).count_ones());
@@ -334,11 +334,6 @@ impl Epoch {
             sent_twice,
         }
     }
-}
-
-/// The lowest `pages` bits of a word, or all of them.
-fn word_mask(pages: u64) -> u64 {
-    if pages >= 64 { u64::MAX } else { (1 << pages) - 1 }
 }
 
 /// The permit to send a run of pages, and the only one to build frames of them.

@@ -25,8 +25,6 @@ pub(super) struct Copying {
     pages: u64,
     /// The round is cut short.
     cut: bool,
-    /// What is left is copied in the pause.
-    rest: bool,
     /// Bytes that had landed when it was last told.
     progress: u64,
 }
@@ -45,14 +43,14 @@ enum Step {
 
 impl Copying {
     pub(super) fn new(planner: Planner) -> Self {
-        let rest = planner.begin() == Next::StopAndCopy;
-        Self { planner, step: Step::Log, looks: 0, pages: 0, cut: false, rest, progress: 0 }
+        Self { planner, step: Step::Log, looks: 0, pages: 0, cut: false, progress: 0 }
     }
 }
 
 impl SourceSession {
+    /// Whether what is left is copied in the pause.
     pub(super) fn copies_rest(&self) -> bool {
-        self.copying.as_ref().is_some_and(|copying| copying.rest)
+        self.planner().is_some_and(|planner| *planner.next() == Next::StopAndCopy)
     }
 
     pub(super) fn begin_copying(&mut self) {
@@ -153,11 +151,7 @@ impl SourceSession {
             Step::Looking if copying.looks == 0 => {
                 match copying.planner.after(round, copying.cut) {
                     Next::Round => self.start_round(now),
-                    Next::PostCopy => self.pause(now),
-                    Next::StopAndCopy => {
-                        copying.rest = true;
-                        self.pause(now);
-                    }
+                    Next::PostCopy | Next::StopAndCopy => self.pause(now),
                     Next::GiveUp(why) => self.abort(now, why),
                 }
             }

@@ -3,7 +3,7 @@
 use super::terms::name_of;
 use super::{Link, Outcome, SourceAction, SourceSession, SourceState, lost_there};
 use crate::proto::message::{ToDestination, ToSource};
-use crate::proto::switchover::Next;
+use crate::proto::switchover::{Next, Planner};
 use crate::proto::timeline::Stamp;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ impl SourceSession {
             (S::Negotiating, M::Accept { .. }) => {
                 self.timeline.stamp(Stamp::Agreed, now);
                 self.push(SourceAction::OpenLanes { epoch: self.epoch });
-                match self.copying.as_ref().map(|copying| copying.planner.begin()) {
+                match self.planner().map(Planner::next) {
                     Some(Next::Round) => self.begin_copying(),
                     _ => self.pause(now),
                 }

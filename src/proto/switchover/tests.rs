@@ -36,7 +36,7 @@ impl Writer {
     /// not written since.
     fn run(&self, config: SwitchoverConfig) -> Run {
         let mut planner = Planner::new(config, PAGES);
-        let mut next = planner.begin();
+        let mut next = planner.next().clone();
         let (mut stale, mut sent_in_all) = (PAGES as f64, 0.0);
         while next == Next::Round {
             const STEP: f64 = 1e-3;
@@ -61,6 +61,7 @@ impl Writer {
                         written: self.written(time) as u64,
                         stale: (stale - sent + wasted) as u64,
                         took: Duration::from_secs_f64(time),
+                        rtt: Duration::ZERO,
                     });
                 }
             }
@@ -74,6 +75,7 @@ impl Writer {
                 written: written as u64,
                 stale: stale as u64,
                 took: Duration::from_secs_f64(time.max(1e-4)),
+                rtt: Duration::ZERO,
             };
             next = planner.after(round, cut);
         }
@@ -145,8 +147,8 @@ fn hybrid_runs_its_rounds_and_the_others_none() {
     let three = SwitchoverConfig { rounds: 3, ..config(Mode::Hybrid) };
     let run = Writer { hot: 30_000.0, rate: 1e5 }.run(three);
     assert_eq!((run.rounds, run.last), (3, Next::PostCopy));
-    assert_eq!(Planner::new(config(Mode::PostCopy), PAGES).begin(), Next::PostCopy);
-    assert_eq!(Planner::new(config(Mode::StopAndCopy), PAGES).begin(), Next::StopAndCopy);
+    assert_eq!(*Planner::new(config(Mode::PostCopy), PAGES).next(), Next::PostCopy);
+    assert_eq!(*Planner::new(config(Mode::StopAndCopy), PAGES).next(), Next::StopAndCopy);
 }
 
 #[test]
@@ -160,4 +162,34 @@ fn the_curve_goes_through_its_points_and_on_as_it_began() {
     assert_eq!(extrapolated((1.0, 100.0), (2.0, 200.0), 3.0), 300.0);
     assert_eq!(extrapolated((1.0, 100.0), (2.0, 100.0), 3.0), 100.0);
     assert_eq!(extrapolated((1.0, 0.0), (2.0, 0.0), 3.0), 0.0);
+}
+
+#[test]
+fn the_automatic_mode_runs_another_round_where_faults_are_dear() {
+    // Half of the pages are written again while each takes a millisecond on the link.
+    let next = |rtt: Duration| {
+        let (sent, stale, took) = (PAGES, PAGES / 2, Duration::from_millis(PAGES));
+        let round = RoundSoFar { sent, unsent: 0, written: stale, stale, took, rtt };
+        Planner::new(config(Mode::Auto), PAGES).after(round, false)
+    };
+    assert_eq!(next(Duration::from_micros(50)), Next::PostCopy);
+    assert_eq!(next(Duration::from_millis(10)), Next::Round);
+}
+
+#[test]
+fn the_pause_is_reckoned_with_its_round_trips() {
+    let next = |rtt: Duration| {
+        let round = RoundSoFar {
+            sent: PAGES,
+            stale: 10,
+            took: PAGE * PAGES as u32,
+            rtt,
+            ..RoundSoFar::default()
+        };
+        let limit =
+            SwitchoverConfig { max_downtime: Duration::from_millis(30), ..config(Mode::PreCopy) };
+        Planner::new(limit, PAGES).after(round, false)
+    };
+    assert_eq!(next(Duration::from_millis(10)), Next::StopAndCopy);
+    assert_eq!(next(Duration::from_millis(15)), Next::Round);
 }

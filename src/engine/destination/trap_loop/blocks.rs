@@ -3,7 +3,7 @@
 use super::{Requests, TrapLoop, violation};
 use crate::engine::lane::LaneError;
 use crate::proto::ledger::{FaultAnswer, Landing};
-use crate::proto::page::{PageIndex, PageRun, RUN_PAGES_MAX};
+use crate::proto::page::{PageRun, RUN_PAGES_MAX};
 use crate::proto::page_set::PageSet;
 use std::sync::atomic::Ordering;
 
@@ -81,14 +81,8 @@ impl<R: Requests> TrapLoop<R> {
     }
 
     fn ask_for(&self, pages: &PageSet, vcpu: Option<u16>) {
-        let most = u64::from(RUN_PAGES_MAX);
-        for run in pages.runs() {
-            for first in (run.first().get()..run.end()).step_by(RUN_PAGES_MAX as usize) {
-                let count = most.min(run.end() - first);
-                let part = PageRun::new(PageIndex::new(first), count);
-                part.into_iter().for_each(|part| self.ask(part, vcpu));
-            }
-        }
+        let parts = pages.runs().flat_map(|run| run.pieces(u64::from(RUN_PAGES_MAX)));
+        parts.for_each(|part| self.ask(part, vcpu));
     }
 
     fn place_zeros(&self, zeros: Vec<Landing<'_>>) -> Result<(), LaneError> {

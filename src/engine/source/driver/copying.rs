@@ -1,5 +1,6 @@
 //! The driver's part in copying memory before the guest runs at the destination.
 
+use super::super::push::lock;
 use super::super::said;
 use super::{Driver, Input};
 use crate::engine::lane::LaneError;
@@ -49,13 +50,14 @@ impl Driver {
         let counts = self
             .shared
             .ledger
-            .count_unwritten(|index| written.as_ref().map_or(0, |written| written.look(index)));
+            .count_unwritten(|index| written.map_or(0, |written| written.look(index)));
         let round = RoundSoFar {
             sent: self.shared.figures.copied.load(Ordering::Relaxed) - times.copied,
             unsent: counts.unsent,
             written: counts.written,
             stale: self.shared.ledger.pages() - counts.sent,
             took: times.landed.unwrap_or(now).saturating_sub(times.began),
+            rtt: lock(&self.push.pacer).base_rtt(),
         };
         self.machine.handle(now, SourceEvent::Looked(round));
     }
@@ -82,7 +84,7 @@ impl Driver {
     /// What was written is stale, and unsent; returns the pages that are not.
     fn take_written(&mut self) -> PlacedPages {
         let (written, mut stray) = (self.push.round.written(), None);
-        let mut take = |index| match written.as_ref().map_or(Ok(0), |written| written.take(index)) {
+        let mut take = |index| match written.map_or(Ok(0), |written| written.take(index)) {
             Ok(bits) => bits,
             Err(bits) => {
                 stray = Some(bits);

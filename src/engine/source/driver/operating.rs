@@ -78,7 +78,6 @@ impl Driver {
             limits.max_postcopy_bandwidth = none_if_zero(bps);
         }
         if let Some(most) = max_downtime_us.map(Duration::from_micros) {
-            limits.max_downtime = most;
             self.machine.set_max_downtime(most);
         }
         self.limit_bandwidth();
