@@ -14,7 +14,7 @@ use crate::proto::frame::{HEADER_LEN, Origin, PageKind};
 use crate::proto::page::{PAGE_SIZE, PageIndex, PageRun};
 use bytes::Bytes;
 use quinn::SendStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::Notify;
 
@@ -27,6 +27,8 @@ pub struct Round {
     on: AtomicBool,
     /// The next page to look at.
     next: AtomicU64,
+    /// Lanes that take pages on, or have some.
+    lanes: AtomicUsize,
     /// Which pages were written, if somebody remembers.
     written: OnceLock<Arc<DirtyBitmap>>,
     /// Told by a lane that finds nothing more to send.
@@ -67,19 +69,39 @@ impl Round {
         self.on.store(false, Ordering::SeqCst);
     }
 
+    /// Counts a lane, before it looks for pages, until it has sent what it has taken on.
+    fn enter(&self) -> InHand<'_> {
+        self.lanes.fetch_add(1, Ordering::SeqCst);
+        InHand(self)
+    }
+
+    /// Whether all lanes have gone through so many pages, or through as many as they were to, and
+    /// have none in hand. Lanes are looked at last: one that comes later finds no page.
+    fn is_through(&self, pages: u64) -> bool {
+        let through = self.next.load(Ordering::SeqCst) >= pages || !self.is_on();
+        through && self.lanes.load(Ordering::SeqCst) == 0
+    }
+
     /// Whether it goes on.
     fn is_on(&self) -> bool {
         self.on.load(Ordering::SeqCst)
     }
 }
 
+/// A lane that may have pages in hand.
+#[derive(Debug)]
+struct InHand<'a>(&'a Round);
+
+impl Drop for InHand<'_> {
+    fn drop(&mut self) {
+        self.0.lanes.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl PushShared {
-    /// Whether all lanes have gone through all pages, or through as many as they were to, and
-    /// have none in hand.
+    /// Whether the round's pages have all been sent, or as many as were to be.
     pub fn has_copied(&self) -> bool {
-        let round = &self.round;
-        let through = round.next.load(Ordering::SeqCst) >= self.source.ledger.pages();
-        (through || !round.is_on()) && self.source.ledger.counts().claimed == 0
+        self.round.is_through(self.source.ledger.pages())
     }
 
     /// Sends the next pages of the round; returns the bytes that they took, `None` if there are
@@ -90,6 +112,7 @@ impl PushShared {
         pages_max: u64,
         epoch: u32,
     ) -> Result<Option<u64>, LaneError> {
+        let _in_hand = self.round.enter();
         let Some(run) = self.next_run(pages_max) else { return Ok(None) };
         let mut bytes = 0;
         let mut rest = Some(run);
@@ -183,4 +206,30 @@ fn alike(content: &[u8]) -> (bool, u64) {
     let first = zero(&content[..PAGE_SIZE]);
     let same = content.chunks_exact(PAGE_SIZE).take_while(|page| zero(page) == first);
     (first, same.count() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A lane that had taken the last pages on, and not claimed them yet, was overlooked: they came
+    /// when the destination had been told that there were no more.
+    #[test]
+    fn a_round_goes_on_until_no_lane_has_pages_in_hand() {
+        for cut in [false, true] {
+            let round = Round::default();
+            round.begin();
+            let (one, other) = (round.enter(), round.enter());
+            assert!(!round.is_through(512));
+            if cut {
+                round.end();
+            } else {
+                round.next.store(512, Ordering::SeqCst);
+            }
+            drop(one);
+            assert!(!round.is_through(512), "the other one's are on their way");
+            drop(other);
+            assert!(round.is_through(512));
+        }
+    }
 }
