@@ -62,7 +62,10 @@ fn messages(c: &mut Criterion) {
 }
 
 fn state() -> ToDestination {
-    ToDestination::State((0..64 << 10).map(|byte| byte as u8).collect())
+    ToDestination::State {
+        was_paused: false,
+        state: (0..64 << 10).map(|byte| byte as u8).collect(),
+    }
 }
 
 /// What is exchanged after a lost link, by how the pages lie.

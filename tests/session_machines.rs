@@ -43,7 +43,8 @@ fn mismatch() -> Mismatch {
 fn to_destination(message: &ToDestination) -> String {
     match message {
         ToDestination::Hello(_) => "Hello".into(),
-        ToDestination::State(_) => "State".into(),
+        ToDestination::State { was_paused: false, .. } => "State".into(),
+        ToDestination::State { .. } => "State, paused".into(),
         ToDestination::Commit(record) => format!("Commit(epoch {})", record.epoch),
         ToDestination::Reattach { epoch, committed, .. } => {
             let committed = committed.map(|record| record.epoch);
@@ -583,6 +584,10 @@ mod destination {
         DestinationEvent::GuestFailed("no".into())
     }
 
+    fn state(was_paused: bool) -> DestinationEvent {
+        said(ToDestination::State { was_paused, state: vec![] })
+    }
+
     fn abort() -> DestinationEvent {
         said(ToDestination::Abort { reason: "no".into() })
     }
@@ -593,11 +598,28 @@ mod destination {
         said(ToDestination::Valid { part, last })
     }
 
+    #[test]
+    fn a_guest_that_was_paused_stays_so() {
+        use DestinationEvent::{Entered, Prepared, Restored};
+        for (was_paused, action) in [(false, "RunGuest"), (true, "KeepPaused")] {
+            let mut machine = DestinationSession::new(SessionLimits::default(), NOW);
+            machine.handle(NOW, said(ToDestination::Hello(hello())));
+            for event in [Prepared, state(was_paused), Restored] {
+                machine.handle(NOW, event);
+            }
+            drain(&mut machine);
+            machine.handle(NOW, said(ToDestination::Commit(record(0))));
+            assert_eq!(drain(&mut machine), [action]);
+            machine.handle(NOW, Entered(NOW));
+            assert_eq!(format!("{:?}", machine.state()), "Running");
+        }
+    }
+
     fn paths() -> Vec<(&'static str, Vec<DestinationEvent>)> {
         use DestinationEvent::{Entered, Prepared, Restored};
         let preparing = vec![said(ToDestination::Hello(hello()))];
         let agreed = [preparing.clone(), vec![Prepared]].concat();
-        let restoring = [agreed.clone(), vec![said(ToDestination::State(vec![]))]].concat();
+        let restoring = [agreed.clone(), vec![state(false)]].concat();
         let in_doubt = [restoring.clone(), vec![Restored]].concat();
         let starting = [in_doubt.clone(), vec![said(ToDestination::Commit(record(0)))]].concat();
         let running = [starting.clone(), vec![Entered(NOW)]].concat();
@@ -649,7 +671,7 @@ mod destination {
             ("GiveUp", DestinationEvent::GiveUp("operator".into())),
             ("Timer", DestinationEvent::Timer),
             ("said Hello", said(ToDestination::Hello(hello()))),
-            ("said State", said(ToDestination::State(vec![]))),
+            ("said State", state(false)),
             ("said Commit", said(ToDestination::Commit(record(0)))),
             ("said Commit of another", said(stranger)),
             ("said Reattach 2, committed", reattach(2, Some(record(0)))),

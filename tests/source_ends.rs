@@ -118,6 +118,7 @@ impl AttachedVm for Pausable {
             pause_us: 0,
             capture_us: 0,
             steps: 0,
+            was_paused: false,
         })
     }
     fn resume(&mut self) -> Result<(), String> {

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol that this crate speaks.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// First bytes of every conversation.
 pub const MAGIC: [u8; 8] = *b"pc-attch";
 /// The most bytes of a [`Reply`], its length prefix apart.
@@ -53,7 +53,7 @@ pub enum Request {
     /// Stop the vCPUs and capture the machine's state. Asked again, it is answered
     /// with the same capture.
     Pause,
-    /// The migration is off: let the guest run on.
+    /// The migration is off: let the guest go on as it was before `Pause`.
     Resume,
     /// The commit word says committed: let go of the guest, whose memory lives on in
     /// whoever maps it. To a keeper: nobody needs the memory any more.
@@ -103,7 +103,7 @@ pub enum Reply {
         /// Why.
         why: String,
     },
-    /// To `Resume`: the guest runs. The connection ends.
+    /// To `Resume`: the guest is as it was before `Pause`. The connection ends.
     Resumed,
     /// To `Committed`: the VMM has let go and may exit. The connection ends.
     Released,
@@ -182,6 +182,8 @@ pub struct Paused {
     pub capture_us: u64,
     /// Steps that the guest had made when it stopped, over all vCPUs.
     pub steps: u64,
+    /// Whether its user had it paused before. `Resume` then leaves it so, and it arrives paused.
+    pub was_paused: bool,
 }
 
 /// How the guest is.

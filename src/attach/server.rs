@@ -31,7 +31,7 @@ pub trait AttachedVm {
     /// writes to the guest's memory: no device, no thread, no later look at the guest.
     /// After an error the guest runs, as before: the implementation undoes what it did.
     fn pause_and_capture(&mut self) -> Result<Paused, String>;
-    /// Lets the guest run on after [`AttachedVm::pause_and_capture`].
+    /// Lets the guest go on as it was before [`AttachedVm::pause_and_capture`].
     fn resume(&mut self) -> Result<(), String>;
     /// The guest has left for good: nothing of this process may run it or write to
     /// its memory again.

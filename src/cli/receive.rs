@@ -70,8 +70,13 @@ pub struct Receive {
     /// [default: 10m]
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     patience: Option<Duration>,
+    /// Let a guest run that was paused where it comes from, once all its memory is here;
+    /// without it such a guest stays paused.
+    #[arg(long)]
+    unpause: bool,
     /// Stop the guest so long after all its memory came, and compare every page with
-    /// what it must hold; without it the guest runs until it is interrupted.
+    /// what it must hold; without it the guest runs until it is interrupted. One that is paused
+    /// makes the rest of its step for that.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     verify_after: Option<Duration>,
     /// The trace that the guest replays, if its workload is one: the file that the source has,
@@ -156,14 +161,27 @@ impl Receive {
         }
         let mut guest = guest.ok_or_else(|| anyhow!("the engine lost the guest"))?;
         let stalls = arrival::stalls(guest.as_ref());
-        self.say("the guest runs here with all its memory");
+        let mut paused = arrival.is_paused();
+        self.say(match paused {
+            true => "the guest is here with all its memory, paused as it came",
+            false => "the guest runs here with all its memory",
+        });
+        if paused && self.unpause {
+            guest.resume()?;
+            self.say("it runs now");
+            paused = false;
+        }
         let huge_pages = |guest: &dyn Guest| {
             end.collapsing.map(|collapsing| collapsed(collapsing, guest, &stalls, &interrupted))
         };
         let (huge_pages, verified) = match self.verify_after {
             Some(after) => {
                 sleep_unless(&interrupted, after);
-                (huge_pages(guest.as_ref()), Some(self.verify(guest.as_mut())))
+                let huge_pages = huge_pages(guest.as_ref());
+                if paused {
+                    guest.resume()?;
+                }
+                (huge_pages, Some(self.verify(guest.as_mut())))
             }
             None => {
                 self.run_on(guest.as_ref(), &interrupted);
@@ -303,6 +321,7 @@ fn whole_report(
         vcpus: guest.map_or(0, |guest| guest.workload().vcpus),
         backing: backing.to_string(),
         workload: None,
+        was_paused: None,
     };
     let link = Link { encrypted: true, ..Link::default() };
     // Of the modes that copy before, this side knows only what is left when they have.

@@ -6,8 +6,10 @@ use clap::Args;
 use postcopy::attach::server::{ServeEnd, Server};
 use postcopy::host::departure::Departure;
 use postcopy::program::output;
+use postcopy::program::units::parse_time;
 use postcopy::vmm::guest::DirtyLogChoice;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Starts a reference guest and serves its control socket, until the guest has left
 /// or was stopped.
@@ -23,6 +25,10 @@ pub struct Run {
     /// kernel's of a mapping (Linux 6.7).
     #[arg(long, value_enum, default_value = "auto", value_name = "LOG")]
     dirty_log: DirtyLogChoice,
+    /// Pause the guest when it has run for so long, before anybody is served: it is moved as it is,
+    /// and arrives paused.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    pause_after: Option<Duration>,
 }
 
 impl Run {
@@ -42,6 +48,11 @@ impl Run {
             self.control.display()
         ));
         let mut departure = Departure::new(guest)?;
+        if let Some(after) = self.pause_after {
+            std::thread::sleep(after);
+            departure.hold()?;
+            output::out("the guest is paused");
+        }
         let end = server.serve(&mut departure)?;
         output::out(match end {
             ServeEnd::Released => "the guest has left",

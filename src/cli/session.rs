@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Subcommand};
-use postcopy::engine::operator::{Answer, Request, SessionStatus};
+use postcopy::engine::operator::{self, Answer, Request, SessionStatus};
 use postcopy::fault_server::keeper::Occupied;
 use postcopy::fault_server::take_back::TakeBackError;
 use postcopy::fault_server::{FaultServer, FaultServerError};
@@ -117,6 +117,9 @@ struct Limits {
     /// How long the guest may stand still where that is to be chosen.
     #[arg(long, value_parser = parse_time, value_name = "TIME")]
     max_downtime: Option<Duration>,
+    /// How long all of it may take as far as that is to be chosen; 0s: as long as it takes.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    max_total: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -218,12 +221,14 @@ impl Plain {
 
 impl Limit {
     fn run(&self) -> anyhow::Result<()> {
-        let Limits { max_bandwidth, max_postcopy_bandwidth, max_downtime } = &self.limits;
-        let request = Request::Limit {
-            max_bandwidth: *max_bandwidth,
-            max_postcopy_bandwidth: *max_postcopy_bandwidth,
-            max_downtime_us: max_downtime.map(|most| most.as_micros() as u64),
-        };
+        let Limits { max_bandwidth, max_postcopy_bandwidth, max_downtime, max_total } = self.limits;
+        let micros = |time: Duration| time.as_micros() as u64;
+        let request = Request::Limit(operator::Limits {
+            max_bandwidth,
+            max_postcopy_bandwidth,
+            max_downtime_us: max_downtime.map(micros),
+            max_total_us: max_total.map(micros),
+        });
         output::out(&self.at.done(&request).context("not done")?);
         Ok(())
     }

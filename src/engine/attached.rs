@@ -186,6 +186,7 @@ impl SourceVm for AttachedVmm {
             seeds: paused.seeds,
             pause: Duration::from_micros(paused.pause_us),
             capture: Duration::from_micros(paused.capture_us),
+            was_paused: paused.was_paused,
         })
     }
 

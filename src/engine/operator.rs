@@ -22,6 +22,20 @@ const VMM_ANSWER_MAX: Duration = Duration::from_secs(45);
 /// Why a session ended that was given up.
 pub(super) const GIVEN_UP: &str = "its operator gave it up";
 
+/// Limits that an operator changes; what is absent stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Of all pages that no vCPU waits for, in bits a second of IP packets; 0 is none.
+    pub max_bandwidth: Option<u64>,
+    /// The same once the guest has left; 0 is that of before.
+    pub max_postcopy_bandwidth: Option<u64>,
+    /// How long the guest may stand still where that is to be chosen, in microseconds.
+    pub max_downtime_us: Option<u64>,
+    /// How long all of it may take as far as that is to be chosen, in microseconds; 0: as long as
+    /// it takes.
+    pub max_total_us: Option<u64>,
+}
+
 /// What an operator asks for.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
@@ -34,15 +48,8 @@ pub enum Request {
     Hold,
     /// Go on sending pages.
     GoOn,
-    /// Change limits; what is absent stays as it is.
-    Limit {
-        /// Of all pages that no vCPU waits for, in bits a second of IP packets; 0 is none.
-        max_bandwidth: Option<u64>,
-        /// The same once the guest has left; 0 is that of before.
-        max_postcopy_bandwidth: Option<u64>,
-        /// How long the guest may stand still where that is to be chosen, in microseconds.
-        max_downtime_us: Option<u64>,
-    },
+    /// Change limits.
+    Limit(Limits),
     /// Look for the destination somewhere else.
     Redirect {
         /// A ticket of the same destination, or `HOST[:PORT,PORT...]`.
@@ -68,7 +75,7 @@ impl Request {
             Self::Switch => "switch",
             Self::Hold => "hold",
             Self::GoOn => "go-on",
-            Self::Limit { .. } => "limit",
+            Self::Limit(_) => "limit",
             Self::Redirect { .. } => "redirect",
             Self::GiveUp { .. } => "give-up",
             Self::TakeBack { .. } => "take-back",

@@ -24,6 +24,9 @@ pub struct Captured {
     pub pause: Duration,
     /// How long it took to read the state out.
     pub capture: Duration,
+    /// Whether its user had it paused before it was asked for: then it arrives paused, and
+    /// [`SourceVm::resume`] leaves it so.
+    pub was_paused: bool,
 }
 
 /// The source's VMM: it has a running guest whose memory the engine can read.
@@ -67,8 +70,8 @@ pub trait SourceVm: Any + Send {
     fn take_back(&mut self) -> Result<(), VmError> {
         Err("this VMM cannot take a guest back that it has given away".into())
     }
-    /// Lets the guest run on here: the migration was aborted before the commit, or the
-    /// commit was undone.
+    /// Lets the guest go on here as it was before [`pause`](SourceVm::pause): the migration was
+    /// aborted before the commit, or the commit was undone.
     fn resume(&mut self) -> Result<(), VmError>;
     /// The guest runs elsewhere: vCPUs and devices may go. Its memory is still read here
     /// and must stay as it is until [`drained`](SourceVm::drained).
@@ -127,6 +130,14 @@ pub trait DestinationVm: Any + Send {
     /// Lets the vCPUs run; returns when the first one has entered the guest, and
     /// when that was.
     fn resume(&mut self) -> Result<Instant, VmError>;
+    /// The guest is here for good, but its user had it paused at the source: it is not resumed.
+    /// From here on it is the VMM's to let it run, at any time; pages come meanwhile.
+    ///
+    /// # Errors
+    /// The guest cannot be kept: it is lost.
+    fn keep_paused(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
     /// Whether the guest has done what it was to do.
     fn workload_ended(&mut self) -> bool {
         false

@@ -124,6 +124,10 @@ pub struct SwitchoverArgs {
     /// How long the guest may stand still where that can be chosen, in pre-copy and auto.
     #[arg(long, default_value = "300ms", value_parser = parse_time, value_name = "TIME")]
     pub max_downtime: Duration,
+    /// How long the migration may take from its first page to its last, as far as that can be chosen:
+    /// no more rounds then, and the rest follows the guest; pre-copy is given up instead.
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    pub max_total: Option<Duration>,
     /// How fast pages that no vCPU waits for are sent at most, for instance 1Gbit.
     #[arg(long, value_parser = parse_rate, value_name = "RATE")]
     pub max_bandwidth: Option<u64>,
@@ -138,8 +142,14 @@ fn mode_names() -> impl TypedValueParser<Value = Mode> {
 
 impl SwitchoverArgs {
     fn config(&self) -> SwitchoverConfig {
-        let Self { mode, rounds, max_downtime, max_bandwidth, max_postcopy_bandwidth } = *self;
-        SwitchoverConfig { mode, rounds, max_downtime, max_bandwidth, max_postcopy_bandwidth }
+        SwitchoverConfig {
+            mode: self.mode,
+            rounds: self.rounds,
+            max_downtime: self.max_downtime,
+            max_total: self.max_total,
+            max_bandwidth: self.max_bandwidth,
+            max_postcopy_bandwidth: self.max_postcopy_bandwidth,
+        }
     }
 
     /// The same arguments for a child process.
@@ -150,6 +160,10 @@ impl SwitchoverArgs {
             ["--mode", &mode, "--rounds", &rounds, "--max-downtime", &downtime]
                 .map(str::to_owned)
                 .into();
+        if let Some(total) = self.max_total {
+            let total = humantime::format_duration(total).to_string();
+            arguments.extend(["--max-total".to_owned(), total]);
+        }
         for (name, limit) in [
             ("--max-bandwidth", self.max_bandwidth),
             ("--max-postcopy-bandwidth", self.max_postcopy_bandwidth),
@@ -341,6 +355,8 @@ mod tests {
                 "3",
                 "--max-downtime",
                 "50ms",
+                "--max-total",
+                "7s",
                 "--max-bandwidth",
                 "2Gbit",
             ];
@@ -350,6 +366,7 @@ mod tests {
                 mode,
                 rounds: 3,
                 max_downtime,
+                max_total: Some(Duration::from_secs(7)),
                 max_bandwidth: Some(2_000_000_000),
                 max_postcopy_bandwidth: None,
             };

@@ -15,6 +15,7 @@ use crate::vmm::stalls::{self, StallCounts, StallFigures};
 use crate::vmm::trace::Trace;
 use crate::vmm::workload::{STATUS_FAILED, STATUS_FINISHED, STATUS_RUNNING, control};
 use nix::unistd::Pid;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -28,6 +29,7 @@ const STOP_MAX: Duration = Duration::from_secs(20);
 #[derive(Clone, Default)]
 pub struct Arrival {
     guest: Arc<Mutex<Option<Box<dyn Guest>>>>,
+    paused: Arc<AtomicBool>,
     trace: Option<Arc<Trace>>,
 }
 
@@ -56,6 +58,11 @@ impl Arrival {
         let ours = ours.ok_or_else(|| Mismatch::new("the trace", theirs, here()))?;
         description.workload.trace = Some(Arc::clone(ours));
         Ok(())
+    }
+
+    /// Whether the guest came paused, and is.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
     }
 
     /// Takes the guest out, if it came.
@@ -131,6 +138,11 @@ impl DestinationVm for Arrival {
             }
             std::thread::sleep(Duration::from_micros(20));
         }
+    }
+
+    fn keep_paused(&mut self) -> Result<(), VmError> {
+        self.paused.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     fn workload_ended(&mut self) -> bool {

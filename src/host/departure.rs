@@ -17,10 +17,12 @@ use std::time::{Duration, Instant};
 /// How long a guest may take to notice a request in its control page.
 const NOTICE_MAX: Duration = Duration::from_secs(2);
 
-/// A running guest, served to whoever attaches.
+/// A guest, served to whoever attaches.
 pub struct Departure {
     guest: Box<dyn Guest>,
     running: bool,
+    /// Whether its user has paused it.
+    held: bool,
     /// Whether the guest's instruments were reset since the last dirty round: pages that
     /// this process wrote, and the guest may not know of.
     wrote: bool,
@@ -33,7 +35,17 @@ impl Departure {
     /// If its memory does not lie in memfds, which another process could map.
     pub fn new(guest: Box<dyn Guest>) -> Result<Self, HandoverError> {
         MemoryFiles::of(guest.ram())?;
-        Ok(Self { guest, running: true, wrote: false })
+        Ok(Self { guest, running: true, held: false, wrote: false })
+    }
+
+    /// Pauses the guest for its user, before it is served: it stays so wherever it goes.
+    ///
+    /// # Errors
+    /// It runs on.
+    pub fn hold(&mut self) -> Result<(), GuestError> {
+        self.guest.pause()?;
+        (self.held, self.running) = (true, false);
+        Ok(())
     }
 
     /// The guest.
@@ -72,7 +84,17 @@ impl Departure {
             pause_us: pause.as_micros() as u64,
             capture_us: capturing.elapsed().as_micros() as u64,
             steps: self.steps(),
+            was_paused: self.held,
         })
+    }
+
+    /// Lets it go on as its user wants it.
+    fn go_on(&mut self) -> Result<(), GuestError> {
+        if !self.held {
+            self.guest.resume()?;
+            self.running = true;
+        }
+        Ok(())
     }
 
     #[cfg(feature = "failpoints")]
@@ -117,7 +139,7 @@ impl AttachedVm for Departure {
             Err(error) => {
                 let why = error_chain(&error);
                 // Whatever was stopped runs on; if it cannot, both failures are told.
-                match self.guest.resume() {
+                match self.go_on() {
                     Ok(()) => Err(why),
                     Err(also) => {
                         self.running = false;
@@ -130,9 +152,8 @@ impl AttachedVm for Departure {
 
     fn resume(&mut self) -> Result<(), String> {
         failpoint!("vmm::before_resume", return Err("a failpoint".into()));
-        self.guest.resume().map_err(|error| error_chain(&error))?;
+        self.go_on().map_err(|error| error_chain(&error))?;
         failpoint!("vmm::after_resume");
-        self.running = true;
         Ok(())
     }
 
@@ -148,6 +169,10 @@ impl AttachedVm for Departure {
         self.wrote = true;
         for of in self.instruments() {
             of.set(control::INSTRUMENT_REQUEST, of.get(control::INSTRUMENT_REQUEST) + 1);
+        }
+        if self.held {
+            // They will see it when they run again.
+            return Ok(());
         }
         let asked = Instant::now();
         let waits = |of: &Instruments<'_>| {

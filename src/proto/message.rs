@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The version of the wire protocol. A peer of another version is refused.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// First bytes of a [`Hello`].
 pub const MAGIC: [u8; 4] = *b"PCPY";
 /// The most bytes of a guest's machine state.
@@ -149,7 +149,12 @@ pub enum ToDestination {
     /// The proposal; first message of link epoch 0.
     Hello(Hello),
     /// The machine state, sent in the blackout.
-    State(Vec<u8>),
+    State {
+        /// Whether the guest was paused by its user: it stays so where it arrives.
+        was_paused: bool,
+        /// The VMM's own encoding of it.
+        state: Vec<u8>,
+    },
     /// The guest is the destination's; sent after the commit word was written.
     Commit(CommitRecord),
     /// First message of a later link epoch, after a lost link.
@@ -298,7 +303,7 @@ impl ToDestination {
             Self::Hello(hello) if hello.guest.len() > GUEST_INFO_MAX => {
                 Err(MessageError::FieldTooLong("the guest's description"))
             }
-            Self::State(state) if state.len() > STATE_MAX => {
+            Self::State { state, .. } if state.len() > STATE_MAX => {
                 Err(MessageError::FieldTooLong("the machine state"))
             }
             Self::Abort { reason } if reason.len() > TEXT_MAX => {
@@ -378,7 +383,8 @@ mod tests {
         let record = CommitRecord { session: SessionId([1; 16]), epoch: 2 };
         let to_destination = [
             ToDestination::Hello(hello()),
-            ToDestination::State(vec![1, 2]),
+            ToDestination::State { was_paused: false, state: vec![1, 2] },
+            ToDestination::State { was_paused: true, state: vec![] },
             ToDestination::Commit(record),
             ToDestination::Reattach { session: record.session, epoch: 3, committed: Some(record) },
             ToDestination::Released,
@@ -419,13 +425,13 @@ mod tests {
     #[test]
     fn another_version_is_named_even_if_the_rest_is_unknown() {
         let mut future = hello();
-        future.version = 2;
+        future.version = 3;
         let mut body = encode(&ToDestination::Hello(future))[4..].to_vec();
         body.extend([0xff; 40]);
         let mismatch = ToDestination::decode_first(&body).unwrap().unwrap_err();
         assert_eq!(
             mismatch.to_string(),
-            "the two sides differ in the protocol version: source 2, destination 1"
+            "the two sides differ in the protocol version: source 3, destination 2"
         );
     }
 

@@ -23,6 +23,9 @@
 //! * And as long as what goes over the link in all stays below [`AUTO_SENT`] times the guest's
 //!   memory.
 //! * Else the guest moves, and what is left follows.
+//!
+//! A limit on the time that all of it takes ([`SwitchoverConfig::max_total`]) ends the rounds in every
+//! mode: pages that follow the guest are sent once.
 
 use std::time::Duration;
 
@@ -106,6 +109,10 @@ pub struct SwitchoverConfig {
     pub rounds: u32,
     /// How long the guest may stand still where that can be chosen: in pre-copy, and in auto.
     pub max_downtime: Duration,
+    /// How long it may take from the first page until the last, as far as that can be chosen: no
+    /// round is begun, or gone on with, that would make it longer. Where memory alone takes longer
+    /// than that, so does all of it.
+    pub max_total: Option<Duration>,
     /// How fast pages are copied and pushed at most, in bits a second of IP packets. What is sent
     /// to a vCPU that waits is not counted.
     pub max_bandwidth: Option<u64>,
@@ -119,6 +126,7 @@ impl Default for SwitchoverConfig {
             mode: Mode::default(),
             rounds: 1,
             max_downtime: Duration::from_millis(300),
+            max_total: None,
             max_bandwidth: None,
             max_postcopy_bandwidth: None,
         }
@@ -192,6 +200,8 @@ pub struct Planner {
     ended: Vec<RoundEnd>,
     /// Pages written by the first look at a round, and when that was.
     looked: Option<(u64, Duration)>,
+    /// Why the round was to be cut short, if it was.
+    cut: Option<&'static str>,
 }
 
 impl Planner {
@@ -202,8 +212,8 @@ impl Planner {
             Mode::StopAndCopy => Next::StopAndCopy,
             Mode::PreCopy | Mode::Hybrid | Mode::Auto => Next::Round,
         };
-        let (ended, looked) = (Vec::new(), None);
-        Self { config, pages, before: pages, next, ordered: false, ended, looked }
+        let (ended, looked, cut) = (Vec::new(), None, None);
+        Self { config, pages, before: pages, next, ordered: false, ended, looked, cut }
     }
 
     /// What was asked for.
@@ -214,6 +224,11 @@ impl Planner {
     /// The guest may stand still for so long from now on.
     pub fn set_max_downtime(&mut self, most: Duration) {
         self.config.max_downtime = most;
+    }
+
+    /// All of it may take so long from now on.
+    pub fn set_max_total(&mut self, most: Option<Duration>) {
+        self.config.max_total = most;
     }
 
     /// The operator wants the guest to move now: what is left follows it.
@@ -246,26 +261,41 @@ impl Planner {
         &self.next
     }
 
-    /// Whether a round that goes on is to be cut short, since it is not worth what it sends: the
-    /// guest then moves at once. Only the automatic mode does so.
+    /// Whether a round that goes on is to be cut short: the guest then moves at once. The automatic
+    /// mode does so where a round is not worth what it sends, hybrid, too, where there is no time.
     pub fn during(&mut self, round: &RoundSoFar) -> bool {
-        if self.config.mode != Mode::Auto || round.sent < TELLING_PAGES {
+        let may_cut = matches!(self.config.mode, Mode::Auto | Mode::Hybrid);
+        if !may_cut || round.sent < TELLING_PAGES {
             return false;
         }
+        let in_all = self.in_all(round, round.stale as f64);
+        self.cut = if self.config.max_total.is_some_and(|most| in_all > most) {
+            Some("there is no time for more")
+        } else if self.config.mode == Mode::Auto && !self.will_pay(round) {
+            Some("most would be written again")
+        } else {
+            None
+        };
+        self.cut.is_some()
+    }
+
+    /// Whether it pays to go on with a round, as far as two looks at it tell.
+    fn will_pay(&mut self, round: &RoundSoFar) -> bool {
         let Some((written, at)) = self.looked else {
             self.looked = Some((round.written, round.took));
-            return false;
+            return true;
         };
         let s = per_page(round);
         let end = round.took.as_secs_f64() + round.unsent as f64 * s;
         let now = (round.took.as_secs_f64(), round.written as f64);
         let written = extrapolated((at.as_secs_f64(), written as f64), now, end);
-        !pays(round, self.again(written))
+        pays(round, self.again(written))
     }
 
-    /// What comes after a round. `cut` if it was cut short.
-    pub fn after(&mut self, round: RoundSoFar, cut: bool) -> Next {
+    /// What comes after a round.
+    pub fn after(&mut self, round: RoundSoFar) -> Next {
         self.looked = None;
+        let cut = self.cut.take();
         let count = self.ended.len() as u32 + 1;
         let s = per_page(&round);
         let copying = Duration::from_secs_f64(round.stale as f64 * s);
@@ -275,6 +305,7 @@ impl Planner {
             _ if self.ordered => (Next::PostCopy, "the operator wants the guest to move".into()),
             Mode::PostCopy => (Next::PostCopy, "all memory follows".into()),
             Mode::StopAndCopy => (Next::StopAndCopy, "all memory is copied in the pause".into()),
+            Mode::Hybrid if let Some(why) = cut => (Next::PostCopy, cut_short(why)),
             Mode::Hybrid if count < self.config.rounds && round.stale > 0 => {
                 let why = format!("{count} of {} rounds", self.config.rounds);
                 (Next::Round, why)
@@ -300,21 +331,49 @@ impl Planner {
             }
             Mode::Auto => self.weigh(&round, cut, rest, count),
         };
+        let (next, why) = self.within_time(&round, next, why);
         self.before = round.stale;
         self.next = next.clone();
         self.ended.push(RoundEnd { round, why });
         next
     }
 
-    fn weigh(&self, round: &RoundSoFar, cut: bool, rest: Duration, count: u32) -> (Next, String) {
+    /// How long it takes from the first page until the last, if so many pages are still to be sent.
+    fn in_all(&self, round: &RoundSoFar, pages: f64) -> Duration {
+        let before: Duration = self.ended.iter().map(|ended| ended.round.took).sum();
+        before + round.took + Duration::from_secs_f64(pages * per_page(round))
+    }
+
+    /// No round is begun that there is no time for.
+    fn within_time(&self, round: &RoundSoFar, next: Next, why: String) -> (Next, String) {
+        let stale = round.stale as f64;
+        let in_all = self.in_all(round, stale * (1.0 + self.again(stale)));
+        match self.config.max_total {
+            Some(most) if next == Next::Round && in_all > most => {
+                let why = format!("{why}; with another round it takes {in_all:.1?} of {most:.1?}");
+                match self.config.mode {
+                    Mode::PreCopy => (Next::GiveUp(why.clone()), why),
+                    _ => (Next::PostCopy, why),
+                }
+            }
+            _ => (next, why),
+        }
+    }
+
+    fn weigh(
+        &self,
+        round: &RoundSoFar,
+        cut: Option<&str>,
+        rest: Duration,
+        count: u32,
+    ) -> (Next, String) {
         let limit = self.config.max_downtime.min(AUTO_STOP);
         if rest <= limit {
             let why = format!("the rest takes {rest:.1?} of {limit:.1?}: it is copied");
             return (Next::StopAndCopy, why);
         }
-        if cut {
-            let why = "cut short, for most would be written again: the rest follows".into();
-            return (Next::PostCopy, why);
+        if let Some(why) = cut {
+            return (Next::PostCopy, cut_short(why));
         }
         let again = self.again(round.stale as f64);
         let share = format!("{:.0} % are to be sent again", again * 100.0);
@@ -346,6 +405,10 @@ fn pays(round: &RoundSoFar, again: f64) -> bool {
     let saves = (1.0 - again) * (FAULT_S + round.rtt.as_secs_f64() + s);
     let costs = s * ROUND_SHARE + again * (WRITE_TRAP_S + s);
     saves > costs
+}
+
+fn cut_short(why: &str) -> String {
+    format!("cut short, for {why}: the rest follows")
 }
 
 /// Seconds on the link that a page of this round took.

@@ -163,6 +163,9 @@ pub struct Switchover {
     pub asked: String,
     /// The longest pause that was to be chosen.
     pub max_downtime_us: u64,
+    /// The longest time of all that was to be chosen, if there was a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_total_us: Option<u64>,
     /// Each round of copying, in order.
     pub rounds: Vec<Round>,
     /// Pages that went over the link before the guest ran at the destination, each as often as
@@ -265,6 +268,10 @@ pub struct Guest {
     /// What it did: "random", "zipf".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workload: Option<String>,
+    /// Whether its user had it paused, so that it arrived paused: then nobody waited for it in
+    /// what is called the downtime.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub was_paused: Option<bool>,
 }
 
 /// The link between the hosts.

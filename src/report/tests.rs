@@ -17,6 +17,7 @@ fn heading() -> Heading {
             vcpus: 2,
             backing: "memfd".to_owned(),
             workload: Some("random".to_owned()),
+            was_paused: None,
         },
         link: Link {
             encrypted: true,

@@ -189,7 +189,8 @@ fn a_bad_page_frame_is_seen_before_all_streams_are_open() {
 #[test]
 fn a_bad_message_ends_the_session_with_its_reason() {
     let released = ToDestination::Released;
-    let state = ToDestination::State(b"not a machine's state".to_vec());
+    let state =
+        ToDestination::State { was_paused: false, state: b"not a machine's state".to_vec() };
     let hello = ToDestination::Hello(proposal(PAGES));
     let huge = (message::MESSAGE_MAX as u32 + 1).to_le_bytes();
     ends_after_accepting(|source| source.say_bytes(&huge), &["a control message says it has"]);

@@ -313,7 +313,7 @@ impl FakeDestination {
         self.proposed();
         self.say(&ToSource::Accept { version: message::PROTOCOL_VERSION });
         let state = self.hear();
-        assert!(matches!(state, Ok(ToDestination::State(_))), "{state:?}");
+        assert!(matches!(state, Ok(ToDestination::State { .. })), "{state:?}");
     }
 
     /// Asks for pages, as a vCPU's network fault does.

@@ -19,6 +19,8 @@ mod limited_link;
 mod switchover;
 // The same at random, cut and called off.
 mod random_cuts;
+// Guests that their user has paused.
+mod paused_guest;
 // Two network namespaces joined by a real, limited link.
 mod netns;
 

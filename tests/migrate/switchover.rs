@@ -175,6 +175,27 @@ fn pre_copy_that_never_comes_to_an_end_is_given_up_and_the_guest_runs_on() {
 }
 
 #[test]
+fn a_guest_moves_when_there_is_no_time_for_more_rounds() {
+    // All of it is to take 100 ms less than the first round alone does.
+    let copying = Copying::start(&["--mode", "hybrid", "--rounds", "3", "--max-total", "2s"]);
+    copying.source.succeed(MIGRATION);
+    let report = read_report(&copying.report);
+    assert_eq!(count(&report, "/switchover/max_total_us"), 2_000_000, "{report:#}");
+    let rounds = report["switchover"]["rounds"].as_array().expect("rounds");
+    let why = rounds.last().and_then(|round| round["why"].as_str()).expect("a round");
+    assert!(rounds.len() == 1 && why.contains("there is no time for more"), "{report:#}");
+    assert_eq!(copying.receiver.report()["verified"], true);
+    copying.guest.has_left();
+}
+
+#[test]
+fn an_operator_gives_a_guest_less_time() {
+    let copying = Copying::start(&["--mode", "pre-copy", "--max-downtime", "1ms"]);
+    say(&copying.guest, &["limit", "--max-total", "1s"]);
+    copying.stays("with another round it takes");
+}
+
+#[test]
 fn a_destination_that_can_take_no_page_before_the_pause_says_so() {
     let guest = Guest::start_with(&["--guest", "kvm", "--memory", "16M"]);
     let receiver = Receiver::start_with(&["--backing", "anonymous"]);

@@ -245,7 +245,12 @@ impl<L: Ledger> World<L> {
                 let delay = self.slowly(1_000);
                 self.after(delay, step(DestinationStep::Restore));
             }
-            DestinationAction::RunGuest => self.soon(500, step(DestinationStep::Run)),
+            DestinationAction::RunGuest | DestinationAction::KeepPaused => {
+                if self.guest.was_paused != (action == DestinationAction::KeepPaused) {
+                    self.checker.fail(format!("{action:?}, and the guest was otherwise"));
+                }
+                self.soon(500, step(DestinationStep::Run));
+            }
             DestinationAction::SendPlaced => self.send_placed(),
             DestinationAction::Unregister => {
                 match self.destination.ledger.finish() {

@@ -25,6 +25,8 @@ pub struct Vcpu {
 #[derive(Debug)]
 pub struct Guest {
     pub vcpus: Vec<Vcpu>,
+    /// Its user had it paused: it stays so, wherever it is.
+    pub was_paused: bool,
     /// How long the workload takes if no access has to wait.
     pub workload_max: Duration,
     /// The longest time between two accesses, in microseconds.
@@ -51,8 +53,9 @@ impl Guest {
                 at: random.below(pages),
             })
             .collect();
+        let was_paused = accesses == 0 && random.percent(50);
         let workload_max = Duration::from_micros(accesses * pace);
-        Self { vcpus, pace, workload_max, generation: 0, pages, random, version: 0 }
+        Self { vcpus, was_paused, pace, workload_max, generation: 0, pages, random, version: 0 }
     }
 
     /// What a vCPU wants to do now; `None` once its part of the workload is over.

@@ -313,7 +313,10 @@ impl<L: Ledger> World<L> {
                 self.after(delay, Event::Vmm(VmmStep::Pause { incarnation }));
             }
             SourceAction::SendState => {
-                let state = encode(&ToDestination::State(vec![0x5a; 40]));
+                let state = encode(&ToDestination::State {
+                    was_paused: self.guest.was_paused,
+                    state: vec![0x5a; 40],
+                });
                 if let Some(connection) = self.source.connection {
                     let packet = Packet::Message(state);
                     self.send(connection, Lane::Control, Side::Destination, packet);

@@ -536,7 +536,7 @@ fn the_attach_protocols_page_has_every_message_under_its_number_and_every_limit(
     }
     let sources = [messages, read("src/attach/handover.rs"), read("src/attach/socket.rs")].concat();
     for (constant, row) in [
-        ("VERSION: u16 = 3;", "This is version 3."),
+        ("VERSION: u16 = 4;", "This is version 4."),
         ("REQUEST_BYTES_MAX: usize = 4096;", "| a request | 4 KiB |"),
         ("REPLY_BYTES_MAX: usize = 17 << 20;", "| a reply | 17 MiB |"),
         ("STATE_BYTES_MAX: usize = 16 << 20;", "| machine state | 16 MiB |"),

@@ -55,6 +55,7 @@ fn replies() -> Vec<Reply> {
             pause_us: 5,
             capture_us: 6,
             steps: 7,
+            was_paused: true,
         })),
         Reply::failed("not now"),
         Reply::Resumed,

@@ -193,6 +193,7 @@ const EMPTY_CAPTURE: Paused = Paused {
     pause_us: 0,
     capture_us: 0,
     steps: 0,
+    was_paused: false,
 };
 
 /// A message and the descriptors with it.

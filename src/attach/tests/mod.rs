@@ -113,6 +113,7 @@ impl AttachedVm for MockVm {
             pause_us: 3,
             capture_us: 4,
             steps: self.captures,
+            was_paused: false,
         })
     }
 

@@ -297,11 +297,11 @@ impl Driver {
             DestinationAction::AwaitCopied { pages } => self.await_copied(pages),
             DestinationAction::TakeValid(valid) => self.take_valid(&valid),
             DestinationAction::Restore(state) => self.guest.tell(GuestCommand::Restore(state)),
-            DestinationAction::RunGuest => {
-                self.started = true;
-                self.start_by = self.now() + self.config.limits.restore;
-                self.guest.tell(GuestCommand::Run);
-                self.map_copied();
+            DestinationAction::RunGuest => self.start_guest(GuestCommand::Run),
+            DestinationAction::KeepPaused => {
+                // Nobody is going to ask for pages.
+                self.workload_ended = true;
+                self.start_guest(GuestCommand::KeepPaused);
             }
             DestinationAction::SendPlaced => self.send_placed().await,
             DestinationAction::Unregister => self.unregister(),
@@ -309,6 +309,13 @@ impl Driver {
             DestinationAction::DropGuest => self.unregister(),
             DestinationAction::Finish(outcome) => self.outcome = Some(outcome),
         }
+    }
+
+    fn start_guest(&mut self, how: GuestCommand) {
+        self.started = true;
+        self.start_by = self.now() + self.config.limits.restore;
+        self.guest.tell(how);
+        self.map_copied();
     }
 
     async fn guest_event(&mut self, event: GuestEvent) {

@@ -48,6 +48,8 @@ pub enum GuestCommand {
     Restore(Vec<u8>),
     /// Let the vCPUs run.
     Run,
+    /// The guest stays paused, and is this side's.
+    KeepPaused,
     /// Collect the guest's own figures.
     Figures,
 }
@@ -223,6 +225,10 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                     self.steps = Some(Steps::new(entered));
                     GuestEvent::Entered(entered)
                 }
+                Err(why) => GuestEvent::RunFailed(why),
+            },
+            GuestCommand::KeepPaused => match answered(|| self.vm.keep_paused()) {
+                Ok(()) => GuestEvent::Entered(Instant::now()),
                 Err(why) => GuestEvent::RunFailed(why),
             },
             GuestCommand::Figures => GuestEvent::Figures(Box::new(self.figures())),

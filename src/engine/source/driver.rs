@@ -408,9 +408,9 @@ impl Driver {
     async fn send_state(&mut self) {
         let Some(captured) = &mut self.captured else { return };
         let state = std::mem::take(&mut captured.state);
-        let seeds = captured.seeds.clone();
+        let (seeds, was_paused) = (captured.seeds.clone(), captured.was_paused);
         self.figures.switchover_bytes = state.len() as u64;
-        self.say(ToDestination::State(state)).await;
+        self.say(ToDestination::State { was_paused, state }).await;
         let epoch = self.machine.epoch();
         if let Some(link) = &mut self.link {
             for page in seeds {

@@ -107,6 +107,7 @@ fn heading(facts: &Facts<'_>) -> Heading {
             vcpus: u32::from(config.vcpus),
             backing: "memfd".into(),
             workload: config.workload.clone(),
+            was_paused: facts.captured.map(|captured| captured.was_paused),
         },
         link: Link {
             encrypted: true,
@@ -141,6 +142,7 @@ fn switchover(planner: &Planner, facts: &Facts<'_>) -> Switchover {
     Switchover {
         asked: config.mode.to_string(),
         max_downtime_us: micros(config.max_downtime),
+        max_total_us: config.max_total.map(micros),
         rounds: rounds.collect(),
         copied: facts.shared.figures.copied.load(Ordering::Relaxed),
     }

@@ -9,7 +9,7 @@ use quinn::SendStream;
 pub async fn say(stream: &mut SendStream, message: &ToDestination) -> Result<(), ControlError> {
     match message {
         ToDestination::Hello(_) => failpoint!("source::before_hello_sent", return lost()),
-        ToDestination::State(_) => failpoint!("source::before_state_sent", return lost()),
+        ToDestination::State { .. } => failpoint!("source::before_state_sent", return lost()),
         ToDestination::Commit(_) => failpoint!("source::before_commit_sent", return lost()),
         ToDestination::Reattach { .. } => {
             failpoint!("source::before_reattach_sent", return lost());
@@ -27,7 +27,7 @@ pub async fn say(stream: &mut SendStream, message: &ToDestination) -> Result<(),
     }
     match message {
         ToDestination::Hello(_) => failpoint!("source::after_hello_sent", return lost()),
-        ToDestination::State(_) => failpoint!("source::after_state_sent", return lost()),
+        ToDestination::State { .. } => failpoint!("source::after_state_sent", return lost()),
         ToDestination::Commit(_) => failpoint!("source::after_commit_sent", return lost()),
         ToDestination::Reattach { .. } => {
             failpoint!("source::after_reattach_sent", return lost());

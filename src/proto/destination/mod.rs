@@ -7,8 +7,8 @@
 //!   Agreed --> Agreed: Copied, Valid / pages that come before the state
 //!   Agreed --> Restoring: State / restore
 //!   Restoring --> InDoubt: restored / Ready
-//!   InDoubt --> Starting: Commit / run the guest
-//!   Starting --> Running: a vCPU entered / Running
+//!   InDoubt --> Starting: Commit / run the guest, or keep it paused
+//!   Starting --> Running: a vCPU entered, or none is to / Running
 //!   Running --> Full: no page is missing / Drained
 //!   Full --> Over: Released / report
 //!   InDoubt --> Over: Abort
@@ -56,6 +56,8 @@ pub struct DestinationSession {
     epoch: u32,
     linked: bool,
     released: bool,
+    /// Whether the guest was paused by its user, and stays so.
+    was_paused: bool,
     /// What comes before the machine state, if anything does.
     copied: Option<Copied>,
     /// Pages settled, once the ledger is full; it may be before the guest runs.
@@ -79,6 +81,7 @@ impl DestinationSession {
             epoch: 0,
             linked: true,
             released: false,
+            was_paused: false,
             copied: None,
             full: None,
             failure: String::new(),
@@ -217,7 +220,10 @@ impl DestinationSession {
                 self.push(DestinationAction::AwaitCopied { pages });
             }
             (S::Agreed, M::Valid { part, last }) => self.valid_part(now, &part, last),
-            (S::Agreed, M::State(state)) if self.copied.as_ref().is_none_or(Copied::is_told) => {
+            (S::Agreed, M::State { was_paused, state })
+                if self.copied.as_ref().is_none_or(Copied::is_told) =>
+            {
+                self.was_paused = was_paused;
                 self.timeline.stamp(Stamp::StateReceived, now);
                 self.push(DestinationAction::Restore(state));
                 self.enter(S::Restoring, None);
@@ -255,7 +261,10 @@ impl DestinationSession {
             return self.violated(now, "the commit record names another session".into());
         }
         self.timeline.stamp(Stamp::Committed, now);
-        self.push(DestinationAction::RunGuest);
+        self.push(match self.was_paused {
+            false => DestinationAction::RunGuest,
+            true => DestinationAction::KeepPaused,
+        });
         self.enter(DestinationState::Starting, None);
     }
 
@@ -449,7 +458,7 @@ impl DestinationSession {
 fn name_of(message: &ToDestination) -> &'static str {
     match message {
         ToDestination::Hello(_) => "Hello",
-        ToDestination::State(_) => "State",
+        ToDestination::State { .. } => "State",
         ToDestination::Commit(_) => "Commit",
         ToDestination::Reattach { .. } => "Reattach",
         ToDestination::Released => "Released",

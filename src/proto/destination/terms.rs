@@ -95,6 +95,8 @@ pub enum DestinationAction {
     Restore(Vec<u8>),
     /// Let the vCPUs run.
     RunGuest,
+    /// The guest is this side's, and stays as it is: its user had it paused.
+    KeepPaused,
     /// Send the set of settled pages as `Placed` messages, then ask again for the
     /// pages whose requests were lost.
     SendPlaced,
@@ -120,6 +122,7 @@ impl DestinationAction {
             Self::TakeValid(_) => "TakeValid",
             Self::Restore(_) => "Restore",
             Self::RunGuest => "RunGuest",
+            Self::KeepPaused => "KeepPaused",
             Self::SendPlaced => "SendPlaced",
             Self::Unregister => "Unregister",
             Self::MakeReport => "MakeReport",

@@ -94,11 +94,9 @@ impl SourceSession {
         }
     }
 
-    /// A pause that is to be chosen may be so long from now on.
-    pub fn set_max_downtime(&mut self, most: Duration) {
-        if let Some(copying) = &mut self.copying {
-            copying.planner.set_max_downtime(most);
-        }
+    /// Who decides how the guest is moved, to be told of other limits.
+    pub fn planner_mut(&mut self) -> Option<&mut Planner> {
+        self.copying.as_mut().map(|copying| &mut copying.planner)
     }
 
     /// Time to look at the round, if it is still being sent.
@@ -148,13 +146,11 @@ impl SourceSession {
                 self.deadline = Some(now + LOOK_EVERY);
             }
             // The last look only is one at the whole round.
-            Step::Looking if copying.looks == 0 => {
-                match copying.planner.after(round, copying.cut) {
-                    Next::Round => self.start_round(now),
-                    Next::PostCopy | Next::StopAndCopy => self.pause(now),
-                    Next::GiveUp(why) => self.abort(now, why),
-                }
-            }
+            Step::Looking if copying.looks == 0 => match copying.planner.after(round) {
+                Next::Round => self.start_round(now),
+                Next::PostCopy | Next::StopAndCopy => self.pause(now),
+                Next::GiveUp(why) => self.abort(now, why),
+            },
             Step::Log | Step::Landing | Step::Looking => {}
         }
     }

@@ -77,7 +77,7 @@ impl Writer {
                 took: Duration::from_secs_f64(time.max(1e-4)),
                 rtt: Duration::ZERO,
             };
-            next = planner.after(round, cut);
+            next = planner.after(round);
         }
         Run { rounds: planner.rounds().len(), last: next, sent: sent_in_all, left: stale }
     }
@@ -170,7 +170,7 @@ fn the_automatic_mode_runs_another_round_where_faults_are_dear() {
     let next = |rtt: Duration| {
         let (sent, stale, took) = (PAGES, PAGES / 2, Duration::from_millis(PAGES));
         let round = RoundSoFar { sent, unsent: 0, written: stale, stale, took, rtt };
-        Planner::new(config(Mode::Auto), PAGES).after(round, false)
+        Planner::new(config(Mode::Auto), PAGES).after(round)
     };
     assert_eq!(next(Duration::from_micros(50)), Next::PostCopy);
     assert_eq!(next(Duration::from_millis(10)), Next::Round);
@@ -188,8 +188,32 @@ fn the_pause_is_reckoned_with_its_round_trips() {
         };
         let limit =
             SwitchoverConfig { max_downtime: Duration::from_millis(30), ..config(Mode::PreCopy) };
-        Planner::new(limit, PAGES).after(round, false)
+        Planner::new(limit, PAGES).after(round)
     };
     assert_eq!(next(Duration::from_millis(10)), Next::StopAndCopy);
     assert_eq!(next(Duration::from_millis(15)), Next::Round);
+}
+
+#[test]
+fn no_round_is_begun_or_gone_on_with_that_there_is_no_time_for() {
+    // Memory alone takes 0.79 s, and what is written meanwhile nearly as long.
+    let writer = Writer { hot: PAGES as f64, rate: 1e6 };
+    let of = |mode: Mode, millis: u64| SwitchoverConfig {
+        rounds: 3,
+        max_total: Some(Duration::from_millis(millis)),
+        max_downtime: Duration::from_millis(10),
+        ..config(mode)
+    };
+    let hybrid = |millis| writer.run(of(Mode::Hybrid, millis));
+    let (long, short, none) = (hybrid(60_000), hybrid(1_400), hybrid(500));
+    assert_eq!((long.rounds, short.rounds, none.rounds), (3, 2, 1));
+    assert_eq!([&long.last, &short.last, &none.last], [&Next::PostCopy; 3]);
+    // A round that there is no time for at all is left at once.
+    assert!(none.sent < 0.2 * PAGES as f64 && short.sent > none.sent, "{}", none.sent);
+    let pre_copy = writer.run(of(Mode::PreCopy, 1_400));
+    assert!(matches!(&pre_copy.last, Next::GiveUp(why) if why.ends_with(" of 1.4s")));
+    assert_eq!(pre_copy.rounds, 2);
+    // A guest that fits is not disturbed by it.
+    let idle = Writer { hot: 40.0, rate: 4000.0 }.run(of(Mode::Auto, 2_000));
+    assert_eq!((idle.rounds, idle.last), (1, Next::StopAndCopy));
 }

@@ -16,7 +16,7 @@ impl Driver {
     pub(super) fn operate(&mut self, asked: Asked) {
         let answer = match &asked.request {
             Request::Status => Ok(Answer::Status(Box::new(self.status()))),
-            Request::Switch | Request::Hold | Request::GoOn | Request::Limit { .. } => {
+            Request::Switch | Request::Hold | Request::GoOn | Request::Limit(_) => {
                 allowed(self.consequence(Command::Switch), None).map(|text| Answer::Done { text })
             }
             Request::Redirect { .. } => {

@@ -4,7 +4,7 @@ use super::super::push::lock;
 use super::Driver;
 use crate::engine::event::Phase;
 use crate::engine::operator::{
-    Answer, Asked, GIVEN_UP, Refusal, Request, SessionStatus, allowed, commands, micros,
+    Answer, Asked, GIVEN_UP, Limits, Refusal, Request, SessionStatus, allowed, commands, micros,
 };
 use crate::proto::operator::Command;
 use crate::proto::source::{SourceEvent, SourceState};
@@ -27,9 +27,7 @@ impl Driver {
             }
             Request::Hold => self.hold(Command::Hold, true),
             Request::GoOn => self.hold(Command::GoOn, false),
-            Request::Limit { max_bandwidth, max_postcopy_bandwidth, max_downtime_us } => {
-                self.limit(*max_bandwidth, *max_postcopy_bandwidth, *max_downtime_us)
-            }
+            Request::Limit(limits) => self.limit(limits),
             Request::Redirect { to } => self.redirect(&to.clone()),
             Request::GiveUp { acknowledged } => {
                 allowed(self.machine.consequence(Command::GiveUp), *acknowledged).map(|text| {
@@ -61,24 +59,24 @@ impl Driver {
         Ok(Answer::Done { text })
     }
 
-    fn limit(
-        &mut self,
-        max_bandwidth: Option<u64>,
-        max_postcopy_bandwidth: Option<u64>,
-        max_downtime_us: Option<u64>,
-    ) -> Result<Answer, Refusal> {
+    fn limit(&mut self, wanted: &Limits) -> Result<Answer, Refusal> {
         let text = allowed(self.machine.consequence(Command::Limit), None)?;
-        info!(?max_bandwidth, ?max_postcopy_bandwidth, ?max_downtime_us, "the operator's limits");
+        info!(?wanted, "the operator's limits");
         let limits = &mut self.config.switchover;
-        let none_if_zero = |bps: u64| Some(bps).filter(|bps| *bps > 0);
-        if let Some(bps) = max_bandwidth {
+        let none_if_zero = |limit: u64| Some(limit).filter(|limit| *limit > 0);
+        if let Some(bps) = wanted.max_bandwidth {
             limits.max_bandwidth = none_if_zero(bps);
         }
-        if let Some(bps) = max_postcopy_bandwidth {
+        if let Some(bps) = wanted.max_postcopy_bandwidth {
             limits.max_postcopy_bandwidth = none_if_zero(bps);
         }
-        if let Some(most) = max_downtime_us.map(Duration::from_micros) {
-            self.machine.set_max_downtime(most);
+        if let Some(planner) = self.machine.planner_mut() {
+            if let Some(most) = wanted.max_downtime_us {
+                planner.set_max_downtime(Duration::from_micros(most));
+            }
+            if let Some(most) = wanted.max_total_us {
+                planner.set_max_total(none_if_zero(most).map(Duration::from_micros));
+            }
         }
         self.limit_bandwidth();
         Ok(Answer::Done { text })
