@@ -153,7 +153,7 @@ fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
         format!("--memory 64M --vcpus 2 --link loopback --no-record --workload random,{workload}");
     let ended = bench(&out, &arguments);
     assert!(ended.status.success(), "{ended:?}");
-    let name = "process trace:real_one bubbling 64M 2vcpu memfd-continue 1lane loopback";
+    let name = "process trace:real_one post-copy bubbling 64M 2vcpu memfd-continue 1lane loopback";
     assert!(text_of(&ended.stderr).contains(name), "{ended:?}");
     let found = results(&out);
     assert_eq!(found["runs"], serde_json::json!({"planned": 2, "completed": 2, "failed": 0}));
@@ -161,11 +161,9 @@ fn a_trace_is_measured_by_its_name_and_must_stay_the_same() {
     let page = std::fs::read_to_string(out.join("results.html")).expect("results.html");
     assert!(page.contains("trace:real_one"), "{page}");
     let before = run_files(&out);
-    assert!(
-        before[1]
-            .0
-            .ends_with("trace-real-one-bubbling-64M-2vcpu-memfd-continue-1lane-loopback.json")
-    );
+    assert!(before[1].0.ends_with(
+        "trace-real-one-post-copy-bubbling-64M-2vcpu-memfd-continue-1lane-loopback.json"
+    ));
 
     // It goes on with the same trace, and with no other one by its name.
     let again = bench(&out, &arguments);
@@ -218,6 +216,74 @@ fn push_lanes_are_an_axis_and_a_folder_in_which_they_were_none_is_refused_by_nam
 }
 
 #[test]
+fn modes_are_an_axis_and_what_one_does_not_have_is_absent() {
+    if !userfaultfd_works() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let arguments = "--memory 16M --link loopback --mode post-copy,hybrid --rounds 2 \
+        --max-downtime 50ms --backing anonymous,memfd-continue";
+    let ended = bench(folder.path(), arguments);
+    assert!(ended.status.success(), "{ended:?}");
+    let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
+    assert!(stderr.contains("left out: hybrid with anonymous: "), "{stderr}");
+    assert!(stderr.contains("3 cells, 1 runs each"), "{stderr}");
+    assert!(
+        stdout.contains("precopied") && stdout.contains("\nhybrid memfd-continue "),
+        "{stdout}"
+    );
+
+    let found = results(folder.path());
+    assert_eq!(found["runs"], serde_json::json!({"planned": 6, "completed": 6, "failed": 0}));
+    for cell in found["cells"].as_array().expect("cells") {
+        let (mode, figures) = (&cell["cell"]["mode"], &cell["figures"]);
+        let copies = mode == "hybrid";
+        for figure in ["copy_rounds", "precopied_share", "copied_to_memory"] {
+            let median = figures[figure]["median"].as_f64();
+            assert_eq!(median.is_some_and(|of| of > 0.0), copies, "{mode}: {figure}: {found:#}");
+            assert_eq!(median.is_some(), copies, "{mode}: {figure}: {found:#}");
+        }
+        for figure in ["blocktime_us", "faults", "sent_to_memory", "downtime_us"] {
+            assert!(figures[figure]["median"].is_f64(), "{mode}: {figure}: {found:#}");
+        }
+    }
+    // What was asked for reached the fault server.
+    let files = run_files(folder.path());
+    let name = "001-process-random-hybrid-bubbling-16M-1vcpu-memfd-continue-1lane-loopback.json";
+    let (_, run) = files.iter().find(|(path, _)| path.ends_with(name)).expect("a run of hybrid");
+    let run: Value = serde_json::from_slice(run).expect("a run is JSON");
+    let switchover = &run["outcome"]["completed"]["switchover"];
+    assert_eq!(switchover["asked"], "hybrid", "{run:#}");
+    assert_eq!(switchover["max_downtime_us"], 50_000, "{run:#}");
+    let rounds = switchover["rounds"].as_array().map_or(0, Vec::len);
+    assert!((1..=2).contains(&rounds), "{run:#}");
+    let page = std::fs::read_to_string(folder.path().join("results.html")).expect("results.html");
+    assert!(page.contains("hybrid: --rounds 2"), "{page}");
+    assert!(page.contains("Rounds of copying"), "{page}");
+
+    // It goes on with what it has, and with the same conditions only.
+    let again = bench(folder.path(), arguments);
+    assert!(again.status.success() && run_files(folder.path()) == files, "{again:?}");
+    let refused = text_of(&bench(folder.path(), &arguments.replace("50ms", "60ms")).stderr);
+    assert!(refused.contains("conditions.max_downtime_us: 50000 there, 60000 now"), "{refused}");
+}
+
+#[test]
+fn a_mode_without_memory_that_it_needs_is_refused_before_anything_runs() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("bench");
+    let refused =
+        bench(&out, "--memory 8M --link loopback --mode post-copy,auto --backing memfd-copy");
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let why = text_of(&refused.stderr);
+    assert!(why.contains("auto copies memory before the guest moves"), "{why}");
+    assert!(why.contains("memfd-continue does"), "{why}");
+    let unknown = bench(&out, "--mode best");
+    assert_eq!(unknown.status.code(), Some(2), "{unknown:?}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     if !userfaultfd_works() {
         return;
@@ -228,7 +294,10 @@ fn a_cell_that_fails_is_shown_with_its_reason_and_the_others_go_on() {
     let ended = bench(folder.path(), arguments);
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let (stdout, stderr) = (text_of(&ended.stdout), text_of(&ended.stderr));
-    assert!(stdout.contains("failed, round 1: process random bubbling 8M 4vcpu"), "{stdout}");
+    assert!(
+        stdout.contains("failed, round 1: process random post-copy bubbling 8M 4vcpu"),
+        "{stdout}"
+    );
     assert!(stdout.contains("leave too little for 4 vCPUs"), "{stdout}");
     assert!(stderr.contains("1 of 2 runs failed"), "{stderr}");
     let found = results(folder.path());

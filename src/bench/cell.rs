@@ -2,6 +2,7 @@
 
 use super::plan::Conditions;
 use crate::proto::prepaging::PolicyKind;
+use crate::proto::switchover::Mode;
 use crate::trial::{LinkShape, Trial, Voice};
 use crate::uffd::DestinationBacking;
 use crate::vmm::choice::WorkloadChoice;
@@ -21,6 +22,9 @@ pub struct Cell {
     pub guest: GuestKind,
     /// What the guest does.
     pub workload: WorkloadChoice,
+    /// When its memory moves. Before this varied, it moved after the guest.
+    #[serde(default, with = "mode")]
+    pub mode: Mode,
     /// The pre-paging policy.
     pub policy: PolicyKind,
     /// Its memory, in bytes.
@@ -58,6 +62,12 @@ impl Cell {
             policy.extend(["--drain-after".to_owned(), written(conditions.drain_after())]);
         }
         policy.extend(["--compress".to_owned(), text(&conditions.compress)]);
+        let switchover = [
+            ("--mode", text(&self.mode)),
+            ("--rounds", text(&conditions.hybrid_rounds)),
+            ("--max-downtime", written(conditions.max_downtime())),
+        ];
+        policy.extend(arguments(switchover));
         let guest = [
             ("--guest", self.guest.name().to_owned()),
             ("--memory", text(&self.memory)),
@@ -68,7 +78,7 @@ impl Cell {
             ("--zero", text(&conditions.zero_percent)),
         ];
         Trial {
-            guest: guest.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
+            guest: arguments(guest).collect(),
             policy,
             destination: self.workload.destination_arguments(),
             backing: self.backing,
@@ -89,12 +99,16 @@ impl Cell {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (workload, memory) = (self.workload.short(), self.memory_name());
-        let Self { guest, policy, vcpus, backing, push_lanes, link, .. } = self;
+        let Self { guest, mode, policy, vcpus, backing, push_lanes, link, .. } = self;
         let guest = guest.name();
         f.pad(&format!(
-            "{guest} {workload} {policy} {memory} {vcpus}vcpu {backing} {push_lanes}lane {link}"
+            "{guest} {workload} {mode} {policy} {memory} {vcpus}vcpu {backing} {push_lanes}lane {link}"
         ))
     }
+}
+
+fn arguments<const N: usize>(pairs: [(&str, String); N]) -> impl Iterator<Item = String> {
+    pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value])
 }
 
 fn written(time: Duration) -> String {
@@ -120,5 +134,58 @@ mod backing {
     pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<DestinationBacking, D::Error> {
         let name = String::deserialize(from)?;
         DestinationBacking::from_str(&name, false).map_err(D::Error::custom)
+    }
+}
+
+/// A mode by its name on the command line.
+mod mode {
+    use super::Mode;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(it: &Mode, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(it.name())
+    }
+
+    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Mode, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::plan::tests::plan;
+
+    #[test]
+    fn a_mode_is_in_the_name_in_the_file_and_on_the_command_line() {
+        let conditions =
+            Conditions { hybrid_rounds: 3, max_downtime_us: 1500, ..plan().conditions };
+        for mode in Mode::ALL {
+            let cell = Cell { mode, ..plan().cells[1].clone() };
+            let (name, slug) = (cell.to_string(), cell.slug());
+            assert!(name.starts_with(&format!("process random {mode} bubbling 8M ")), "{name}");
+            assert_eq!(
+                slug,
+                format!(
+                    "process-random-{mode}-bubbling-8M-1vcpu-memfd-continue-1lane-1Gbit-1ms-0.1pct"
+                )
+            );
+            let json = serde_json::to_value(&cell).unwrap();
+            assert_eq!(json["mode"], mode.name());
+            assert_eq!(serde_json::from_value::<Cell>(json).unwrap(), cell);
+            let arguments = cell.trial(&conditions).policy.join(" ");
+            let wanted = format!(" --mode {mode} --rounds 3 --max-downtime 1ms 500us");
+            assert!(arguments.ends_with(&wanted), "{arguments}");
+        }
+    }
+
+    #[test]
+    fn a_cell_of_an_earlier_version_is_one_of_post_copy() {
+        let cell = plan().cells[0].clone();
+        let mut json = serde_json::to_value(&cell).unwrap();
+        assert!(json.as_object_mut().unwrap().remove("mode").is_some());
+        assert_eq!(serde_json::from_value::<Cell>(json.clone()).unwrap(), cell);
+        json["mode"] = "best".into();
+        assert!(serde_json::from_value::<Cell>(json).is_err());
     }
 }

@@ -1,9 +1,13 @@
 //! The figures of a run: each with its name, its unit, and how it follows from the report and
 //! from the floors of the same round.
+//!
+//! What a way of moving does not have is absent: rounds, where nothing is copied in rounds, and
+//! rates of the target brownout, where all memory was there before it.
 
 use super::cell::Cell;
 use super::floors::{Floor, Floors};
-use crate::report::schema::{Distribution, Report};
+use crate::proto::switchover;
+use crate::report::schema::{Distribution, Mode, Report};
 use std::collections::BTreeMap;
 
 /// What a figure counts.
@@ -23,7 +27,7 @@ pub enum Unit {
     Bytes,
     /// A part of a whole, from 0 to 1.
     Share,
-    /// A multiple of a floor.
+    /// A multiple, of a floor for instance.
     Times,
 }
 
@@ -103,7 +107,7 @@ pub const FIGURES: &[Figure] = &[
         name: "faults_per_second",
         unit: Unit::PerSecond,
         what: "network faults and late hits in a second of the target brownout",
-        of: |s| Some(s.faults()? / s.brownout_seconds()?),
+        of: |s| Some(s.faults()? / s.following_seconds()?),
     },
     Figure {
         name: "late_hit_share",
@@ -158,16 +162,41 @@ pub const FIGURES: &[Figure] = &[
         of: |s| number(s.report.blocktime_us.as_ref().map(|of| of.total)),
     },
     Figure {
+        name: "copy_rounds",
+        unit: Unit::Count,
+        what: "rounds of copying before the guest moved",
+        of: |s| s.rounds(),
+    },
+    Figure {
+        name: "precopied_share",
+        unit: Unit::Share,
+        what: "pages whose last content was at the destination before the guest was, among all",
+        of: |s| Some(number(s.report.pages.precopied)? / s.total()?),
+    },
+    Figure {
+        name: "copied_to_memory",
+        unit: Unit::Times,
+        what: "pages copied before the guest came, each as often as it was, as a multiple of all",
+        of: |s| Some(s.copied()? / s.total()?),
+    },
+    Figure {
+        name: "sent_to_memory",
+        unit: Unit::Times,
+        what: "pages sent before and after it came, each as often as it was, as a multiple of all",
+        of: |s| Some(s.sent()? / s.total()?),
+    },
+    Figure {
         name: "pages_per_second",
         unit: Unit::PerSecond,
-        what: "pages with content that came in a second of the target brownout",
-        of: |s| Some(s.pages()? / s.brownout_seconds()?),
+        what: "pages with content that followed the guest, and all that were copied, in a second of \
+               the target brownout, or from the source brownout on if any were copied",
+        of: |s| Some(s.pages()? / s.moving_seconds()?),
     },
     Figure {
         name: "wire_bits_per_second",
         unit: Unit::BitsPerSecond,
-        what: "UDP payload to the destination in a second of the target brownout",
-        of: |s| Some(8.0 * number(s.report.wire_bytes.to_destination)? / s.brownout_seconds()?),
+        what: "UDP payload to the destination in a second of the same time as pages_per_second",
+        of: |s| s.wire_rate(),
     },
     Figure {
         name: "wire_bytes_to_destination",
@@ -283,18 +312,53 @@ impl Source<'_> {
         Some(number(self.report.network_faults)? + number(self.report.late_hits)?)
     }
 
-    fn brownout_seconds(&self) -> Option<f64> {
-        number(self.report.phases_us.target_brownout).map(|us| us / 1e6).filter(|s| *s > 0.0)
+    /// How long the guest ran at the destination while its memory came.
+    fn following_seconds(&self) -> Option<f64> {
+        let follows = matches!(self.report.mode, Mode::PostCopy | Mode::Hybrid);
+        number(self.report.phases_us.target_brownout.filter(|_| follows)).and_then(seconds)
     }
 
-    /// Pages with content that came after the switchover.
+    /// How long memory was on its way: what was copied before went in all phases.
+    fn moving_seconds(&self) -> Option<f64> {
+        let phases = &self.report.phases_us;
+        let target = number(phases.target_brownout)?;
+        seconds(match &self.report.switchover {
+            None => target,
+            Some(_) => number(phases.source_brownout)? + number(phases.blackout)? + target,
+        })
+    }
+
+    /// Whether there are rounds is a matter of what was asked for.
+    fn rounds(&self) -> Option<f64> {
+        let switchover = self.report.switchover.as_ref()?;
+        let in_rounds = self.cell.mode != switchover::Mode::StopAndCopy;
+        in_rounds.then_some(switchover.rounds.len() as f64)
+    }
+
+    fn total(&self) -> Option<f64> {
+        number(self.report.pages.total).filter(|all| *all > 0.0)
+    }
+
+    fn copied(&self) -> Option<f64> {
+        self.report.switchover.as_ref().map(|of| of.copied as f64)
+    }
+
+    /// Pages that came while memory moved: those with content that followed the guest, and those
+    /// that were copied before, be they zero or not.
     fn pages(&self) -> Option<f64> {
         let pages = &self.report.pages;
-        Some(number(pages.demanded)? + number(pages.pushed)? + number(pages.drained)?)
+        let followed = number(pages.demanded)? + number(pages.pushed)? + number(pages.drained)?;
+        Some(followed + self.copied().unwrap_or(0.0))
+    }
+
+    /// All pages that were sent.
+    fn sent(&self) -> Option<f64> {
+        let again = number(self.report.pages.resent_after_link_loss).unwrap_or(0.0);
+        Some(self.pages()? + number(self.report.pages.seeded)? + again)
     }
 
     fn wire_rate(&self) -> Option<f64> {
-        Some(8.0 * number(self.report.wire_bytes.to_destination)? / self.brownout_seconds()?)
+        Some(8.0 * number(self.report.wire_bytes.to_destination)? / self.moving_seconds()?)
     }
 
     /// A floor, for what crossed the same device: an emulated link has its own.
@@ -311,4 +375,55 @@ struct Measures {
 
 fn number(value: Option<u64>) -> Option<f64> {
     value.map(|value| value as f64)
+}
+
+fn seconds(us: f64) -> Option<f64> {
+    Some(us / 1e6).filter(|s| *s > 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::plan::tests::plan;
+    use crate::bench::results::tests::{report, report_of};
+    use switchover::Mode as Asked;
+
+    fn figures(asked: Asked, report: &Report) -> BTreeMap<String, f64> {
+        of_run(report, &Cell { mode: asked, ..plan().cells[0].clone() }, None)
+    }
+
+    #[test]
+    fn what_was_copied_before_is_beside_what_followed() {
+        let of = figures(Asked::Hybrid, &report_of(Mode::Hybrid));
+        assert_eq!(of["copy_rounds"], 2.0);
+        // 1,536 and 512 pages in the rounds, 1,024 of 2,048 still so at the end, the others after.
+        let shares =
+            ["precopied_share", "copied_to_memory", "sent_to_memory"].map(|of_it| of[of_it]);
+        assert_eq!(shares, [0.5, 1.0, 1.5]);
+        // 48.5 ms in the source brownout, 1.5 ms in the blackout, 50 ms in the target brownout.
+        assert_eq!(of["pages_per_second"], (2048.0 + 1016.0) / 0.1);
+        assert_eq!(of["wire_bits_per_second"], 8.0 * 8_500_000.0 / 0.1);
+        assert_eq!((of["faults"], of["faults_per_second"]), (100.0, 2000.0));
+    }
+
+    #[test]
+    fn what_a_mode_does_not_have_is_absent() {
+        let follows = figures(Asked::PostCopy, &report(0));
+        for absent in ["copy_rounds", "precopied_share", "copied_to_memory"] {
+            assert_eq!(follows.get(absent), None, "{absent}");
+        }
+        assert_eq!((follows["sent_to_memory"], follows["pages_per_second"]), (1.0, 40_800.0));
+
+        let stopped = figures(Asked::StopAndCopy, &report_of(Mode::StopAndCopy));
+        for absent in ["copy_rounds", "faults_per_second", "late_hit_share"] {
+            assert_eq!(stopped.get(absent), None, "{absent}");
+        }
+        assert_eq!((stopped["precopied_share"], stopped["copied_to_memory"]), (1.0, 1.0));
+        // It was counted, and there was none.
+        assert_eq!((stopped["faults"], stopped["blocktime_us"]), (0.0, 0.0));
+
+        // What was asked for may have moved in another way: then there was a round.
+        let auto = figures(Asked::Auto, &report_of(Mode::PreCopy));
+        assert_eq!((auto["copy_rounds"], auto.get("faults_per_second")), (2.0, None));
+    }
 }

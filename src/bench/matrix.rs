@@ -3,6 +3,7 @@
 
 use super::cell::Cell;
 use crate::proto::prepaging::PolicyKind;
+use crate::proto::switchover::Mode;
 use crate::trial::LinkShape;
 use crate::uffd::DestinationBacking;
 use crate::vmm::choice::WorkloadChoice;
@@ -22,6 +23,8 @@ pub struct Matrix {
     pub guests: Vec<GuestKind>,
     /// What the guests do.
     pub workloads: Vec<WorkloadChoice>,
+    /// When memory moves.
+    pub modes: Vec<Mode>,
     /// Pre-paging policies.
     pub policies: Vec<PolicyKind>,
     /// Bytes of memory.
@@ -45,68 +48,106 @@ pub enum MatrixError {
     /// More than anybody would wait for.
     #[error("the matrix has {0} cells; the most is {CELLS_MAX}")]
     TooLarge(usize),
+    /// A way to move that no memory at the destination allows.
+    #[error(
+        "{0} copies memory before the guest moves, and no backing is given that takes it then; \
+         memfd-continue does"
+    )]
+    NoBacking(Mode),
     /// Two traces that could not be told apart in tables and in the names of files.
     #[error("two workloads would be called {0} in the results; rename one's file")]
     SameName(String),
 }
 
 impl Matrix {
-    /// Every combination, each once: links innermost, guests outermost. What is given twice
-    /// counts once.
+    /// Every combination that there can be, each once: links innermost, guests outermost. What is
+    /// given twice counts once.
     pub fn cells(&self) -> Result<Vec<Cell>, MatrixError> {
-        let axes = [
-            ("guest", self.guests.len()),
-            ("workload", self.workloads.len()),
-            ("policy", self.policies.len()),
-            ("memory", self.memories.len()),
-            ("number of vCPUs", self.vcpus.len()),
-            ("backing", self.backings.len()),
-            ("number of push lanes", self.push_lanes.len()),
-            ("link", self.links.len()),
-        ];
-        if let Some((name, _)) = axes.iter().find(|(_, values)| *values == 0) {
-            return Err(MatrixError::Empty(name));
+        let first = Cell {
+            guest: *first("guest", &self.guests)?,
+            workload: first("workload", &self.workloads)?.clone(),
+            mode: *first("mode", &self.modes)?,
+            policy: *first("policy", &self.policies)?,
+            memory: *first("memory", &self.memories)?,
+            vcpus: *first("number of vCPUs", &self.vcpus)?,
+            backing: *first("backing", &self.backings)?,
+            push_lanes: *first("number of push lanes", &self.push_lanes)?,
+            link: *first("link", &self.links)?,
+        };
+        let fitting = |mode: Mode| self.backings.iter().filter(move |of| fit(mode, **of)).count();
+        if let Some(mode) = self.modes.iter().find(|mode| fitting(**mode) == 0) {
+            return Err(MatrixError::NoBacking(*mode));
         }
-        let count =
-            axes.iter().fold(1usize, |product, (_, values)| product.saturating_mul(*values));
+        let counts = [
+            self.guests.len(),
+            self.workloads.len(),
+            self.modes.iter().map(|mode| fitting(*mode)).sum(),
+            self.policies.len(),
+            self.memories.len(),
+            self.vcpus.len(),
+            self.push_lanes.len(),
+            self.links.len(),
+        ];
+        let count = counts.into_iter().fold(1, usize::saturating_mul);
         if count > CELLS_MAX {
             return Err(MatrixError::TooLarge(count));
         }
-        let (guests, workloads) = (unique(&self.guests), unique(&self.workloads));
-        let (policies, memories) = (unique(&self.policies), unique(&self.memories));
-        let (vcpus, backings) = (unique(&self.vcpus), unique(&self.backings));
-        let (push_lanes, links) = (unique(&self.push_lanes), unique(&self.links));
-        let mut cells = Vec::with_capacity(count);
-        for &guest in &guests {
-            for workload in &workloads {
-                for &policy in &policies {
-                    for &memory in &memories {
-                        for &vcpus in &vcpus {
-                            for &backing in &backings {
-                                for &push_lanes in &push_lanes {
-                                    cells.extend(links.iter().map(|&link| Cell {
-                                        guest,
-                                        workload: workload.clone(),
-                                        policy,
-                                        memory,
-                                        vcpus,
-                                        backing,
-                                        push_lanes,
-                                        link,
-                                    }));
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
+        let cells = spread(vec![first], &self.guests, |cell, of| cell.guest = of);
+        let cells = spread(cells, &self.workloads, |cell, of| cell.workload = of);
+        let cells = spread(cells, &self.modes, |cell, of| cell.mode = of);
+        let cells = spread(cells, &self.policies, |cell, of| cell.policy = of);
+        let cells = spread(cells, &self.memories, |cell, of| cell.memory = of);
+        let cells = spread(cells, &self.vcpus, |cell, of| cell.vcpus = of);
+        let mut cells = spread(cells, &self.backings, |cell, of| cell.backing = of);
+        cells.retain(|cell| fit(cell.mode, cell.backing));
+        let cells = spread(cells, &self.push_lanes, |cell, of| cell.push_lanes = of);
+        let cells = spread(cells, &self.links, |cell, of| cell.link = of);
         let mut slugs = BTreeSet::new();
         match cells.iter().find(|cell| !slugs.insert(cell.slug())) {
             Some(cell) => Err(MatrixError::SameName(cell.workload.short())),
             None => Ok(cells),
         }
     }
+
+    /// The combinations that there cannot be, in words; nothing if all are cells.
+    pub fn left_out(&self) -> Option<String> {
+        let names = |names: Vec<String>| (!names.is_empty()).then(|| names.join(", "));
+        let modes = unique(&self.modes).into_iter().filter(|of| of.copies());
+        let backings = unique(&self.backings).into_iter().filter(|of| !of.takes_copies());
+        let modes = names(modes.map(|of| of.to_string()).collect())?;
+        let backings = names(backings.map(|of| of.to_string()).collect())?;
+        let why = "only memfd-continue takes pages before the guest comes";
+        Some(format!("{modes} with {backings}: {why}"))
+    }
+}
+
+/// Whether a guest can be moved so into such memory.
+fn fit(mode: Mode, backing: DestinationBacking) -> bool {
+    !mode.copies() || backing.takes_copies()
+}
+
+fn first<'a, T>(name: &'static str, values: &'a [T]) -> Result<&'a T, MatrixError> {
+    values.first().ok_or(MatrixError::Empty(name))
+}
+
+/// In place of each cell one for each value.
+fn spread<T: Clone + PartialEq>(
+    cells: Vec<Cell>,
+    values: &[T],
+    set: impl Fn(&mut Cell, T),
+) -> Vec<Cell> {
+    let values = unique(values);
+    let each = |cell: Cell| {
+        values
+            .iter()
+            .map(|value| {
+                let mut cell = cell.clone();
+                set(&mut cell, value.clone());
+                cell
+            })
+            .collect::<Vec<_>>()
+    };
+    cells.into_iter().flat_map(each).collect()
 }
 
 fn unique<T: Clone + PartialEq>(values: &[T]) -> Vec<T> {
@@ -138,6 +179,7 @@ mod tests {
         Matrix {
             guests: vec![GuestKind::Process],
             workloads: [Pattern::Random, Pattern::Zipf].map(WorkloadChoice::Pattern).to_vec(),
+            modes: vec![Mode::PostCopy, Mode::Hybrid],
             policies: PolicyKind::ALL.to_vec(),
             memories: vec![8 << 20, 16 << 20],
             vcpus: vec![1],
@@ -152,18 +194,19 @@ mod tests {
         let cells = matrix().cells().unwrap();
         let names: BTreeSet<String> = cells.iter().map(ToString::to_string).collect();
         let slugs: BTreeSet<String> = cells.iter().map(Cell::slug).collect();
-        assert_eq!((cells.len(), names.len(), slugs.len()), (96, 96, 96));
+        assert_eq!((cells.len(), names.len(), slugs.len()), (144, 144, 144));
         assert_eq!(
             cells[0].to_string(),
-            "process random demand-only 8M 1vcpu anonymous 1lane loopback"
+            "process random post-copy demand-only 8M 1vcpu anonymous 1lane loopback"
         );
         assert_eq!(
-            cells[95].to_string(),
-            "process zipf bubbling 16M 1vcpu memfd-continue 4lane 1Gbit:1ms"
+            cells[143].to_string(),
+            "process zipf hybrid bubbling 16M 1vcpu memfd-continue 4lane 1Gbit:1ms"
         );
         let mut twice = matrix();
         twice.links.extend(twice.links.clone());
         twice.vcpus = vec![1, 1];
+        twice.modes = vec![Mode::PostCopy, Mode::Hybrid, Mode::PostCopy];
         twice.push_lanes = vec![1, 4, 1];
         assert_eq!(twice.cells().unwrap(), cells);
     }
@@ -176,7 +219,34 @@ mod tests {
         let none = Matrix { backings: vec![], ..matrix() };
         assert_eq!(none.cells(), Err(MatrixError::Empty("backing")));
         let large = Matrix { memories: (1..=10_001).collect(), ..matrix() };
-        assert_eq!(large.cells(), Err(MatrixError::TooLarge(480_048)));
+        assert_eq!(large.cells(), Err(MatrixError::TooLarge(720_072)));
+    }
+
+    #[test]
+    fn a_mode_that_copies_is_measured_only_with_memory_that_takes_copies() {
+        let mixed = matrix();
+        let cells = mixed.cells().unwrap();
+        let with = |mode, backing| {
+            let is = |cell: &&Cell| cell.mode == mode && cell.backing == backing;
+            cells.iter().filter(is).count()
+        };
+        assert_eq!(with(Mode::PostCopy, DestinationBacking::Anonymous), 48);
+        assert_eq!(with(Mode::Hybrid, DestinationBacking::MemfdContinue), 48);
+        assert_eq!(with(Mode::Hybrid, DestinationBacking::Anonymous), 0);
+        let left_out = mixed.left_out().unwrap();
+        assert!(left_out.starts_with("hybrid with anonymous: "), "{left_out}");
+
+        let alone = Matrix { modes: vec![Mode::PostCopy], ..matrix() };
+        assert_eq!((alone.cells().unwrap().len(), alone.left_out()), (96, None));
+        let fits = Matrix { backings: vec![DestinationBacking::MemfdContinue], ..matrix() };
+        assert_eq!((fits.cells().unwrap().len(), fits.left_out()), (96, None));
+
+        // A mode of which nothing would be left.
+        let backings = vec![DestinationBacking::MemfdCopy, DestinationBacking::Hugetlb];
+        let never = Matrix { modes: Mode::ALL.to_vec(), backings, ..matrix() };
+        let refused = never.cells().unwrap_err();
+        assert_eq!(refused, MatrixError::NoBacking(Mode::PreCopy));
+        assert!(refused.to_string().contains("memfd-continue"), "{refused}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `postcopy bench`: many migrations, measured alike.
 //!
-//! A [`matrix`] of workloads, policies, sizes, vCPUs, backings and links makes *cells*. Each cell
-//! is one [`trial`](crate::trial), run several times; a *round* runs every cell once, in an
+//! A [`matrix`] of workloads, modes, policies, sizes, vCPUs, backings, push lanes and links makes
+//! *cells*. Each cell is one [`trial`](crate::trial), run several times; a *round* runs every cell once, in an
 //! order of its own, so that what changes on the machine meanwhile meets all cells alike. Each
 //! round begins with the [`floors`]: what the same machine, at that time, needs for the least
 //! that a fault consists of. A [`store`] keeps every finished run as a file, so that a benchmark

@@ -26,6 +26,11 @@ const OVERVIEW: &[(&str, &str, Written)] = &[
     ("fault_p50_ns", "Fault, median", nanos),
     ("total_us", "Whole migration", micros),
     ("downtime_us", "Downtime", micros),
+    ("blocktime_us", "Waits for pages, all vCPUs together", micros),
+    ("faults", "Network faults and late hits", table::count),
+    ("precopied_share", "Pages that were there when the guest came", percent),
+    ("sent_to_memory", "Pages sent, as a multiple of the guest's", table::times),
+    ("copy_rounds", "Rounds of copying", table::count),
     ("wire_bits_per_second", "Rate", rate),
     ("late_hit_share", "Late hits among faults", percent),
 ];
@@ -124,8 +129,20 @@ fn heading(results: &Results, html: &mut String) {
             },
         ),
     ];
+    let copies = results.cells.iter().any(|cell| cell.cell.mode.copies());
+    let copying = copies.then(|| {
+        let conditions = &plan.conditions;
+        let most = micros(conditions.max_downtime_us as f64);
+        (
+            "Copying",
+            format!(
+                "hybrid: --rounds {}; pre-copy and auto: --max-downtime {most}",
+                conditions.hybrid_rounds
+            ),
+        )
+    });
     html.push_str("<h1>postcopy bench</h1>\n<table>\n");
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().chain(copying) {
         let _ = writeln!(html, "<tr><th>{name}</th><td>{}</td></tr>", escaped(&value));
     }
     html.push_str("</table>\n");

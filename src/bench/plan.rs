@@ -4,6 +4,7 @@
 use super::cell::Cell;
 use super::machine::{Machine, Program};
 use crate::proto::compression::CompressMode;
+use crate::proto::switchover::SwitchoverConfig;
 use crate::vmm::trace::TraceId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -21,6 +22,12 @@ pub struct Conditions {
     pub zero_percent: u64,
     /// The seed of the guests' memory, and of what an emulated link loses.
     pub guest_seed: u64,
+    /// Rounds of the hybrid mode.
+    #[serde(default = "hybrid_rounds")]
+    pub hybrid_rounds: u32,
+    /// How long a guest may stand still where that can be chosen, in pre-copy and auto.
+    #[serde(default = "max_downtime_us")]
+    pub max_downtime_us: u64,
     /// Whether pushed pages are compressed.
     #[serde(default)]
     pub compress: CompressMode,
@@ -48,6 +55,19 @@ impl Conditions {
     pub fn drain_after(&self) -> Duration {
         Duration::from_millis(self.drain_after_ms)
     }
+
+    /// How long a guest may stand still where that can be chosen.
+    pub fn max_downtime(&self) -> Duration {
+        Duration::from_micros(self.max_downtime_us)
+    }
+}
+
+fn hybrid_rounds() -> u32 {
+    SwitchoverConfig::default().rounds
+}
+
+fn max_downtime_us() -> u64 {
+    SwitchoverConfig::default().max_downtime.as_micros() as u64
 }
 
 /// Everything that decides what is measured.
@@ -143,6 +163,7 @@ pub(super) mod tests {
     use super::*;
     use crate::bench::matrix::Matrix;
     use crate::proto::prepaging::PolicyKind;
+    use crate::proto::switchover::Mode;
     use crate::trial::LinkShape;
     use crate::uffd::DestinationBacking;
     use crate::vmm::choice::WorkloadChoice;
@@ -154,6 +175,7 @@ pub(super) mod tests {
         let matrix = Matrix {
             guests: vec![GuestKind::Process],
             workloads: vec![WorkloadChoice::Pattern(Pattern::Random)],
+            modes: vec![Mode::PostCopy],
             policies: vec![PolicyKind::Bubbling],
             memories: vec![8 << 20],
             vcpus: vec![1],
@@ -168,6 +190,8 @@ pub(super) mod tests {
                 think_ns: 0,
                 zero_percent: 0,
                 guest_seed: 1,
+                hybrid_rounds: 1,
+                max_downtime_us: 300_000,
                 compress: CompressMode::Auto,
                 huge_pages: false,
                 run_before_ms: 100,
@@ -228,10 +252,17 @@ pub(super) mod tests {
     #[test]
     fn a_plan_of_an_earlier_version_differs_by_name_or_by_nothing() {
         let mut there = serde_json::to_value(plan()).unwrap();
-        // It had no such condition, and what is done by default is what was always done.
-        there["conditions"].as_object_mut().unwrap().remove("huge_pages");
+        // It had no such conditions, and what is done by default is what was always done.
+        for name in ["huge_pages", "hybrid_rounds", "max_downtime_us"] {
+            assert!(there["conditions"].as_object_mut().unwrap().remove(name).is_some(), "{name}");
+        }
+        // It had one way to move a guest.
+        for cell in there["cells"].as_array_mut().unwrap() {
+            assert!(cell.as_object_mut().unwrap().remove("mode").is_some());
+        }
         assert_eq!(plan().differences(&there), Vec::<String>::new());
         // It had one number of push lanes for all cells.
+        let mut there = serde_json::to_value(plan()).unwrap();
         there["conditions"]["push_lanes"] = 2.into();
         for cell in there["cells"].as_array_mut().unwrap() {
             cell.as_object_mut().unwrap().remove("push_lanes");

@@ -201,10 +201,11 @@ pub(super) mod tests {
     use crate::bench::floors::{Found, Measured};
     use crate::bench::plan::tests::plan;
     use crate::bench::store::RUN_SCHEMA;
-    use crate::report::schema::Report;
+    use crate::proto::switchover;
+    use crate::report::schema::{Blocktime, Distribution, Mode, Report, Round, Switchover};
 
     /// A report with fixed figures; `n` makes the runs differ.
-    fn report(n: u64) -> Report {
+    pub fn report(n: u64) -> Report {
         let text = format!(
             r#"{{"schema": "postcopy-report/1", "outcome": "completed", "reason": null,
             "side": "source", "mode": "post-copy", "policy": "bubbling",
@@ -233,11 +234,33 @@ pub(super) mod tests {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// Results of fixed figures: a recorded round and three others, none of them whole.
-    pub fn results() -> Results {
-        let plan = plan();
-        let (loopback, emulated) = (&plan.cells[0], &plan.cells[1]);
-        let run = |round: u32, cell: &Cell, outcome: Outcome| Run {
+    /// A report of a guest of which some memory was copied before it moved, or all.
+    pub fn report_of(mode: Mode) -> Report {
+        let mut report = report(0);
+        report.mode = mode;
+        report.phases_us.source_brownout = Some(48_500);
+        let round = |sent| Round { sent, ..Round::default() };
+        let rounds = match mode {
+            Mode::StopAndCopy => vec![],
+            _ => vec![round(1536), round(512)],
+        };
+        report.switchover = Some(Switchover { rounds, copied: 2048, ..Switchover::default() });
+        let pages = &mut report.pages;
+        if mode == Mode::Hybrid {
+            (pages.precopied, pages.pushed) = (Some(1024), Some(926));
+            return report;
+        }
+        (pages.precopied, pages.seeded) = (Some(2048), Some(0));
+        (pages.demanded, pages.pushed) = (Some(0), Some(0));
+        (report.network_faults, report.late_hits) = (Some(0), Some(0));
+        report.blocktime_us =
+            report.blocktime_us.map(|_| Blocktime { total: 0, per_vcpu: vec![0] });
+        report.fault_latency_ns = Some(Distribution::default());
+        report
+    }
+
+    fn run(round: u32, cell: &Cell, outcome: Outcome) -> Run {
+        Run {
             schema: RUN_SCHEMA.to_owned(),
             round,
             cell: cell.clone(),
@@ -245,7 +268,31 @@ pub(super) mod tests {
             took_ms: 700,
             load_average: Some(0.5),
             outcome,
-        };
+        }
+    }
+
+    /// Results of one round of three modes.
+    pub fn results_of_modes() -> Results {
+        let mut plan = plan();
+        plan.rounds = 1;
+        plan.conditions.record = false;
+        let cell = plan.cells[0].clone();
+        let of = [
+            (switchover::Mode::PostCopy, report(0)),
+            (switchover::Mode::Hybrid, report_of(Mode::Hybrid)),
+            (switchover::Mode::StopAndCopy, report_of(Mode::StopAndCopy)),
+        ];
+        let runs = of.map(|(mode, report)| {
+            run(1, &Cell { mode, ..cell.clone() }, Outcome::Completed(Box::new(report)))
+        });
+        plan.cells = runs.iter().map(|run| run.cell.clone()).collect();
+        Results::made(plan, BTreeMap::new(), &runs)
+    }
+
+    /// Results of fixed figures: a recorded round and three others, none of them whole.
+    pub fn results() -> Results {
+        let plan = plan();
+        let (loopback, emulated) = (&plan.cells[0], &plan.cells[1]);
         let completed = |n| Outcome::Completed(Box::new(report(n)));
         let failed = Failed { reason: "the link did not come back".into(), code: 4 };
         let runs = [

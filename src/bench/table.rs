@@ -10,8 +10,11 @@ use std::fmt::Write;
 /// How a value is written.
 pub type Written = fn(f64) -> String;
 
-/// The columns: a heading, a figure, and how it is written.
-const COLUMNS: &[(&str, &str, Written)] = &[
+/// A heading, a figure, and how it is written.
+type Column = (&'static str, &'static str, Written);
+
+/// How long the guest waits.
+const WAITS: &[Column] = &[
     ("stall p50", "stall_p50_ns", nanos),
     ("stall p99", "stall_p99_ns", nanos),
     ("stall max", "stall_max_ns", nanos),
@@ -20,6 +23,19 @@ const COLUMNS: &[(&str, &str, Written)] = &[
     ("faults/s", "faults_per_second", count),
     ("late", "late_hit_share", percent),
     ("downtime", "downtime_us", micros),
+];
+
+/// What the ways of moving trade against the downtime; nothing of it if memory only follows.
+const TRADES: &[Column] = &[
+    ("blocked", "blocktime_us", waits),
+    ("faults", "faults", count),
+    ("precopied", "precopied_share", percent),
+    ("sent", "sent_to_memory", times),
+    ("rounds", "copy_rounds", count),
+];
+
+/// How fast it is.
+const RATES: &[Column] = &[
     ("total", "total_us", micros),
     ("pages/s", "pages_per_second", count),
     ("rate", "wire_bits_per_second", rate),
@@ -34,14 +50,24 @@ pub fn render(results: &Results) -> String {
     if !names.common.is_empty() {
         let _ = writeln!(text, "all cells: {}", names.common.join(" "));
     }
-    let mut rows = vec![headings()];
-    rows.extend(results.cells.iter().zip(&names.own).map(|(cell, name)| row(cell, name)));
+    let copies = results.cells.iter().any(|cell| cell.cell.mode.copies());
+    let trades = if copies { TRADES } else { &[] };
+    let columns = [WAITS, trades, RATES].concat();
+    let mut rows = vec![headings(&columns)];
+    rows.extend(results.cells.iter().zip(&names.own).map(|(cell, name)| row(cell, name, &columns)));
     align(&rows, &mut text);
     let _ = writeln!(
         text,
         "medians; stall: the guest's clock; late: hits on a page on its way, among faults; x floor: \
          stall p50 by the floor tcp-fault, below 1 where most slow steps waited for no page"
     );
+    if copies {
+        let _ = writeln!(
+            text,
+            "blocked: waits for pages, all vCPUs together; precopied: pages that were there when the \
+             guest came; sent: pages sent in all, as a multiple of the guest's; rounds: of copying"
+        );
+    }
     for cell in &results.cells {
         for (round, failed) in cell.failures() {
             let _ = writeln!(text, "failed, round {round}: {}: {}", cell.name, failed.reason);
@@ -115,12 +141,12 @@ impl Names {
     }
 }
 
-fn headings() -> Vec<String> {
-    let headings = COLUMNS.iter().map(|(heading, ..)| (*heading).to_owned());
+fn headings(columns: &[Column]) -> Vec<String> {
+    let headings = columns.iter().map(|(heading, ..)| (*heading).to_owned());
     ["cell", "runs"].into_iter().map(str::to_owned).chain(headings).collect()
 }
 
-fn row(cell: &CellResults, name: &str) -> Vec<String> {
+fn row(cell: &CellResults, name: &str, columns: &[Column]) -> Vec<String> {
     let failed = cell.failures().count();
     let counted = |run: &&RunResults| run.failed.is_none() && run.round != RECORDED_ROUND;
     let completed = cell.runs.iter().filter(counted).count();
@@ -128,7 +154,7 @@ fn row(cell: &CellResults, name: &str) -> Vec<String> {
         0 => completed.to_string(),
         _ => format!("{completed}, {failed} failed"),
     };
-    let figures = COLUMNS
+    let figures = columns
         .iter()
         .map(|(_, name, write)| cell.median(name).map_or_else(|| "-".to_owned(), *write));
     [name.to_owned(), runs].into_iter().chain(figures).collect()
@@ -177,12 +203,18 @@ fn micros(value: f64) -> String {
     nanos(value * 1e3)
 }
 
+/// What was waited in all: nothing, if nobody ever did.
+fn waits(value: f64) -> String {
+    if value > 0.0 { micros(value) } else { "0".to_owned() }
+}
+
 /// A rate in bits a second.
 pub fn rate(value: f64) -> String {
     scaled(value, &[(1e9, " Gbit/s"), (1e6, " Mbit/s"), (1e3, " kbit/s"), (1.0, " bit/s")])
 }
 
-fn count(value: f64) -> String {
+/// Pieces.
+pub fn count(value: f64) -> String {
     indicatif::HumanCount(value.round() as u64).to_string()
 }
 
@@ -190,18 +222,24 @@ fn percent(value: f64) -> String {
     format!("{:.1} %", value * 100.0)
 }
 
-fn times(value: f64) -> String {
+/// A multiple.
+pub fn times(value: f64) -> String {
     format!("{value:.2}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::tests::results;
+    use crate::bench::results::tests::{results, results_of_modes};
 
     #[test]
     fn the_table_has_a_line_a_cell_and_says_what_failed() {
         insta::assert_snapshot!(render(&results()));
+    }
+
+    #[test]
+    fn what_modes_trade_is_in_the_table_once_there_is_another_one() {
+        insta::assert_snapshot!(render(&results_of_modes()));
     }
 
     #[test]

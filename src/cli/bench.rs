@@ -11,6 +11,7 @@ use postcopy::program::signals::complain;
 use postcopy::program::units::{parse_memory, parse_time};
 use postcopy::proto::compression::CompressMode;
 use postcopy::proto::prepaging::PolicyKind;
+use postcopy::proto::switchover::{Mode, SwitchoverConfig};
 use postcopy::trial::LinkShape;
 use postcopy::uffd::DestinationBacking;
 use postcopy::vmm::choice::WorkloadChoice;
@@ -33,8 +34,8 @@ use std::time::{Duration, Instant, SystemTime};
 /// others go on, and the exit code is not 0.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// All workloads, policies and backings, three sizes of memory and of vCPUs, four links:
-    /// what a list below does not say otherwise.
+    /// All workloads, policies and backings, three modes, three sizes of memory and of vCPUs,
+    /// four links: what a list below does not say otherwise.
     #[arg(long)]
     full: bool,
     /// Kinds of guest [default: kvm where it works, and process if a workload is a trace].
@@ -44,6 +45,12 @@ pub struct Bench {
     /// [default: random,sequential].
     #[arg(long, value_delimiter = ',', value_name = "PATTERN,..")]
     workload: Vec<WorkloadChoice>,
+    /// When memory moves: post-copy, pre-copy, hybrid, stop-and-copy or auto, as for `postcopy
+    /// migrate`. All but post-copy are measured with memfd-continue only, and a pre-copy that
+    /// does not come to an end is a run that fails [default: post-copy; with --full hybrid and
+    /// auto, too].
+    #[arg(long, value_delimiter = ',', value_name = "MODE,..")]
+    mode: Vec<Mode>,
     /// Pre-paging policies [default: demand-only,bubbling].
     #[arg(long, value_delimiter = ',', value_name = "POLICY,..")]
     policy: Vec<PolicyKind>,
@@ -91,6 +98,13 @@ pub struct Bench {
     #[arg(long, default_value_t = 0, value_name = "PERCENT",
           value_parser = clap::value_parser!(u64).range(0..=90))]
     zero: u64,
+    /// Rounds of the hybrid mode.
+    #[arg(long, default_value_t = SwitchoverConfig::default().rounds, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(SwitchoverConfig::ROUNDS_MAX)))]
+    rounds: u32,
+    /// How long a guest may stand still where that can be chosen, in pre-copy and auto.
+    #[arg(long, default_value = "300ms", value_parser = parse_time, value_name = "TIME")]
+    max_downtime: Duration,
     /// Compress pushed pages: auto, always or never.
     #[arg(long, default_value_t, value_name = "MODE")]
     compress: CompressMode,
@@ -120,9 +134,13 @@ pub struct Bench {
 impl Bench {
     /// Runs the benchmark.
     pub fn run(self) -> anyhow::Result<()> {
-        let plan = self.plan()?;
+        let matrix = self.matrix();
+        let plan = self.plan(&matrix)?;
         let folder = self.out.clone().unwrap_or_else(new_folder);
         if !self.quiet {
+            if let Some(left_out) = matrix.left_out() {
+                output::err(&format!("left out: {left_out}"));
+            }
             output::err(&format!(
                 "{} cells, {} runs each, in an order by seed {}; results go to {}",
                 plan.cells.len(),
@@ -139,7 +157,7 @@ impl Bench {
         bench::verdict(&results, &folder)
     }
 
-    fn plan(&self) -> anyhow::Result<Plan> {
+    fn plan(&self, matrix: &Matrix) -> anyhow::Result<Plan> {
         Ok(Plan {
             rounds: self.runs,
             seed: self.seed,
@@ -147,6 +165,9 @@ impl Bench {
                 think_ns: self.think_ns,
                 zero_percent: self.zero,
                 guest_seed: 1,
+                hybrid_rounds: self.rounds,
+                // A year at most, as all times.
+                max_downtime_us: self.max_downtime.as_micros() as u64,
                 compress: self.compress,
                 huge_pages: self.huge_pages,
                 run_before_ms: millis(self.run_before),
@@ -157,7 +178,7 @@ impl Bench {
                 floor_ms: millis(self.floor_time),
                 record: !self.no_record,
             },
-            cells: self.matrix().cells()?,
+            cells: matrix.cells()?,
             traces: self.traces()?,
             program: Program::here(),
             machine: Machine::here(),
@@ -176,6 +197,7 @@ impl Bench {
         let quick = Matrix {
             guests: vec![],
             workloads: [Pattern::Random, Pattern::Sequential].map(WorkloadChoice::Pattern).into(),
+            modes: vec![Mode::PostCopy],
             policies: vec![PolicyKind::DemandOnly, PolicyKind::Bubbling],
             memories: vec![128 << 20],
             vcpus: vec![1],
@@ -188,6 +210,9 @@ impl Bench {
             true => Matrix {
                 guests: vec![],
                 workloads: Pattern::ALL.map(WorkloadChoice::Pattern).to_vec(),
+                // Those that come to an end whatever a guest writes, and in which the policies
+                // matter.
+                modes: vec![Mode::PostCopy, Mode::Hybrid, Mode::Auto],
                 policies: PolicyKind::ALL.to_vec(),
                 memories: vec![128 << 20, 512 << 20, 2 << 30],
                 vcpus: vec![1, 2, 4],
@@ -209,6 +234,7 @@ impl Bench {
         Matrix {
             guests,
             workloads: listed(&self.workload, defaults.workloads),
+            modes: listed(&self.mode, defaults.modes),
             policies: listed(&self.policy, defaults.policies),
             memories: listed(&self.memory, defaults.memories),
             vcpus: listed(&self.vcpus, defaults.vcpus),

@@ -45,7 +45,7 @@ pub struct Arguments {
 enum Command {
     /// Migrate a guest under load between processes of this machine, and verify it.
     Demo(demo::Demo),
-    /// Measure migrations: workloads, policies, sizes, backings and links, beside floors.
+    /// Measure migrations: workloads, modes, policies, sizes, backings and links, beside floors.
     Bench(bench::Bench),
     /// Start a guest that can be migrated away.
     Run(run::Run),

@@ -79,6 +79,11 @@ impl Mode {
             Self::Auto => "auto",
         }
     }
+
+    /// Whether memory is copied before the guest runs at the destination.
+    pub const fn copies(self) -> bool {
+        !matches!(self, Self::PostCopy)
+    }
 }
 
 impl std::fmt::Display for Mode {
@@ -145,7 +150,7 @@ impl SwitchoverConfig {
 
     /// Whether memory is copied before the guest runs at the destination.
     pub fn copies(&self) -> bool {
-        self.mode != Mode::PostCopy
+        self.mode.copies()
     }
 }
 

@@ -62,6 +62,11 @@ impl DestinationBacking {
         }
     }
 
+    /// Whether pages can come before the guest does, and come again if it writes them meanwhile.
+    pub const fn takes_copies(self) -> bool {
+        matches!(self, Self::MemfdContinue)
+    }
+
     /// Whether a segment is of the kind of memory that this is.
     fn fits(self, segment: &Segment) -> bool {
         segment.file().is_some() == (self != Self::Anonymous)

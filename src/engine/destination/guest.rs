@@ -272,7 +272,7 @@ impl<T: Fn(GuestEvent) -> bool> Worker<T> {
                 (ram, backing)
             }
         };
-        if hello.features & FEATURE_COPY != 0 && backing != DestinationBacking::MemfdContinue {
+        if hello.features & FEATURE_COPY != 0 && !backing.takes_copies() {
             let ours = format!("no such page, as its memory is {backing} and not memfd-continue");
             return Err(Mismatch::new("pages that come before the pause", "some", ours));
         }
