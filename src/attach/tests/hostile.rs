@@ -82,7 +82,8 @@ fn another_version_is_named_to_the_client() {
     connection.send(&future.encode().unwrap(), &[], LONG).unwrap();
     let reply = connection.receive(REPLY_BYTES_MAX, LONG).unwrap();
     let reply = Reply::decode(&reply.bytes).unwrap();
-    assert!(matches!(reply, Reply::Refused { version: VERSION, why } if why.contains("only 3")));
+    let named = |why: &str| why.ends_with(&format!("only {VERSION}"));
+    assert!(matches!(reply, Reply::Refused { version: VERSION, why } if named(&why)));
     served.stop();
 }
 
@@ -378,8 +379,8 @@ fn a_client_survives_a_server_that_says_the_wrong_things() {
     let refusal = Reply::Refused { version: 1, why: "too new".to_owned() };
     let error = answer(refusal.encode().unwrap());
     assert!(matches!(error, AttachError::Version { theirs: 1 }), "{error:?}");
-    let error = answer(welcome_with(|welcome| welcome.version = 4));
-    assert!(matches!(error, AttachError::Version { theirs: 4 }), "{error:?}");
+    let error = answer(welcome_with(|welcome| welcome.version = 77));
+    assert!(matches!(error, AttachError::Version { theirs: 77 }), "{error:?}");
 }
 
 /// A client of a server that welcomes it rightly and then says this.
