@@ -81,7 +81,8 @@ fn migrates(seed: u64) -> &'static str {
         }
         _ => {}
     }
-    match source.wait_code_within(MIGRATION) {
+    let ended = source.wait_code_within(MIGRATION);
+    match ended {
         Some(0) => {
             let report = read_report(&report);
             // The destination's part may not have come, if the link was cut at the very end.
@@ -91,7 +92,8 @@ fn migrates(seed: u64) -> &'static str {
             guest.has_left();
             "there"
         }
-        Some(3) => {
+        // Or interrupted before it had begun.
+        Some(3) | None if ended.is_some() || what == 0 => {
             guest.runs_on();
             // Nobody may have come there yet. One that is in doubt would not end by this.
             receiver.process.signal(Signal::SIGINT);
