@@ -152,7 +152,8 @@ impl Report {
         match (sum(&origins), pages.total) {
             (Some(sum), Some(total)) if sum == u128::from(total) + again => {}
             (Some(sum), Some(total)) => {
-                let but = if again == 0 { "" } else { " and those sent again" };
+                let but =
+                    if again == 0 { String::new() } else { format!(" and {again} sent again") };
                 wrong.push(format!(
                     "seeded + demanded + pushed + drained + zero + hole + poisoned + precopied is \
                      {sum}, not {total}{but}"
