@@ -190,7 +190,7 @@ pub(super) mod tests {
                 think_ns: 0,
                 zero_percent: 0,
                 guest_seed: 1,
-                hybrid_rounds: 1,
+                hybrid_rounds: 2,
                 max_downtime_us: 300_000,
                 compress: CompressMode::Auto,
                 huge_pages: false,

@@ -129,7 +129,8 @@ impl Default for SwitchoverConfig {
     fn default() -> Self {
         Self {
             mode: Mode::default(),
-            rounds: 1,
+            // The first takes long enough for most of what the guest works on to be written meanwhile.
+            rounds: 2,
             max_downtime: Duration::from_millis(300),
             max_total: None,
             max_bandwidth: None,

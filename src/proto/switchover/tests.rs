@@ -124,7 +124,7 @@ fn the_automatic_mode_sends_no_more_than_it_says() {
 fn a_round_wastes_no_more_than_it_says() {
     for rate in [1e4, 3e4, 1e5, 2e5, 3e5, 5e5, 1e6, 1e7] {
         let writer = Writer { hot: PAGES as f64, rate };
-        let run = writer.run(config(Mode::Hybrid));
+        let run = writer.run(SwitchoverConfig { rounds: 1, ..config(Mode::Hybrid) });
         assert_eq!((run.rounds, &run.last), (1, &Next::PostCopy), "{rate} a second");
         // Whatever was sent is either there in the end, or was wasted.
         let wasted = run.sent - (PAGES as f64 - run.left).min(run.sent);
