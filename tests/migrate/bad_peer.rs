@@ -31,8 +31,8 @@ fn refused(edit: fn(&mut Hello), parts: &[&str]) {
 
 #[test]
 fn a_peer_of_another_version_is_refused_by_that_field() {
-    refused(|hello| hello.version = 2, &["the protocol version: source 2, destination 1"]);
-    refused(|hello| hello.version = 0, &["the protocol version: source 0, destination 1"]);
+    refused(|hello| hello.version = 3, &["the protocol version: source 3, destination 2"]);
+    refused(|hello| hello.version = 0, &["the protocol version: source 0, destination 2"]);
 }
 
 #[test]

@@ -101,7 +101,10 @@ fn migrates(seed: u64) -> &'static str {
             guest.migrates_to(Receiver::start());
             "here"
         }
-        other => panic!("seed {seed}: the fault server ended with {other:?}"),
+        other => {
+            let report = std::fs::read_to_string(&report).unwrap_or_default();
+            panic!("seed {seed}: the fault server ended with {other:?}: {report}");
+        }
     }
 }
 

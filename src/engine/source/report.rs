@@ -6,7 +6,6 @@ use crate::engine::outage::Outages;
 use crate::engine::process_figures::{cpu_us, peak_rss_bytes};
 use crate::engine::vm::Captured;
 use crate::proto::compression::{Compression, Switch};
-use crate::proto::ledger::SourceCounts;
 use crate::proto::pacing::Pacer;
 use crate::proto::page::PAGE_SIZE;
 use crate::proto::source::{Outcome, SourceSession};
@@ -25,7 +24,7 @@ use tracing::warn;
 pub struct Observed {
     /// Bytes of machine state sent.
     pub switchover_bytes: u64,
-    /// Pages that were to be sent again in a later link epoch.
+    /// Pages sent again in a later link epoch.
     pub resent: u64,
     /// Losses of the link.
     pub outages: Outages,
@@ -184,7 +183,7 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
             pushed: get(&figures.pushed),
             drained: get(&figures.drained),
             precopied: facts.observed.valid,
-            resent_after_link_loss: Some(sent_again(facts.observed.resent, facts.outcome, counts)),
+            resent_after_link_loss: Some(facts.observed.resent),
             sent_twice: Some(counts.sent_twice),
             placed_twice: None,
         },
@@ -194,16 +193,6 @@ fn source_part(facts: &Facts<'_>) -> SourcePart {
         cpu_us: cpu_us(),
         peak_rss_bytes: peak_rss_bytes(),
         ..SourcePart::default()
-    }
-}
-
-/// Of so many pages that were to be sent again, how many were. A page that the destination was
-/// placing just when it told which it had is among them, but if that was the last one missing,
-/// all is there before it comes to be sent.
-fn sent_again(wanted: u64, outcome: &Outcome, counts: SourceCounts) -> u64 {
-    match outcome {
-        Outcome::Completed => wanted.saturating_sub(counts.unsent + counts.claimed),
-        Outcome::Aborted(_) | Outcome::Lost(_) => wanted,
     }
 }
 
@@ -231,20 +220,4 @@ fn compression(of: &Compression) -> Option<schema::Compression> {
         switched: figures.switched,
         switches: figures.switches.iter().map(switch).collect(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A report once said that 64 pages were sent again, though the destination had been placing
-    /// most of them when it was asked: the origins of all pages did not make up its pages.
-    #[test]
-    fn pages_that_came_in_time_after_all_are_not_said_to_be_sent_again() {
-        let counts = SourceCounts { unsent: 50, claimed: 9, sent: 4037, sent_twice: 0 };
-        assert_eq!(sent_again(64, &Outcome::Completed, counts), 5);
-        assert_eq!(sent_again(64, &Outcome::Lost("no link".into()), counts), 64);
-        let all = SourceCounts { sent: 4096, ..SourceCounts::default() };
-        assert_eq!(sent_again(64, &Outcome::Completed, all), 64);
-    }
 }
