@@ -68,7 +68,7 @@ the engine must know: [`SourceBuilder`] takes the guest's memory, as a
 
 ```
 use postcopy::{Captured, DestinationBuilder, Event, SourceBuilder, SourceVm, VmError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 struct Vmm { /* vCPUs, devices */ }
@@ -79,7 +79,7 @@ impl SourceVm for Vmm {
         // Stop every vCPU and device, so that nothing writes guest memory any more.
         let pause = asked.elapsed();
         let state = Vec::new(); // The registers of vCPUs and devices.
-        Ok(Captured { state, seeds: Vec::new(), pause, capture: Duration::ZERO })
+        Ok(Captured { state, pause, ..Captured::default() })
     }
     fn resume(&mut self) -> Result<(), VmError> {
         Ok(()) // Aborted before the commit: let the vCPUs run on.
