@@ -161,7 +161,7 @@ impl Receive {
         }
         let mut guest = guest.ok_or_else(|| anyhow!("the engine lost the guest"))?;
         let stalls = arrival::stalls(guest.as_ref());
-        let mut paused = arrival.is_paused();
+        let mut paused = arrival.came_paused();
         self.say(match paused {
             true => "the guest is here with all its memory, paused as it came",
             false => "the guest runs here with all its memory",
@@ -191,6 +191,7 @@ impl Receive {
         report.verified = verified.as_ref().map(Result::is_ok);
         let mut report = whole_report(report, &end.outcome, Some(guest.as_ref()), self.backing);
         report.huge_pages = huge_pages;
+        report.guest.was_paused = Some(arrival.came_paused());
         if !self.quiet {
             output::out(&render(&report));
         }

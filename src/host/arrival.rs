@@ -60,8 +60,8 @@ impl Arrival {
         Ok(())
     }
 
-    /// Whether the guest came paused, and is.
-    pub fn is_paused(&self) -> bool {
+    /// Whether the guest came paused. This does not know whether it was let run since.
+    pub fn came_paused(&self) -> bool {
         self.paused.load(Ordering::SeqCst)
     }
 

@@ -47,7 +47,7 @@ fn stays_paused(kind: &str, mode: &str) {
     assert_eq!(report["network_faults"], 0, "nobody touches a page: {report:#}");
     guest.has_left();
 
-    assert!(arrival.is_paused());
+    assert!(arrival.came_paused());
     let mut guest = arrival.take().expect("the guest");
     let steps = |guest: &dyn AnyGuest| -> u64 {
         (0..2).map(|vcpu| Instruments::new(guest.ram(), vcpu).get(control::STEPS)).sum()
@@ -123,7 +123,11 @@ fn stays_paused_here(kind: &str) {
     std::thread::spawn(move || receiver.run(Box::new(Refuses(Arrival::default()))));
     guest.migrate(&ticket, &[]).wait(SOON).failed_with(3, &["not this one"]);
     assert_eq!(status(&guest).steps, before.steps);
-    guest.migrates_to(Receiver::start());
+    let receiver = Receiver::start();
+    guest.migrate(&receiver.ticket, &[]).succeed(MIGRATION);
+    guest.has_left();
+    let report = receiver.report();
+    assert_eq!((&report["verified"], &report["guest"]["was_paused"]), (&true.into(), &true.into()));
 }
 
 #[test]

@@ -176,7 +176,7 @@ fn pre_copy_that_never_comes_to_an_end_is_given_up_and_the_guest_runs_on() {
 
 #[test]
 fn a_guest_moves_when_there_is_no_time_for_more_rounds() {
-    // All of it is to take 100 ms less than the first round alone does.
+    // What is not zero of it takes the link four seconds, and more.
     let copying = Copying::start(&["--mode", "hybrid", "--rounds", "3", "--max-total", "2s"]);
     copying.source.succeed(MIGRATION);
     let report = read_report(&copying.report);
